@@ -1,0 +1,46 @@
+# Every target sets up what it needs. `make VENV=path` uses another environment; a second run is cheap.
+VENV   ?= .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.mm-setup
+
+.PHONY: setup quickstart test test-all check format bench demo clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "mm needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Use: make PYTHON=python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: setup
+	$(BIN)/mm quickstart
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-all: setup
+	$(BIN)/python -m pytest -m 'not gpu'
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup
+	@mkdir -p bench/results
+	for name in contrastive retrieval input_pipeline; do \
+	    $(BIN)/python bench/$$name.py --json bench/results/$$name.json || exit 1; done
+
+demo: setup
+	$(BIN)/python demos/zero_shot_imagefolder.py
+
+clean:
+	rm -rf .venv dist .pytest_cache .ruff_cache .hypothesis

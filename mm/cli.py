@@ -1,0 +1,276 @@
+"""The ``mm`` command: parses, calls, prints. Everything it does can be done from Python through ``mm`` itself."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mm.errors import UserError
+
+app = typer.Typer(
+    name="mm",
+    help="A multimodal foundation-model suite: train, evaluate and use models of pictures, sound and text.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+eval_app = typer.Typer(no_args_is_help=True, help="Measure a model; every figure comes with its interval and its protocol.")
+data_app = typer.Typer(no_args_is_help=True, help="Build, pack, check and index data.")
+app.add_typer(eval_app, name="eval")
+app.add_typer(data_app, name="data")
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A shipped name (see `mm list`), a run folder or a model folder.")
+]
+DataOption = Annotated[
+    str, typer.Option("--data", metavar="SRC", help="emoji:test, a folder, a CSV/JSONL file or a shard pattern.")
+]
+SourceArgument = Annotated[str, typer.Argument(metavar="SRC", help="A folder, a CSV/JSONL file, a shard pattern, emoji:test.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
+CacheOption = Annotated[bool, typer.Option("--cache/--no-cache", help="Remember the vectors of this model and source.")]
+
+
+@app.callback()
+def common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    """Options that precede every command."""
+    if version:
+        from mm import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report.")] = Path("runs/quickstart"),
+    seconds: Annotated[float, typer.Option(help="How long to train the small model, in seconds.")] = 60.0,
+) -> None:
+    """The whole tour on the embedded data, with a report (HTML and PNG)."""
+    from mm.quickstart import tour
+
+    tour(out, train_seconds=seconds)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="E.g. data.train=photos train.steps=500")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="RUN", help="Run folder; default runs/NAME.")
+    ] = None,
+) -> None:
+    """Train a system. Called again with the same run folder, it resumes; works unchanged under torchrun."""
+    from mm import show
+    from mm.run.training import train as run_training
+
+    show.trained(run_training(config, overrides or [], out=out))
+
+
+@eval_app.command("zero-shot")
+def eval_zero_shot(
+    model: ModelArgument,
+    data: DataOption,
+    classes: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Class names, one a line; default: the source's.")
+    ] = None,
+    label: Annotated[str | None, typer.Option(metavar="FIELD", help="Field with the class: cls, txt or a JSON key.")] = None,
+    template: Annotated[list[str] | None, typer.Option(help="Prompt with {} for the name; repeat for an ensemble.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="SRC", help="Source of the pixel baseline, or 'none'.")
+    ] = None,
+    json_file: JsonOption = None,
+    device: DeviceOption = "auto",
+    cache: CacheOption = True,
+) -> None:
+    """Zero-shot classification: top-1, top-5, mean per class, beside nearest neighbour on pixels."""
+    from mm import show
+    from mm.data.labels import read_classes
+    from mm.run.evaluation import evaluate_zero_shot
+
+    with show.progress_bar("encoding") as progress:
+        result = evaluate_zero_shot(
+            model,
+            data,
+            classes=read_classes(classes) if classes else None,
+            label=label,
+            templates=template,
+            baseline=baseline,
+            device=device,
+            cache=cache,
+            progress=progress,
+        )
+    show.result(result, f"zero-shot: {model} on {data}", json_file)
+
+
+@eval_app.command("retrieval")
+def eval_retrieval(
+    model: ModelArgument,
+    data: DataOption,
+    json_file: JsonOption = None,
+    device: DeviceOption = "auto",
+    cache: CacheOption = True,
+) -> None:
+    """Image-text retrieval both ways: R@1, R@5, R@10 and median rank, with all captions of a picture."""
+    from mm import show
+    from mm.run.evaluation import evaluate_retrieval
+
+    with show.progress_bar("encoding") as progress:
+        result = evaluate_retrieval(model, data, device=device, cache=cache, progress=progress)
+    show.result(result, f"retrieval: {model} on {data}", json_file)
+
+
+@app.command()
+def classify(
+    model: ModelArgument,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="Picture files or folders.")],
+    labels: Annotated[str, typer.Option("--labels", help="Class names, separated by commas.")],
+    json_file: JsonOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Classify pictures among your own labels."""
+    from mm import show
+    from mm.run.inference import classify as run_classify
+
+    names = [name.strip() for name in labels.split(",") if name.strip()]
+    show.predictions(run_classify(model, images, names, device=device), json_file)
+
+
+@app.command()
+def search(
+    model: ModelArgument,
+    index: Annotated[
+        Path, typer.Option("--index", metavar="DIR", help="Folder of pictures; its vectors are cached.")
+    ],
+    text: Annotated[str | None, typer.Option("--text", help="Search by words.")] = None,
+    image: Annotated[str | None, typer.Option("--image", metavar="FILE", help="Search by a picture.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many pictures to find.")] = 12,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="PNG", help="Draw the hits on a contact sheet.")
+    ] = None,
+    json_file: JsonOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Find pictures in a folder by words or by a picture: file names, scores and a contact sheet."""
+    from mm import show
+    from mm.run.inference import search as run_search
+
+    with show.progress_bar("indexing") as progress:
+        found = run_search(model, index, text=text, image=image, k=k, device=device, progress=progress)
+    show.hits(found, out, json_file)
+
+
+@data_app.command("build")
+def data_build(
+    name: Annotated[str, typer.Argument(help="Which embedded data; there is: emoji.")],
+    size: Annotated[int, typer.Option(help="Side of the pictures in pixels, 32 to 224.")] = 64,
+) -> None:
+    """Draw the embedded data once, into indexed shards in the cache folder."""
+    from mm import show
+    from mm.data import emoji
+
+    if name != "emoji":
+        raise UserError(f"'{name}': no such embedded data; there is: emoji")
+    with show.progress_bar("drawing") as progress:
+        folder = emoji.build(size, progress=progress)
+    typer.echo(folder)
+
+
+@data_app.command("pack")
+def data_pack(
+    source: SourceArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="New or empty folder for the shards.")],
+    samples_per_shard: Annotated[int, typer.Option(min=1)] = 10_000,
+) -> None:
+    """Pack any source into indexed webdataset shards."""
+    from mm import show
+    from mm.data.sources import open_source
+    from mm.data.write import pack
+
+    with show.progress_bar("packing") as progress:
+        packed = pack(open_source(source), out, samples_per_shard=samples_per_shard, progress=progress)
+    show.packed(packed, out)
+
+
+@data_app.command("check")
+def data_check(source: SourceArgument, json_file: JsonOption = None) -> None:
+    """Read and decode every sample of a source; report what is unusable, by cause. Exit code 1 when anything is."""
+    from mm import show
+    from mm.data.check import check
+    from mm.data.sources import open_source
+
+    with show.progress_bar("reading") as progress:
+        report = check(open_source(source), progress=progress)
+    show.checked(report, json_file)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@data_app.command("index")
+def data_index(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of tar shards, or a shard pattern.")],
+) -> None:
+    """Write the sidecar index of webdataset shards, made by anyone."""
+    from mm import show
+    from mm.data.index import index_shard
+    from mm.data.shards import expand
+
+    samples = 0
+    with show.progress_bar("indexing") as progress:
+        for done, shard in enumerate(shards := expand(folder), start=1):
+            samples += len(index_shard(shard, rebuild=True))
+            progress(done, len(shards))
+    typer.echo(f"{len(shards)} shards, {samples} samples indexed")
+
+
+@app.command("list")
+def list_everything() -> None:
+    """What there is: shipped models, systems, configurations, data."""
+    from mm import show
+    from mm.run.catalogue import catalogue
+
+    show.catalogue(catalogue())
+
+
+@app.command()
+def info(
+    model: ModelArgument,
+    as_yaml: Annotated[bool, typer.Option("--yaml", help="Print the 'system' section of its configuration instead.")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """A model's size, preparation, capabilities and system card."""
+    from mm import show
+    from mm.config import dump_yaml
+    from mm.hub import load
+    from mm.run.catalogue import describe
+
+    loaded = load(model, device="cpu")
+    if as_yaml:
+        typer.echo(dump_yaml(loaded.config))
+    else:
+        show.description(describe(loaded), json_file)
+
+
+def main() -> None:
+    """Entry point: a `UserError` is one line on stderr and exit code 2."""
+    debug = "--debug" in sys.argv[1:2]
+    try:
+        app()
+    except UserError as error:
+        if debug:
+            raise
+        print(f"mm: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The ``data:`` section of a configuration: what to read, in which order, with which captions and augmentation."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from mm.config import StrictConfig
+from mm.data.augment import AugmentConfig
+from mm.data.captions import CaptionTemplate
+
+
+class MixturePart(StrictConfig):
+    """One source of a weighted mixture.
+
+    Args:
+        source: What to read: ``emoji:train``, a folder, a CSV, TSV or JSONL file, a shard pattern, a Hugging Face folder.
+        weight: Its share of every epoch is ``weight`` divided by the sum of all weights, whatever its size.
+    """
+
+    source: str
+    weight: float = Field(default=1.0, gt=0)
+
+
+class SamplingConfig(StrictConfig):
+    """Which samples may meet in a batch.
+
+    Args:
+        policy: ``plain`` takes any; ``distinct`` never takes two samples with the same value of ``field`` into a batch;
+            ``several`` takes ``per_concept`` samples of each chosen value.
+        field: Dotted name of the metadata field, for ``distinct`` and ``several``.
+        per_concept: Samples of each chosen value in a batch, for ``several``.
+    """
+
+    policy: Literal["plain", "distinct", "several"] = "plain"
+    field: str | None = None
+    per_concept: int = Field(default=2, ge=2)
+
+    @model_validator(mode="after")
+    def _field_belongs_to_policy(self) -> Self:
+        if self.policy != "plain" and self.field is None:
+            raise ValueError(f"sampling policy '{self.policy}' needs 'field', the metadata field whose values are kept apart")
+        return self
+
+
+class DataConfig(StrictConfig):
+    """What a run learns from.
+
+    Args:
+        train: Training source, as in `MixturePart`. Exactly one of ``train`` and ``mixture`` is given.
+        mixture: Several training sources with weights.
+        validation: Source scored during training; none by default.
+        image_field: Column or key that holds the picture; found by its usual names when absent.
+        text_field: Column or key that holds the caption.
+        label_field: Column or key that holds the class.
+        captions: Templates of training captions, chosen by weight.
+        augment: Random changes of training pictures.
+        sampling: Which samples may meet in a batch.
+        positives: Which samples of a batch show the same thing: those with equal captions (``text``), none, or those with equal
+            values of the named field.
+        workers: Processes that load data beside the training process; 0 loads in it. Batches do not depend on it.
+        max_bad_fraction: Share of unusable samples above which a run stops.
+    """
+
+    train: str | None = None
+    mixture: tuple[MixturePart, ...] = ()
+    validation: str | None = None
+    image_field: str | None = None
+    text_field: str | None = None
+    label_field: str | None = None
+    captions: tuple[CaptionTemplate, ...] = Field(default=(CaptionTemplate(template="{text}"),), min_length=1)
+    augment: AugmentConfig = AugmentConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    positives: str = "text"
+    workers: int = Field(default=0, ge=0, le=256)
+    max_bad_fraction: float = Field(default=0.2, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_training_source(self) -> Self:
+        if (self.train is None) == (not self.mixture):
+            raise ValueError("give exactly one of 'train' (a source) and 'mixture' (a list of sources with weights)")
+        return self

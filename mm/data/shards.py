@@ -1,0 +1,261 @@
+"""Tar shards as a random-access source of samples: open by pattern, read by position, every byte checked against its crc32.
+
+A shard is a plain tar file in the layout of webdataset and img2dataset: consecutive members ``KEY.EXTENSION`` are one sample,
+with pictures or sound, ``.txt`` (caption), ``.json`` (fields, and captions under ``texts``, ``text`` or ``caption``) and
+``.cls`` (class).
+"""
+
+import bisect
+import glob
+import hashlib
+import itertools
+import json
+import os
+import re
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mm.data.index import MODALITY, Damaged, ShardIndex, index_shard
+from mm.errors import BadSample, DataError
+from mm.types import Sample
+
+MAX_TEXT_BYTES = 1 << 20
+MAX_MEDIA_BYTES = 1 << 30
+MAX_BRACE_EXPANSION = 1_000_000
+MAX_OPEN_FILES = 64
+TEXT_KEYS = ("texts", "text", "caption", "captions")
+
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+class ShardSource:
+    """Samples of tar shards, a `mm.types.Source`.
+
+    Ids are the samples' keys; where a key occurs again, in the same shard or another, the later ones get ``#2``, ``#3`` ...
+    Opening reads the sidecar indexes, and makes the ones that are missing or stale. Reading is one ``pread`` a member; the
+    object may be pickled, forked and used by several threads.
+
+    Args:
+        pattern: A tar file, a folder of tar files, a glob, a brace range ``a-{000..010}.tar``, or a list of paths.
+        name: What messages call it; default: the pattern.
+        damaged: ``refuse`` or ``skip``, see `mm.data.index.index_shard`.
+        progress: Called with (shards indexed, shards in all).
+
+    Raises:
+        DataError: No shard matches, or one is damaged.
+    """
+
+    def __init__(
+        self,
+        pattern: str | Path | Sequence[str | Path],
+        *,
+        name: str | None = None,
+        damaged: Damaged = "refuse",
+        progress: Callable[[int, int | None], None] | None = None,
+    ) -> None:
+        paths = expand(pattern)
+        self.name = name if name is not None else str(pattern) if isinstance(pattern, str | Path) else f"{len(paths)} shards"
+        self.shards: list[ShardIndex] = []
+        for done, path in enumerate(paths, start=1):
+            self.shards.append(index_shard(path, damaged))
+            if progress is not None:
+                progress(done, len(paths))
+        self._starts = list(itertools.accumulate((len(shard) for shard in self.shards), initial=0))
+        self._renamed = _repeated_keys(self.shards)
+        self._files = _Files()
+        digest = hashlib.sha256("\n".join(shard.digest for shard in self.shards).encode())
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @property
+    def duplicates(self) -> int:
+        """How many samples have a key that an earlier sample already has."""
+        return len(self._renamed)
+
+    def key(self, index: int) -> str:
+        """Id of a sample, without reading the shard."""
+        shard, row = self._locate(index)
+        return self._renamed.get(index) or shard.keys[row]
+
+    def fields(self, index: int) -> Mapping[str, Any]:
+        """Fields of the ``.json`` and ``.cls`` members. Raises `BadSample` as `read` does."""
+        shard, row = self._locate(index)
+        return self._describe(shard, row)[1]
+
+    def read(self, index: int) -> Sample:
+        """The sample with its bytes.
+
+        Raises:
+            BadSample: Cause ``checksum``, ``truncated``, ``too many bytes``, ``bad json``, ``bad text`` or ``unreadable``.
+        """
+        shard, row = self._locate(index)
+        media: dict[str, bytes] = {}
+        for extension in shard.columns:
+            modality = MODALITY.get(extension)
+            if modality is not None and modality not in media:
+                data = self._member(shard, row, extension, MAX_MEDIA_BYTES)
+                if data is not None:
+                    media[modality] = data
+        texts, fields = self._describe(shard, row)
+        return Sample(self._renamed.get(index) or shard.keys[row], media, texts, fields)
+
+    def read_media(self, index: int, modality: str) -> bytes | None:
+        """The bytes of one modality alone, None where the sample has none. Raises `BadSample` as `read` does."""
+        shard, row = self._locate(index)
+        for extension in shard.columns:
+            if MODALITY.get(extension) == modality:
+                data = self._member(shard, row, extension, MAX_MEDIA_BYTES)
+                if data is not None:
+                    return data
+        return None
+
+    def _locate(self, index: int) -> tuple[ShardIndex, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {self.name}, which has {len(self)}")
+        shard = bisect.bisect_right(self._starts, index) - 1
+        return self.shards[shard], index - self._starts[shard]
+
+    def _member(self, shard: ShardIndex, row: int, extension: str, max_bytes: int) -> bytes | None:
+        column = shard.columns.get(extension)
+        if column is None:
+            return None
+        offset = int(column.offset[row])
+        if offset < 0:
+            return None
+        size = int(column.size[row])
+        if size > max_bytes:
+            raise BadSample("too many bytes", _place(shard, row, extension))
+        try:
+            data = self._files.read_at(shard.path, offset, size)
+        except OSError as error:
+            raise BadSample("unreadable", f"{_place(shard, row, extension)}: {error.strerror}") from None
+        if len(data) != size:
+            raise BadSample("truncated", _place(shard, row, extension))
+        if zlib.crc32(data) != column.crc32[row]:
+            raise BadSample("checksum", _place(shard, row, extension))
+        return data
+
+    def _describe(self, shard: ShardIndex, row: int) -> tuple[tuple[str, ...], dict[str, Any]]:
+        fields: dict[str, Any] = {}
+        raw = self._member(shard, row, "json", MAX_TEXT_BYTES)
+        if raw is not None:
+            fields = _parse_json(raw, shard, row)
+        label = self._member(shard, row, "cls", MAX_TEXT_BYTES)
+        if label is not None:
+            value = _parse_text(label, shard, row)
+            fields["cls"] = int(value) if re.fullmatch(r"-?\d{1,18}", value) else value
+        caption = self._member(shard, row, "txt", MAX_TEXT_BYTES)
+        texts = (_parse_text(caption, shard, row),) if caption is not None else _texts_of(fields)
+        fields.pop("texts", None)
+        return tuple(text for text in texts if text), fields
+
+
+class _Files:
+    """A bounded set of open files, read by position. Handles are per process and do not travel with a pickle."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[Path, int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read_at(self, path: Path, offset: int, count: int) -> bytes:
+        with self._lock:
+            descriptor = self._open.get(path)
+            if descriptor is None:
+                descriptor = self._open[path] = os.open(path, os.O_RDONLY)
+                if len(self._open) > MAX_OPEN_FILES:
+                    os.close(self._open.popitem(last=False)[1])
+            return os.pread(descriptor, count, offset)
+
+    def __reduce__(self) -> tuple[type["_Files"], tuple[()]]:
+        return _Files, ()
+
+    def __del__(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+def expand(pattern: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The shards that a pattern means, sorted within each pattern. Raises `DataError` when there are none."""
+    if not isinstance(pattern, str | Path):
+        return [path for part in pattern for path in expand(part)]
+    if Path(pattern).is_dir():
+        paths = sorted(Path(pattern).glob("*.tar"))
+    elif Path(pattern).is_file():
+        paths = [Path(pattern)]
+    else:
+        paths = [Path(name) for part in _braces(str(pattern)) for name in _globbed(part)]
+    if not paths:
+        raise DataError(f"{pattern}: no tar shards there; give a folder of .tar files, a glob, or a range: a-{{000..010}}.tar")
+    return paths
+
+
+def _globbed(part: str) -> list[str]:
+    return sorted(glob.glob(part)) if glob.has_magic(part) else [part]
+
+
+def _braces(pattern: str) -> list[str]:
+    """Expand every ``{000..010}``, keeping leading zeros."""
+    found = _RANGE.search(pattern)
+    if found is None:
+        return [pattern]
+    first, last = found.groups()
+    if not 0 <= int(last) - int(first) < MAX_BRACE_EXPANSION:
+        raise DataError(f"{pattern}: the range {found.group()} is empty or too long")
+    width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+    tails = _braces(pattern[found.end() :])
+    return [f"{pattern[: found.start()]}{i:0{width}d}{tail}" for i in range(int(first), int(last) + 1) for tail in tails]
+
+
+def _repeated_keys(shards: Sequence[ShardIndex]) -> dict[int, str]:
+    """New ids for samples whose key occurred before, by position."""
+    keys = [key for shard in shards for key in shard.keys]
+    taken = set(keys)
+    if len(taken) == len(keys):
+        return {}
+    seen: dict[str, int] = {}
+    renamed: dict[int, str] = {}
+    for index, key in enumerate(keys):
+        count = seen[key] = seen.get(key, 0) + 1
+        if count > 1:
+            while f"{key}#{count}" in taken:
+                count = seen[key] = count + 1
+            taken.add(f"{key}#{count}")
+            renamed[index] = f"{key}#{count}"
+    return renamed
+
+
+def _place(shard: ShardIndex, row: int, extension: str) -> str:
+    return f"{shard.path}: {shard.keys[row]}.{extension} at byte {shard.columns[extension].offset[row]}"
+
+
+def _parse_text(raw: bytes, shard: ShardIndex, row: int) -> str:
+    try:
+        return raw.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        raise BadSample("bad text", f"{shard.path}: {shard.keys[row]}") from None
+
+
+def _parse_json(raw: bytes, shard: ShardIndex, row: int) -> dict[str, Any]:
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise BadSample("bad json", _place(shard, row, "json")) from None
+    if not isinstance(value, dict):
+        raise BadSample("bad json", _place(shard, row, "json"))
+    return value
+
+
+def _texts_of(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    for name in TEXT_KEYS:
+        value = fields.get(name)
+        if isinstance(value, str):
+            return (value.strip(),)
+        if isinstance(value, list):
+            return tuple(text.strip() for text in value if isinstance(text, str))
+    return ()

@@ -1,0 +1,253 @@
+"""A CSV, TSV or JSONL table of pictures and captions as a source; columns are found by their usual names."""
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mm.data.fields import nearest
+from mm.data.files import is_picture, read_file
+from mm.errors import BadSample, DataError, UserError
+from mm.types import Sample
+
+TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".jsonl", ".ndjson"})
+IMAGE_COLUMNS = (
+    "image",
+    "img",
+    "picture",
+    "photo",
+    "image_path",
+    "img_path",
+    "path",
+    "filepath",
+    "file_path",
+    "filename",
+    "file_name",
+    "file",
+)
+TEXT_COLUMNS = ("text", "texts", "caption", "captions", "title", "description", "prompt", "sentence", "alt")
+LABEL_COLUMNS = ("label", "class", "cls", "category", "class_name")
+ADDRESS_COLUMNS = ("url", "image_url", "uri", "link")
+MAX_CELL_BYTES = 1 << 20
+PROBED_ROWS = 50
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns that mean something; None where a table has none."""
+
+    image: str
+    text: str | None
+    label: str | None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One picture: its path as written, its captions, and the other columns of its first row."""
+
+    path: str
+    texts: tuple[str, ...]
+    fields: Mapping[str, Any]
+
+
+class TableSource:
+    """Rows of a table as samples, a `mm.types.Source`.
+
+    Rows with the same picture are one sample with several captions. Ids are the paths as written. Paths are relative to the
+    table's folder (or, where none of the first is found there, to the one folder beside it that has them). Fields are all
+    columns of the first row, and the class as ``cls``. A missing file is noticed when it is read.
+
+    Args:
+        path: The table, UTF-8 (a byte-order mark is fine), its first line or its keys naming the columns.
+        image_field, text_field, label_field: Columns to use, where their names are not the usual ones.
+        name: What messages call it; default: the path.
+
+    Raises:
+        UserError: A column that was asked for, or any column of pictures, is not there.
+        DataError: The file is no such table; the message names the line.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        image_field: str | None = None,
+        text_field: str | None = None,
+        label_field: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.name = name if name is not None else str(path)
+        rows = list(read_rows(Path(path)))
+        if not rows:
+            raise UserError(f"{path}: no rows in it")
+        self.columns = find_columns(rows, self.name, image_field=image_field, text_field=text_field, label_field=label_field)
+        self._entries = _entries(rows, self.columns)
+        self._root = _root(Path(path).absolute().parent, [entry.path for entry in self._entries[:PROBED_ROWS]])
+        digest = hashlib.sha256(b"table")
+        for entry in self._entries:
+            digest.update(b"\n" + entry.path.encode("utf-8", "surrogatepass"))
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def key(self, index: int) -> str:
+        return self._entries[index].path
+
+    def fields(self, index: int) -> Mapping[str, Any]:
+        return self._entries[index].fields
+
+    def read(self, index: int) -> Sample:
+        """The sample with its bytes. Raises `BadSample` with cause ``missing file``, ``too many bytes`` or ``unreadable``."""
+        entry = self._entries[index]
+        if not entry.path:
+            raise BadSample("missing file", f"{self.name}: a row without a picture")
+        return Sample(entry.path, {"image": read_file(self._root / entry.path)}, entry.texts, entry.fields)
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Rows of a table in order; empty ones are left out. Raises `DataError` naming the line that cannot be read."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from _json_rows(file, path) if path.suffix.lower() in (".jsonl", ".ndjson") else _csv_rows(file, path)
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not UTF-8; save the table as UTF-8 (in Excel: 'CSV UTF-8') and try again") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def find_columns(
+    rows: Sequence[Row],
+    name: str,
+    *,
+    image_field: str | None = None,
+    text_field: str | None = None,
+    label_field: str | None = None,
+) -> Columns:
+    """Choose the columns of a table: the ones asked for, else those with usual names, else the one whose cells look like pictures.
+
+    Raises:
+        UserError: A column asked for does not exist, or no column holds pictures.
+    """
+    known = list(dict.fromkeys(column for row in rows[:PROBED_ROWS] for column in row))
+    for asked in (image_field, text_field, label_field):
+        if asked is not None and asked not in known:
+            raise UserError(f"{name}: no column '{asked}'; {nearest(asked, known)}")
+    by_lower = {column.lower(): column for column in reversed(known)}
+
+    def usual(names: Sequence[str]) -> str | None:
+        return next((by_lower[candidate] for candidate in names if candidate in by_lower), None)
+
+    image = image_field or usual(IMAGE_COLUMNS) or _picture_column(rows[:PROBED_ROWS], known)
+    addresses = image or usual(ADDRESS_COLUMNS)
+    if addresses is not None and any(_is_address(row.get(addresses)) for row in rows[:PROBED_ROWS]):
+        raise UserError(f"{name}: column '{addresses}' holds web addresses; download them first (img2dataset does)")
+    if image is None:
+        raise UserError(
+            f"{name}: no column of picture files among {', '.join(known)}; name it with data.image_field (--image-field)"
+        )
+    return Columns(image, text_field or usual(TEXT_COLUMNS), label_field or usual(LABEL_COLUMNS))
+
+
+def _picture_column(rows: Sequence[Row], known: Sequence[str]) -> str | None:
+    for column in known:
+        cells = [row[column] for row in rows if row.get(column)]
+        if cells and all(isinstance(cell, str) and is_picture(cell) for cell in cells):
+            return column
+    return None
+
+
+def _is_address(cell: Any) -> bool:
+    return isinstance(cell, str) and cell.startswith(("http://", "https://", "s3://", "gs://"))
+
+
+def _csv_rows(file: Iterator[str], path: Path) -> Iterator[Row]:
+    first = next(file, "")
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=first.count)
+    csv.field_size_limit(MAX_CELL_BYTES)
+    reader = csv.reader(_chain(first, file), delimiter=delimiter, strict=True)
+    try:
+        header = [cell.strip() for cell in next(reader, [])]
+        _check_header(header, path)
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            if len(cells) > len(header):
+                raise DataError(
+                    f"{path}:{reader.line_num}: {len(cells)} values for {len(header)} columns; "
+                    f"write texts that contain '{delimiter}' in double quotes"
+                )
+            yield {column: cell.strip() for column, cell in zip(header, cells, strict=False)}
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
+
+
+def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _check_header(header: Sequence[str], path: Path) -> None:
+    if any(is_picture(cell) for cell in header):
+        raise DataError(f"{path}: the first line must name the columns, for example 'image,text'; it looks like a row")
+    repeated = [column for column in header if header.count(column) > 1]
+    if repeated:
+        raise DataError(f"{path}: two columns are called '{repeated[0]}'; rename one")
+
+
+def _json_rows(file: Iterator[str], path: Path) -> Iterator[Row]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{number}: not valid JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise DataError(f'{path}:{number}: each line must be an object such as {{"image": "a.jpg", "text": "a cat"}}')
+        yield row
+
+
+def _entries(rows: Sequence[Row], columns: Columns) -> list[_Entry]:
+    """One entry a picture, in the order of their first rows."""
+    texts: dict[str, list[str]] = {}
+    fields: dict[str, dict[str, Any]] = {}
+    for number, row in enumerate(rows):
+        cell = row.get(columns.image)
+        path = os.path.normpath(str(cell)).replace("\\", "/") if cell else ""
+        key = path or f"row {number}"
+        if key not in texts:
+            texts[key] = []
+            fields[key] = _fields(row, columns)
+        texts[key] += [text for text in _texts(row, columns) if text not in texts[key]]
+    return [_Entry(key if fields[key].get(columns.image) else "", tuple(texts[key]), fields[key]) for key in texts]
+
+
+def _fields(row: Row, columns: Columns) -> dict[str, Any]:
+    fields = {column: cell for column, cell in row.items() if cell is not None and cell != ""}
+    if columns.label is not None and columns.label in fields:
+        fields["cls"] = fields[columns.label]
+    return fields
+
+
+def _texts(row: Row, columns: Columns) -> list[str]:
+    """Captions of a row: its text column, or its class where the table has no text column."""
+    column = columns.text or columns.label
+    cell = row.get(column) if column is not None else None
+    cells = cell if isinstance(cell, list) else [cell]
+    return [text.strip() for text in cells if isinstance(text, str) and text.strip()]
+
+
+def _root(folder: Path, paths: Sequence[str]) -> Path:
+    """The folder that relative paths start from."""
+    relative = [path for path in paths if path and not os.path.isabs(path)]
+    if not relative or any((folder / path).exists() for path in relative):
+        return folder
+    beside = [child for child in sorted(folder.iterdir()) if child.is_dir() and (child / relative[0]).is_file()]
+    return beside[0] if len(beside) == 1 else folder

@@ -1,0 +1,212 @@
+"""Image encoder: any timm backbone behind one interface; it normalises its own pixels.
+
+Shapes: B batch, H and W pixels, N tokens, D width.
+"""
+
+import difflib
+import inspect
+import math
+from typing import Any
+
+import timm
+import torch
+from jaxtyping import Float, UInt8
+from pydantic import Field, JsonValue
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mm.config import StrictConfig
+from mm.errors import UserError
+from mm.types import Encoded
+
+FIELDS_OF_ARGUMENTS = {
+    "img_size": "image_size",
+    "patch_size": "patch_size",
+    "patch_drop_rate": "patch_dropout",
+    "drop_path_rate": "drop_path",
+    "global_pool": "pool",
+}
+"""Arguments of timm backbones that have a field of their own here."""
+
+RESERVED_OPTIONS = frozenset(
+    [*FIELDS_OF_ARGUMENTS, *inspect.signature(timm.create_model).parameters, "num_classes", "in_chans", "features_only"]
+) - {"kwargs"}
+"""Arguments that `options` may not pass on: they fetch or read files, change the interface, or have a field."""
+
+BACKBONE_FAILURES = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError)
+"""What timm and torch raise for sizes and options that a backbone cannot have."""
+
+
+class ImageEncoderConfig(StrictConfig):
+    """A timm backbone.
+
+    Args:
+        backbone: Name in timm, e.g. "convnext_atto" or "vit_tiny_patch16_224".
+        image_size: Side of the square picture in pixels.
+        patch_size: Side of a patch, or stride of the stem, for backbones that take one.
+        options: Other arguments of the backbone, e.g. ``{depths: [2, 2, 6, 2], dims: [32, 64, 128, 256]}``.
+        pool: Pooling in timm's terms ("avg", "token", "map"); the backbone's own if None.
+        patch_dropout: Share of patches left out in training (ViTs only).
+        drop_path: Probability of skipping a residual branch in training, at the last block; less before.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        mean: Of each colour channel, in 0..1.
+        std: Of each colour channel, in 0..1.
+    """
+
+    backbone: str = "convnext_atto"
+    image_size: int = Field(default=64, ge=1)
+    patch_size: int | None = Field(default=None, ge=1)
+    options: dict[str, JsonValue] = {}
+    pool: str | None = None
+    patch_dropout: float = Field(default=0.0, ge=0, lt=1)
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    gradient_checkpointing: bool = False
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+
+class ImageEncoder(nn.Module):
+    """Normalises pixels, runs a timm model and returns its features and its pooled vector.
+
+    Args:
+        trunk: A timm model made with ``num_classes=0``.
+        image_size: Side of the pictures it accepts, pixels.
+        mean: Of each colour channel, in 0..1.
+        std: Of each colour channel, in 0..1.
+
+    Attributes:
+        width: D of the pooled vector.
+        token_width: D of the tokens; a few mobile backbones widen only the pooled vector.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        *,
+        image_size: int,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+    ) -> None:
+        super().__init__()
+        self.trunk: Any = trunk
+        self.image_size = image_size
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        _exempt_from_decay(trunk)
+        self.num_tokens = 0
+        whole = _dry_run(self)
+        self.num_tokens, self.token_width = whole.tokens.shape[1:]
+        self.width = whole.pooled.shape[1]
+
+    def forward(self, image: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b 3 h w"]) -> Encoded:
+        """Encode pictures, uint8 in 0..255 or float in 0..1. Raises `UserError` for pictures of another size.
+
+        ``extras["prefix"]`` is the number of tokens (class, registers) before the patches; ``extras["grid"]`` the rows and
+        columns of the patches, absent where some were dropped.
+        """
+        if image.shape[1:] != (3, self.image_size, self.image_size):
+            size = self.image_size
+            raise UserError(
+                f"image encoder: pictures of shape {tuple(image.shape[1:])} where (3, {size}, {size}) is expected; "
+                "prepare them with the model's processor or change image_size"
+            )
+        features = self.trunk.forward_features(self._normalise(image))
+        pooled = self.trunk.forward_head(features, pre_logits=True)
+        tokens, extras = self._flatten(features)
+        return Encoded(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device), pooled, extras)
+
+    def _normalise(self, image: Tensor) -> Tensor:
+        white = 1.0 if image.is_floating_point() else 255.0
+        pixels = (image.to(self.mean.dtype) - self.mean * white) / (self.std * white)
+        return pixels.contiguous(memory_format=torch.channels_last)
+
+    def _flatten(self, features: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Feature maps of either layout, or tokens as they are, to ``(B, N, D)``."""
+        if features.ndim == 4:
+            if getattr(self.trunk, "output_fmt", "NCHW") != "NHWC":
+                features = features.permute(0, 2, 3, 1)
+            return features.flatten(1, 2), {"prefix": 0, "grid": tuple(features.shape[1:3])}
+        prefix = getattr(self.trunk, "num_prefix_tokens", 0)
+        num_patches = features.shape[1] - prefix
+        side = math.isqrt(num_patches)
+        if features.shape[1] == self.num_tokens and side * side == num_patches:
+            return features, {"prefix": prefix, "grid": (side, side)}
+        return features, {"prefix": prefix}
+
+
+def _exempt_from_decay(trunk: Any) -> None:
+    """Mark what the backbone says should not decay (positions, class tokens), for `System.parameter_groups`."""
+    names = trunk.no_weight_decay() if hasattr(trunk, "no_weight_decay") else ()
+    for name, parameter in trunk.named_parameters():
+        if name in names:
+            parameter.no_decay = True
+
+
+def _dry_run(encoder: ImageEncoder) -> Encoded:
+    """Encode one picture on the meta device: finds every shape, and whether the backbone can take the size, at no cost."""
+    tensors = [*encoder.named_parameters(), *encoder.named_buffers()]
+    image = torch.empty(1, 3, encoder.image_size, encoder.image_size, device="meta")
+    training = encoder.training
+    encoder.eval()
+    try:
+        with torch.no_grad():
+            return functional_call(encoder, {name: tensor.to("meta") for name, tensor in tensors}, image)
+    except BACKBONE_FAILURES as error:
+        name = type(encoder.trunk).__name__
+        raise UserError(f"backbone {name} cannot encode {encoder.image_size} px pictures: {_first_line(error)}") from None
+    finally:
+        encoder.train(training)
+
+
+def build_image_encoder(config: ImageEncoderConfig) -> ImageEncoder:
+    """An image encoder with fresh weights. Raises `UserError` where timm has no such model or it takes no such option."""
+    name = config.backbone
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them"
+        raise UserError(f"backbone '{name}': timm has no such model; {hint}")
+    reserved = sorted(RESERVED_OPTIONS & config.options.keys())
+    if reserved:
+        field = FIELDS_OF_ARGUMENTS.get(reserved[0])
+        instead = f"set {field} instead" if field else "leave it out"
+        raise UserError(f"backbone '{name}': '{reserved[0]}' may not be one of the options; {instead}")
+    arguments = _arguments(config)
+    try:
+        trunk = timm.create_model(name, num_classes=0, **arguments)
+    except BACKBONE_FAILURES as error:
+        raise UserError(_explain(name, arguments, error)) from None
+    if config.gradient_checkpointing:
+        try:
+            trunk.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
+        except (AttributeError, AssertionError):
+            raise UserError(f"backbone '{name}' has no gradient checkpointing; leave gradient_checkpointing out") from None
+    return ImageEncoder(trunk, image_size=config.image_size, mean=config.mean, std=config.std)
+
+
+def _arguments(config: ImageEncoderConfig) -> dict[str, Any]:
+    """What timm's constructor is given; a field that is at its default is not mentioned to backbones that may not know it."""
+    arguments: dict[str, Any] = dict(config.options)
+    architecture = timm.get_pretrained_cfg(config.backbone.partition(".")[0])  # what is behind the dot names weights
+    if architecture is not None and architecture.fixed_input_size:
+        arguments["img_size"] = config.image_size
+    chosen = {
+        "patch_size": config.patch_size,
+        "patch_drop_rate": config.patch_dropout,
+        "drop_path_rate": config.drop_path,
+        "global_pool": config.pool,
+    }
+    return arguments | {key: value for key, value in chosen.items() if value}
+
+
+def _explain(name: str, arguments: dict[str, Any], error: Exception) -> str:
+    unknown = next((key for key in arguments if f"unexpected keyword argument '{key}'" in str(error)), None)
+    if unknown is not None:
+        return f"backbone '{name}' takes no {FIELDS_OF_ARGUMENTS.get(unknown, unknown)}; leave it out"
+    return f"backbone '{name}' cannot be made with {arguments}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,201 @@
+"""Text encoder: token ids to features, with any of the suite's transformers inside.
+
+Shapes: B batch, T positions, D width.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from mm.config import StrictConfig
+from mm.errors import UserError
+from mm.nn.attention import MultiHeadAttention
+from mm.nn.embeddings import LearnedPositions, TokenEmbedding
+from mm.nn.initialise import initialise
+from mm.nn.masks import attention_mask
+from mm.nn.transformer import Block, FeedForward, QuickGELU, Transformer
+from mm.types import Encoded, TextBatch
+
+Pooling = Literal["last", "first", "mean"]
+
+ACTIVATIONS: Mapping[str, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
+
+
+class TextEncoderConfig(StrictConfig):
+    """A CLIP-style text transformer.
+
+    Args:
+        width: Feature width.
+        layers: Number of blocks.
+        heads: Attention heads; divides ``width``.
+        context_length: Longest text in tokens, start and end included.
+        vocab_size: Number of token ids; at least that of the tokenizer.
+        mlp_ratio: Hidden width of the feed-forward over ``width``.
+        causal: Whether a token sees only what is before it.
+        pooling: Token that stands for the text: "last" (the end token), "first", or the "mean" of all.
+        activation: "gelu", or "quick_gelu" for weights that were trained with it (OpenAI's CLIP).
+        dropout: Of each block's branches and of the embedding, in training.
+        token_dropout: Probability of hiding a word (never start and end) in training.
+        gradient_checkpointing: Trade time for memory.
+    """
+
+    width: int = Field(default=256, ge=1)
+    layers: int = Field(default=4, ge=1)
+    heads: int = Field(default=4, ge=1)
+    context_length: int = Field(default=32, ge=3)
+    vocab_size: int = Field(default=4096, ge=3)
+    mlp_ratio: float = Field(default=4.0, gt=0)
+    causal: bool = True
+    pooling: Pooling = "last"
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    token_dropout: float = Field(default=0.0, ge=0, lt=1)
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _possible(self) -> "TextEncoderConfig":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        if self.causal and self.pooling == "first":
+            raise ValueError("with causal: true the first token sees nothing but itself; use pooling: last or mean")
+        return self
+
+
+class TextEncoder(nn.Module):
+    """Embeds ids, runs a transformer over them and pools one vector a text.
+
+    Causal encoders attend over the padding behind a text for free: no real token can see it. Others mask it. Either way the
+    result does not depend on how far a batch is padded.
+
+    Args:
+        embedding: Ids to vectors.
+        transformer: Ends with its own norm.
+        causal: See `TextEncoderConfig`.
+        pooling: See `TextEncoderConfig`.
+        context_length: Longest text that is accepted.
+        token_dropout: See `TextEncoderConfig`.
+    """
+
+    def __init__(
+        self,
+        *,
+        embedding: TokenEmbedding,
+        transformer: Transformer,
+        causal: bool,
+        pooling: Pooling,
+        context_length: int,
+        token_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.transformer = transformer
+        self.causal = causal
+        self.pooling: Pooling = pooling
+        self.context_length = context_length
+        self.token_dropout = token_dropout
+
+    @property
+    def width(self) -> int:
+        """D, of the tokens and of the pooled vector."""
+        return self.embedding.tokens.embedding_dim
+
+    def forward(self, text: TextBatch) -> Encoded:
+        """Encode texts. Raises `UserError` if they are longer than ``context_length``."""
+        length = text.ids.shape[1]
+        if length > self.context_length:
+            raise UserError(
+                f"text encoder: {length} tokens do not fit its context of {self.context_length}; "
+                f"tokenize with context_length={self.context_length}"
+            )
+        valid = torch.arange(length, device=text.ids.device) < text.lengths[:, None]
+        x = self.embedding(text.ids, keep=self._kept(text, valid))
+        mask = attention_mask(length, causal=self.causal, keys=None if self.causal else valid, device=x.device)
+        tokens = self.transformer(x, mask=mask)
+        return Encoded(tokens, valid, pool(tokens, text.lengths, valid, self.pooling))
+
+    def _kept(self, text: TextBatch, valid: Tensor) -> Float[Tensor, "b t 1"] | None:
+        """0 for the words hidden in this training step, 1 for the others; start and end stay."""
+        if not self.training or self.token_dropout == 0:
+            return None
+        hidden = torch.rand(text.ids.shape, device=text.ids.device) < self.token_dropout
+        positions = torch.arange(text.ids.shape[1], device=text.ids.device)
+        inner = (positions > 0) & (positions < text.lengths[:, None] - 1)
+        return (~(hidden & inner)).to(self.embedding.tokens.weight.dtype)[..., None]
+
+
+def pool(tokens: Float[Tensor, "b t d"], lengths: Tensor, valid: Bool[Tensor, "b t"], pooling: Pooling) -> Float[Tensor, "b d"]:
+    """One vector a sequence: its first or last real token, or the mean of its real tokens."""
+    if pooling == "first":
+        return tokens[:, 0]
+    if pooling == "last":
+        return tokens[torch.arange(len(tokens), device=tokens.device), lengths - 1]
+    return (tokens * valid[..., None]).sum(1) / lengths[:, None]
+
+
+def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
+    """A CLIP-style text transformer with fresh weights: pre-norm blocks, learned positions."""
+    norm = functools.partial(nn.LayerNorm, config.width)
+
+    def make_block(_: int) -> Block:
+        return Block(
+            attention=MultiHeadAttention(config.width, config.heads),
+            feed_forward=FeedForward(config.width, int(config.width * config.mlp_ratio), ACTIVATIONS[config.activation]()),
+            norm=norm,
+            dropout=config.dropout,
+        )
+
+    encoder = TextEncoder(
+        embedding=TokenEmbedding(
+            config.vocab_size,
+            config.width,
+            positions=LearnedPositions(config.context_length, config.width),
+            dropout=config.dropout,
+        ),
+        transformer=Transformer(
+            make_block, config.layers, final_norm=norm(), gradient_checkpointing=config.gradient_checkpointing
+        ),
+        causal=config.causal,
+        pooling=config.pooling,
+        context_length=config.context_length,
+        token_dropout=config.token_dropout,
+    )
+    initialise(encoder)
+    return encoder
+
+
+def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the text tower in an open_clip CLIP ``state_dict`` for `TextEncoder.load_state_dict`; its other entries are left out.
+
+    ``text_projection`` is not part of the encoder: it is the projection of the dual tower.
+    """
+    names = {
+        "token_embedding.weight": "embedding.tokens.weight",
+        "positional_embedding": "embedding.positions.weight",
+        "ln_final.weight": "transformer.final_norm.weight",
+        "ln_final.bias": "transformer.final_norm.bias",
+    }
+    parts = {
+        "ln_1": "attention_residual.norm",
+        "ln_2": "feed_forward_residual.norm",
+        "attn.out_proj": "attention.output",
+        "mlp.c_fc": "feed_forward.input",
+        "mlp.c_proj": "feed_forward.output",
+    }
+    result = {new: state[old] for old, new in names.items()}
+    prefix = "transformer.resblocks."
+    for key in (key for key in state if key.startswith(prefix)):
+        layer, _, rest = key.removeprefix(prefix).partition(".")
+        part, _, kind = rest.replace("in_proj_", "in_proj.").rpartition(".")
+        block = f"transformer.blocks.{layer}."
+        if part == "attn.in_proj":
+            width = state[key].shape[0] // 3
+            result[f"{block}attention.query.{kind}"] = state[key][:width]
+            result[f"{block}attention.key_value.{kind}"] = state[key][width:]
+        else:
+            result[f"{block}{parts[part]}.{kind}"] = state[key]
+    return result

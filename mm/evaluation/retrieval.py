@@ -1,0 +1,201 @@
+"""Image-text retrieval in both directions, several captions a picture, in one pass over the scores.
+
+Protocol: Karpathy, Fei-Fei, https://arxiv.org/abs/1412.2306. Image to text: share of pictures with at least one of their
+captions among the first K captions. Text to image: share of captions whose picture is among the first K pictures.
+
+Instead of sorting, count: the rank of a right answer is the number of items that stand before it. Pictures are cut into blocks,
+captions into the blocks of their pictures, so all right answers lie in the diagonal tiles of the score matrix. These come first
+and give every bar; each other tile then adds to the counts of its rows and of its columns and is forgotten.
+
+Shapes: N pictures, M captions, D width.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from mm.evaluation.metrics import RESAMPLES, Interval, Result, Statistic, bootstrap, median, selections, share, subset_sizes
+from mm.evaluation.scores import checked, checked_index, count_ahead, exact_fp32, pad_rows
+
+BLOCK_IMAGES = 960
+BLOCK_TEXTS = 2880
+"""Largest block of pictures and of captions (more only if one picture has more): a tile has at most 11 MB of fp32 scores."""
+
+DEFAULT_KS = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many items stand before the right one: 0 is the first place.
+
+    Args:
+        image_to_text: For each picture the rank of its best caption among all captions, ``(N,)`` int64 on the CPU; M where it
+            has none.
+        text_to_image: For each caption the rank of its picture among all pictures, ``(M,)`` int64 on the CPU.
+    """
+
+    image_to_text: Tensor
+    text_to_image: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Consecutive pictures and the indices of all their captions."""
+
+    images: slice
+    texts: Tensor
+
+
+class _Tally:
+    """The score that every query's right answer has, and how many items have been seen that stand before it."""
+
+    def __init__(self, images: Tensor, texts: Tensor, owner: Tensor) -> None:
+        self.images, self.texts, self.owner = images, texts, owner
+        self.image_index = torch.arange(len(images), device=images.device)
+        self.text_bar = texts.new_zeros(len(texts))
+        self.image_bar = images.new_full((len(images),), torch.inf)
+        self.best_text = torch.full_like(self.image_index, len(texts))
+        self.text_ahead = torch.zeros_like(owner)
+        self.image_ahead = torch.zeros_like(self.image_index)
+
+    def set_bars(self, scores: Tensor, block: _Block) -> None:
+        """Read the right answers' scores from a diagonal tile: each caption's picture, each picture's best caption."""
+        owner = self.owner[block.texts]
+        right = scores.gather(1, (owner - block.images.start)[:, None]).squeeze(1)
+        self.text_bar[block.texts] = right
+        self.image_bar.scatter_reduce_(0, owner, right, "amax", include_self=False)
+        best = right == self.image_bar[owner]
+        self.best_text.scatter_reduce_(0, owner[best], block.texts[best], "amin")
+
+    def count(self, scores: Tensor, texts: Tensor, images: slice) -> None:
+        """Add a tile ``(captions, pictures)`` to the counts of both directions."""
+        index = self.image_index[images]
+        self.text_ahead[texts] += count_ahead(scores, self.text_bar[texts], index, self.owner[texts], dim=1)
+        self.image_ahead[images] += count_ahead(scores, self.image_bar[images], texts, self.best_text[images], dim=0)
+
+
+def ranks(image_vectors: Float[Tensor, "n d"], text_vectors: Float[Tensor, "m d"], text_to_image: Int64[Tensor, " m"]) -> Ranks:
+    """Ranks of the right answers in both directions; scores are dot products in fp32, of equal scores the lowest index wins.
+
+    Args:
+        image_vectors: Vectors of the pictures, usually of unit length.
+        text_vectors: Vectors of the captions, in any order.
+        text_to_image: Index of each caption's picture.
+
+    Raises:
+        UserError: shapes that do not fit, an index out of range, NaN or infinity in a vector.
+    """
+    images, texts = checked(image_vectors, "image vectors"), checked(text_vectors, "text vectors", image_vectors.shape[-1])
+    owner = checked_index(text_to_image, len(texts), len(images), "picture of each caption").to(images.device)
+    texts = texts.to(images.device)
+    blocks, tally = _blocks(owner, len(images)), _Tally(images, texts, owner)
+    asking = [block for block in blocks if len(block.texts)]
+    with exact_fp32(images.device):
+        columns = {block: pad_rows(images[block.images]).T for block in blocks}
+        for block in asking:
+            scores = _tile(pad_rows(texts[block.texts]) @ columns[block], block, block)
+            tally.set_bars(scores, block)
+            tally.count(scores, block.texts, block.images)
+        for block in asking:
+            rows = pad_rows(texts[block.texts])
+            for other in blocks:
+                if other is not block:
+                    tally.count(_tile(rows @ columns[other], block, other), block.texts, other.images)
+    image_to_text = torch.where(tally.image_bar.isinf(), len(texts), tally.image_ahead)
+    return Ranks(image_to_text.cpu(), tally.text_ahead.cpu())
+
+
+def _tile(padded: Tensor, rows: _Block, columns: _Block) -> Tensor:
+    """Scores ``(captions, pictures)`` without the padding."""
+    return padded[: len(rows.texts), : columns.images.stop - columns.images.start]
+
+
+def _blocks(owner: Tensor, num_images: int) -> list[_Block]:
+    """Cut the pictures into blocks that hold neither too many pictures nor too many captions."""
+    order = owner.argsort(stable=True)
+    ends = [0, *owner.bincount(minlength=num_images).cumsum(0).tolist()]
+    blocks, start = [], 0
+    for image in range(1, num_images + 1):
+        full = image - start == BLOCK_IMAGES or (image < num_images and ends[image + 1] - ends[start] > BLOCK_TEXTS)
+        if full or image == num_images:
+            blocks.append(_Block(slice(start, image), order[ends[start] : ends[image]]))
+            start = image
+    return blocks
+
+
+def retrieval(
+    image_vectors: Float[Tensor, "n d"],
+    text_vectors: Float[Tensor, "m d"],
+    text_to_image: Int64[Tensor, " m"],
+    *,
+    ks: Sequence[int] = DEFAULT_KS,
+    subsets: Mapping[str, Tensor | np.ndarray | Sequence[bool]] | None = None,
+    protocol: Mapping[str, Any] | None = None,
+    modalities: tuple[str, str] = ("image", "text"),
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Result:
+    """Recall at K and median rank in both directions, with 95 % intervals over pictures resampled with their captions.
+
+    Args:
+        image_vectors: Vectors of the pictures.
+        text_vectors: Vectors of the captions, in any order.
+        text_to_image: Index of each caption's picture. Pictures without a caption stay candidates and ask nothing.
+        ks: Values of K; those above the number of candidates are left out.
+        subsets: Masks over pictures by name. Each gives the same figures with its name as a suffix: only its pictures and their
+            captions ask, and everything stays a candidate.
+        protocol: Facts for the stamp that only the caller knows (split, captions, resize).
+        modalities: Names of the two sides in the figures' names, e.g. ``("image", "audio")``.
+        seed: Seed of the intervals.
+        resamples: Number of bootstrap resamples.
+
+    Returns:
+        ``image_to_text_r1`` ..., ``image_to_text_median_rank`` (1 is the first place), ``text_to_image_r1`` ...; and so for
+        each subset.
+
+    Raises:
+        UserError: see `ranks`; an empty subset or no caption at all.
+    """
+    found = ranks(image_vectors, text_vectors, text_to_image)
+    owner, num_images, num_texts = text_to_image.detach().cpu().numpy(), len(image_vectors), len(text_vectors)
+    asking = np.bincount(owner, minlength=num_images) > 0
+    forward, back = f"{modalities[0]}_to_{modalities[1]}", f"{modalities[1]}_to_{modalities[0]}"
+    metrics: dict[str, Interval] = {}
+    for suffix, chosen in selections(subsets or {}, num_images).items():
+        asked = chosen & asking
+        unit, texts = np.cumsum(asked) - 1, asked[owner]
+        ways = {
+            forward: (found.image_to_text.numpy()[asked], unit[asked], num_texts),
+            back: (found.text_to_image.numpy()[texts], unit[owner[texts]], num_images),
+        }
+        statistics = {
+            f"{way}_{name}{suffix}": statistic
+            for way, (places, units, candidates) in ways.items()
+            for name, statistic in _figures(places, units, [k for k in ks if k <= candidates]).items()
+        }
+        metrics |= bootstrap(statistics, int(asked.sum()), seed=seed, resamples=resamples)
+    for name in metrics:
+        if "_median_rank" in name:
+            metrics[name] = replace(metrics[name], unit="number")
+    stamp = {
+        "task": f"retrieval, {num_images} {modalities[0]}s and {num_texts} {modalities[1]}s, both ways",
+        **({"without_caption": int((~asking).sum())} if not asking.all() else {}),
+        **subset_sizes(subsets or {}),
+        **(protocol or {}),
+        "recall": f"at least one of the {modalities[1]}s of a query in the first K",
+        "scores": "dot product in fp32, of equal scores the lowest index wins",
+        "interval": f"95 % bootstrap over {modalities[0]}s, {resamples} resamples, seed {seed}",
+    }
+    return Result(metrics, stamp)
+
+
+def _figures(places: np.ndarray, units: np.ndarray, ks: Sequence[int]) -> dict[str, Statistic]:
+    """Recalls and median rank of queries whose right answers are at ``places``, query j being drawn with unit ``units[j]``."""
+    queries = np.bincount(units)
+    recalls = {f"r{k}": share(np.bincount(units, places < k), queries) for k in ks}
+    return {**recalls, "median_rank": median(places + 1, units)}

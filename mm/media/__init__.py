@@ -1,0 +1,1 @@
+"""Untrusted bytes to tensors: bounded decoding and the geometry of pictures."""

@@ -1,0 +1,123 @@
+"""From ids and positions to vectors: token embedding, learned, sinusoidal and rotary positions.
+
+Shapes: B batch, T positions, D width, H heads, E width of a head.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class LearnedPositions(nn.Module):
+    """One trained vector a position, never decayed.
+
+    Args:
+        num_positions: Longest sequence.
+        width: D.
+    """
+
+    def __init__(self, num_positions: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_positions, width))
+        self.weight.no_decay = True  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forward(self, length: int, offset: int = 0) -> Float[Tensor, "t d"]:
+        """Vectors of the positions ``offset`` to ``offset + length``."""
+        assert offset + length <= len(self.weight), f"{len(self.weight)} positions, {offset + length} were asked for"
+        return self.weight[offset : offset + length]
+
+
+class SinusoidalPositions(nn.Module):
+    """Fixed sines and cosines of geometrically spaced frequencies, sines first (https://arxiv.org/abs/1706.03762, section 3.5).
+
+    Args:
+        width: D, even.
+        base: Ratio of the longest to the shortest wavelength.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, width: int, base: float = 10_000.0) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", _frequencies(width, base), persistent=False)
+
+    def forward(self, length: int, offset: int = 0) -> Float[Tensor, "t d"]:
+        """Vectors of the positions ``offset`` to ``offset + length``."""
+        angles = _angles(self.frequencies, length, offset)
+        return torch.cat([angles.sin(), angles.cos()], -1).to(self.frequencies.dtype)
+
+
+class Rotary(nn.Module):
+    """Relative positions by rotating queries and keys (https://arxiv.org/abs/2104.09864); halves are rotated, as LLaMA's
+    published weights expect, not neighbours.
+
+    Args:
+        head_width: E, even.
+        base: Ratio of the longest to the shortest wavelength.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, head_width: int, base: float = 10_000.0) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", _frequencies(head_width, base), persistent=False)
+
+    def forward(self, length: int, offset: int = 0) -> tuple[Float[Tensor, "t e"], Float[Tensor, "t e"]]:
+        """Cosines and sines of the positions ``offset`` to ``offset + length``, for `rotate`."""
+        angles = _angles(self.frequencies, length, offset).repeat(1, 2)
+        return angles.cos(), angles.sin()
+
+
+def rotate(x: Float[Tensor, "b h t e"], rotation: tuple[Tensor, Tensor]) -> Float[Tensor, "b h t e"]:
+    """Rotate each pair ``(x[i], x[i + E/2])`` by the angle of its position and frequency; the type of ``x`` is kept."""
+    cos, sin = rotation
+    first, second = x.chunk(2, -1)
+    return (x * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
+
+
+def _frequencies(width: int, base: float) -> Tensor:
+    assert width % 2 == 0, f"width {width} must be even: positions come in pairs of sine and cosine"
+    return base ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
+
+
+def _angles(frequencies: Tensor, length: int, offset: int) -> Tensor:
+    positions = torch.arange(offset, offset + length, device=frequencies.device, dtype=torch.float32)
+    return positions[:, None] * frequencies.float()
+
+
+class TokenEmbedding(nn.Module):
+    """Token vectors plus position vectors; BERT-style models also normalise the sum.
+
+    Args:
+        vocab_size: Number of ids.
+        width: D.
+        positions: `LearnedPositions` or `SinusoidalPositions`; None where attention itself knows positions (`Rotary`).
+        norm: Applied to the sum, if given.
+        dropout: Probability of dropping a component of the result in training.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        width: int,
+        *,
+        positions: nn.Module | None = None,
+        norm: nn.Module | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocab_size, width)
+        self.positions = positions
+        self.norm = nn.Identity() if norm is None else norm
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, ids: Int[Tensor, "b t"], *, offset: int = 0, keep: Float[Tensor, "b t 1"] | None = None
+    ) -> Float[Tensor, "b t d"]:
+        """Embed ``ids`` that start at position ``offset``; ``keep`` scales the token vectors (0 hides a word, not its place)."""
+        x = self.tokens(ids)
+        if keep is not None:
+            x = x * keep
+        if self.positions is not None:
+            x = x + self.positions(ids.shape[1], offset)
+        return self.dropout(self.norm(x))

@@ -1,0 +1,109 @@
+"""Raw input to tensors: the preparation that belongs to a model and is saved with its weights."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mm.config import StrictConfig, read_json, validate
+from mm.errors import CheckpointError
+from mm.media.image import ImageSpec, fit_image, open_image
+from mm.tokenizers.text import TextTokenizer
+from mm.types import TextBatch
+
+PROCESSOR_FILE = "processor.json"
+TOKENIZER_FILE = "tokenizer.json"
+
+
+class ProcessorConfig(StrictConfig):
+    """How raw pictures and texts become tensors; picture size and context length follow from the system.
+
+    Args:
+        fit: ``crop`` scales the shorter side and cuts the centre, ``squash`` scales both sides, ``content`` cuts to what
+            differs from the background and pads to a square.
+        margin: Space left around the content by ``content``, as a share of its longer side.
+        interpolation: Antialiased resampling filter.
+        background: RGB colour under transparent pixels, and of the padding.
+        tokenizer: ``bpe`` is trained on the captions of the training data, ``clip`` is the vocabulary of OpenAI's CLIP.
+        templates: Prompts that surround a class name, ``{}`` being the name.
+    """
+
+    fit: Literal["crop", "squash", "content"] = "crop"
+    margin: float = 0.04
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    background: tuple[int, int, int] = (255, 255, 255)
+    tokenizer: Literal["bpe", "clip"] = "bpe"
+    templates: tuple[str, ...] = ("{}",)
+
+    def image_spec(self, size: int) -> ImageSpec:
+        """The picture preparation for one side length in pixels."""
+        return ImageSpec(
+            size=size, fit=self.fit, margin=self.margin, interpolation=self.interpolation, background=self.background
+        )
+
+
+class SavedProcessor(StrictConfig):
+    """The content of ``processor.json``."""
+
+    image: ImageSpec
+    context_length: int
+    templates: tuple[str, ...]
+
+
+class Processor:
+    """Prepares raw pictures and texts for one model.
+
+    Args:
+        image: Geometry of the pictures.
+        tokenizer: Text to ids.
+        context_length: Longest text in tokens, start and end included.
+        templates: Prompts for class names.
+    """
+
+    def __init__(
+        self, *, image: ImageSpec, tokenizer: TextTokenizer, context_length: int, templates: Sequence[str] = ("{}",)
+    ) -> None:
+        self.image_spec = image
+        self.tokenizer = tokenizer
+        self.context_length = context_length
+        self.templates = tuple(templates)
+
+    def image(self, raw: Any) -> Tensor:
+        """One picture (path, bytes, PIL image, ``(H, W, C)`` array or ``(C, H, W)`` uint8 tensor) to uint8 ``(3, S, S)``."""
+        return fit_image(open_image(raw), self.image_spec)
+
+    def images(self, raws: Sequence[Any]) -> Tensor:
+        """Several pictures to uint8 ``(B, 3, S, S)``."""
+        return torch.stack([self.image(raw) for raw in raws])
+
+    def text(self, texts: Sequence[str]) -> TextBatch:
+        """Texts to ids, trimmed to the longest of them."""
+        return self.tokenizer(texts, self.context_length)
+
+    def stamp(self) -> dict[str, Any]:
+        """What an evaluation's protocol stamp says of the preparation."""
+        spec = self.image_spec
+        return {"resize": f"{spec.fit} to {spec.size} px, {spec.interpolation}, antialiased", "templates": list(self.templates)}
+
+    def save(self, folder: Path) -> None:
+        """Write ``processor.json`` and ``tokenizer.json`` into an existing folder."""
+        saved = SavedProcessor(image=self.image_spec, context_length=self.context_length, templates=self.templates)
+        (folder / PROCESSOR_FILE).write_text(json.dumps(saved.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+        self.tokenizer.save(folder / TOKENIZER_FILE)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Processor":
+        """Read what `save` wrote. Raises `CheckpointError` when it is not there."""
+        path = folder / PROCESSOR_FILE
+        if not path.is_file():
+            raise CheckpointError(f"{folder}: no {PROCESSOR_FILE}; a model folder holds one, write it with mm.save or mm train")
+        saved = validate(SavedProcessor, read_json(path), str(path))
+        return cls(
+            image=saved.image,
+            tokenizer=TextTokenizer.load(folder / TOKENIZER_FILE),
+            context_length=saved.context_length,
+            templates=saved.templates,
+        )

@@ -1,0 +1,38 @@
+"""The configuration of a run: which system, prepared how, learning from what, for how long."""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import model_validator
+
+from mm.config import StrictConfig
+from mm.data.config import DataConfig
+from mm.processor import ProcessorConfig
+from mm.systems import SystemConfig
+from mm.training.config import TrainConfig
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+class RunConfig(StrictConfig):
+    """Everything that decides what a run computes.
+
+    Args:
+        system: The network and its objective; ``system.name`` picks which.
+        processor: Preparation of raw pictures and texts.
+        data: Sources, captions, augmentation, order.
+        train: Optimisation, precision, checkpoints.
+        init_from: A MODEL whose weights and preparation the run starts from; its network must be the one configured.
+    """
+
+    system: SystemConfig
+    data: DataConfig
+    processor: ProcessorConfig = ProcessorConfig()
+    train: TrainConfig = TrainConfig()
+    init_from: str | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.train.batch_size < 2:
+            raise ValueError("train.batch_size must be at least 2: a contrastive loss compares samples of a batch")
+        return self

@@ -1,0 +1,203 @@
+"""Using a model on one's own files: classify pictures, search a folder."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mm.errors import BadSample, UserError
+from mm.evaluation.zero_shot import class_vectors, ranked
+from mm.hub import Model
+from mm.paths import cache_folder
+from mm.run.evaluation import loaded
+
+Progress = Callable[[int, int], None]
+
+PICTURE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The labels of one picture, most likely first, with their probabilities."""
+
+    image: str
+    labels: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One found picture and its cosine with the query."""
+
+    path: Path
+    score: float
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Found pictures, best first.
+
+    Args:
+        query: The words or the picture that was asked for.
+        hits: Best first.
+        searched: Number of pictures in the index.
+        skipped: Files that could not be read, with the reason.
+    """
+
+    query: str
+    hits: tuple[Hit, ...]
+    searched: int
+    skipped: tuple[str, ...]
+
+
+def classify(
+    model: str | Path | Model,
+    images: Sequence[Any],
+    labels: Sequence[str],
+    *,
+    templates: Sequence[str] | None = None,
+    device: str = "auto",
+) -> list[Prediction]:
+    """Classify pictures among labels.
+
+    Args:
+        model: A loaded model or a MODEL reference.
+        images: Paths (a folder stands for all pictures in it), bytes, PIL images, arrays or tensors.
+        labels: Class names, at least two.
+        templates: Prompt ensemble; default: the processor's.
+        device: Where to compute; ``auto`` chooses.
+
+    Raises:
+        UserError: No picture, fewer than two labels, a file that is no picture.
+    """
+    if len(set(labels)) < 2:
+        raise UserError(f"labels: give at least two different ones, separated by commas, got {list(labels)}")
+    raws = [item for image in images for item in _expand(image)]
+    if not raws:
+        raise UserError("no pictures to classify")
+    model = loaded(model, device)
+    candidates = class_vectors(model.embed_texts, labels, tuple(templates or model.processor.templates))
+    vectors = model.embed_images(raws)
+    order, _ = ranked(vectors, candidates, len(labels))
+    probabilities = model.scores(vectors, candidates).softmax(1).gather(1, order)
+    return [
+        Prediction(
+            image=str(raw) if isinstance(raw, str | Path) else f"picture {number}",
+            labels=tuple(labels[column] for column in order[number].tolist()),
+            probabilities=tuple(probabilities[number].tolist()),
+        )
+        for number, raw in enumerate(raws)
+    ]
+
+
+def search(
+    model: str | Path | Model,
+    folder: str | Path,
+    *,
+    text: str | None = None,
+    image: Any = None,
+    k: int = 12,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> SearchResult:
+    """Find the pictures of a folder that fit words or look like a picture.
+
+    The folder's vectors are kept in the cache; a file that was added or changed since is encoded anew.
+
+    Raises:
+        UserError: Not exactly one query, no such folder, no picture in it.
+    """
+    if (text is None) == (image is None):
+        raise UserError("give exactly one query: --text WORDS or --image FILE")
+    model = loaded(model, device)
+    folder = Path(folder)
+    query = model.embed_texts([text]) if text is not None else model.embed_images([image])
+    paths, vectors, skipped = index_folder(model, folder, progress=progress)
+    scores, rows = _nearest(vectors, query, min(k, len(paths)))
+    hits = tuple(Hit(folder / paths[row], score) for row, score in zip(rows, scores, strict=True))
+    return SearchResult(query=text if text is not None else str(image), hits=hits, searched=len(paths), skipped=tuple(skipped))
+
+
+def index_folder(model: Model, folder: Path, *, progress: Progress | None = None) -> tuple[list[str], Tensor, list[str]]:
+    """Relative paths of a folder's pictures, their unit vectors ``(N, D)``, and what was left out with the reason.
+
+    Raises:
+        UserError: No such folder, or no readable picture in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; --index takes a folder of pictures")
+    files = {str(path.relative_to(folder)): path for path in _pictures(folder)}
+    key = hashlib.sha256(f"{model.fingerprint} {folder.resolve()}".encode()).hexdigest()[:32]
+    cache = cache_folder() / "search" / f"{key}.safetensors"
+    known = _recall(cache)
+    stamps = {name: f"{path.stat().st_mtime_ns} {path.stat().st_size}" for name, path in files.items()}
+    vectors = {name: vector for name, (stamp, vector) in known.items() if stamps.get(name) == stamp}
+    missing = [name for name in files if name not in vectors]
+    skipped = []
+    for done, name in enumerate(missing, start=1):
+        try:
+            vectors[name] = model.embed_images([files[name]])[0]
+        except (UserError, BadSample) as error:
+            skipped.append(str(error))
+        if progress:
+            progress(done, len(missing))
+    if not vectors:
+        reason = f" ({skipped[0]})" if skipped else ""
+        raise UserError(f"{folder}: no readable picture in it{reason}; pictures are {', '.join(sorted(PICTURE_EXTENSIONS))}")
+    names = sorted(vectors)
+    if missing or len(vectors) < len(known):
+        _remember(cache, {name: (stamps[name], vectors[name]) for name in names})
+    return names, torch.stack([vectors[name] for name in names]), skipped
+
+
+def _nearest(vectors: Tensor, query: Tensor, k: int) -> tuple[list[float], list[int]]:
+    """Exact inner-product search."""
+    import faiss
+
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors.numpy())
+    scores, rows = index.search(query.numpy(), k)
+    return scores[0].tolist(), rows[0].tolist()
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_EXTENSIONS and path.is_file())
+
+
+def _expand(image: Any) -> list[Any]:
+    """A folder becomes its pictures; everything else stays what it is."""
+    if isinstance(image, str | Path) and Path(image).is_dir():
+        found: list[Any] = list(_pictures(Path(image)))
+        if not found:
+            raise UserError(f"{image}: no picture in this folder")
+        return found
+    return [image]
+
+
+def _recall(path: Path) -> dict[str, tuple[str, Tensor]]:
+    """Stamp and vector of each file that was indexed before; a damaged cache is made again."""
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            stamps = json.loads(file.metadata()["stamps"])
+            vectors = file.get_tensor("vectors")
+        return {name: (stamp, vectors[row]) for row, (name, stamp) in enumerate(stamps)}
+    except (SafetensorError, KeyError, ValueError, TypeError, IndexError):
+        path.unlink(missing_ok=True)
+        return {}
+
+
+def _remember(path: Path, entries: dict[str, tuple[str, Tensor]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"stamps": json.dumps([(name, stamp) for name, (stamp, _) in entries.items()])}
+    temporary = path.with_suffix(".tmp")
+    save_file({"vectors": torch.stack([vector for _, vector in entries.values()])}, temporary, metadata=metadata)
+    temporary.replace(path)

@@ -1,0 +1,116 @@
+"""Samples to batches: where a data source meets a model's processor. Picklable, so that loader workers can do the work."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm.data.augment import AugmentConfig, augment
+from mm.data.captions import Captioner, look_up
+from mm.errors import BadSample
+from mm.media.image import decode_image, fit_image
+from mm.processor import Processor
+from mm.seeding import derive_seed, generator
+from mm.types import Batch, Sample
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prepared sample: pixels uint8 ``(3 or 4, S, S)``, captions, the group of its positives, the seed of its changes."""
+
+    id: str
+    image: Tensor
+    texts: tuple[str, ...]
+    fields: Mapping[str, Any]
+    group: int = 0
+    augment_seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainPreparation:
+    """Random captions and augmented pictures. Everything random is a function of (seed, visit, sample id, purpose).
+
+    Args:
+        processor: The model's preparation.
+        captioner: Draws a caption from weighted templates.
+        augment: Picture augmentation.
+        positives: What makes two samples positives of each other: ``text``, ``none`` or the name of a field.
+        seed: Seed of the run.
+    """
+
+    processor: Processor
+    captioner: Captioner
+    augment: AugmentConfig
+    positives: str
+    seed: int
+
+    def __call__(self, sample: Sample, visit: int) -> Item:
+        caption = self.captioner(sample, generator(self.seed, visit, sample.id, "caption"))
+        return Item(
+            id=sample.id,
+            image=_pixels(sample, self.processor, keep_alpha=True),
+            texts=(caption,),
+            fields=sample.fields,
+            group=_group(sample, caption, self.positives),
+            augment_seed=derive_seed(self.seed, visit, sample.id, "augment"),
+        )
+
+    def collate(self, items: Sequence[Item], epoch: int) -> Batch:
+        """Change all pictures of the batch at once; what becomes of each depends on its own seed alone."""
+        pixels = _stack([item.image for item in items])
+        image = augment(pixels, [item.augment_seed for item in items], self.augment, self.processor.image_spec.size)
+        return Batch(
+            ids=tuple(item.id for item in items),
+            image=image,
+            text=self.processor.text([item.texts[0] for item in items]),
+            groups=torch.tensor([item.group for item in items], dtype=torch.int64),
+        )
+
+
+@dataclass(frozen=True)
+class EvalPreparation:
+    """The processor's own preparation and all captions: the same sample always gives the same tensors."""
+
+    processor: Processor
+
+    def __call__(self, sample: Sample, visit: int) -> Item:
+        texts = tuple(text for text in sample.texts if text.strip())
+        return Item(id=sample.id, image=_pixels(sample, self.processor, keep_alpha=False), texts=texts, fields=sample.fields)
+
+    def collate(self, items: Sequence[Item], epoch: int) -> Batch:
+        return Batch(
+            ids=tuple(item.id for item in items),
+            image=torch.stack([item.image for item in items]),
+            fields=tuple(item.fields for item in items),
+            captions=tuple(item.texts for item in items),
+        )
+
+
+def _pixels(sample: Sample, processor: Processor, *, keep_alpha: bool) -> Tensor:
+    data = sample.media.get("image")
+    if data is None:
+        raise BadSample("no picture", sample.id)
+    return fit_image(decode_image(data, where=sample.id), processor.image_spec, keep_alpha=keep_alpha)
+
+
+def _group(sample: Sample, text: str, positives: str) -> int:
+    """Number of the group of positives. Samples of equal captions or equal fields share one."""
+    if positives == "none":
+        return derive_seed(sample.id)
+    if positives == "text":
+        return derive_seed(text)
+    value = look_up(sample.fields, positives)
+    if value is None:
+        raise BadSample(f"missing field '{positives}'", sample.id)
+    return derive_seed(str(value))
+
+
+def _stack(images: Sequence[Tensor]) -> Tensor:
+    """Stack pictures with and without transparency; the latter become opaque."""
+    if all(image.shape[0] == images[0].shape[0] for image in images):
+        return torch.stack(list(images))
+    return torch.stack(
+        [image if image.shape[0] == 4 else torch.cat([image, torch.full_like(image[:1], 255)]) for image in images]
+    )

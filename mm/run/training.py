@@ -1,0 +1,169 @@
+"""Training from a configuration: open the data, learn the vocabulary, build the system, hand all to the loop."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mm.config import apply_overrides, load_config, to_dict, validate, write_yaml
+from mm.data.captions import Captioner, corpus
+from mm.data.loader import Loader
+from mm.data.sources import open_source, open_training_source
+from mm.errors import BadSample, ConfigError
+from mm.hub import CONFIG_FILE, Model, load
+from mm.processor import Processor
+from mm.run.config import RunConfig
+from mm.run.preparation import TrainPreparation
+from mm.run.validation import Validator
+from mm.systems import build
+from mm.tokenizers.text import TextTokenizer
+from mm.training.devices import seed_everything
+from mm.training.loop import TrainResult
+from mm.training.loop import train as train_loop
+from mm.training.parallel import environment
+from mm.types import Source, System
+
+DEFAULT_RUNS = Path("runs")
+MAX_CORPUS_SAMPLES = 200_000
+"""Samples whose captions teach the vocabulary, evenly spread over larger sources."""
+
+
+def train(
+    config: str | Path | RunConfig, overrides: Sequence[str] = (), *, out: str | Path | None = None, **loop_options: Any
+) -> TrainResult:
+    """Train a system from a configuration. The run folder's newest checkpoint is resumed; a finished run returns at once.
+
+    Args:
+        config: A YAML file or a validated configuration.
+        overrides: ``key.path=value`` changes to it.
+        out: Run folder; default ``runs/<name of the file>``.
+        loop_options: Passed on to `mm.training.loop.train`.
+
+    Raises:
+        UserError: Configuration, data or run folder cannot be used.
+    """
+    if isinstance(config, RunConfig):
+        name = config.system.name
+        resolved = validate(RunConfig, apply_overrides(to_dict(config), overrides), "configuration")
+    else:
+        name = Path(config).stem
+        resolved = load_config(RunConfig, Path(config), overrides)
+    run = assemble(resolved)
+    return train_loop(
+        run.system,
+        run.stream,
+        run.config.train,
+        Path(out) if out is not None else DEFAULT_RUNS / name,
+        validate=run.validator,
+        extra_files=run.write_files,
+        **loop_options,
+    )
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """The parts of a run, ready to be trained.
+
+    Args:
+        config: The configuration with what depends on the data filled in (vocabulary size).
+        system: The network.
+        processor: Its preparation.
+        stream: Its batches.
+        validator: Scores the network during training, or None.
+    """
+
+    config: RunConfig
+    system: System
+    processor: Processor
+    stream: Loader
+    validator: Validator | None
+
+    def write_files(self, folder: Path) -> None:
+        """What makes a checkpoint a model: the configuration and the preparation beside the weights."""
+        write_yaml(self.config, folder / CONFIG_FILE)
+        self.processor.save(folder)
+
+
+def assemble(config: RunConfig) -> Assembled:
+    """Open the data and build everything that a configuration names.
+
+    Raises:
+        UserError: When data, model or their combination cannot be used.
+    """
+    image_size = config.system.image.image_size
+    source = open_training_source(config.data, image_size=image_size)
+    start = load(config.init_from) if config.init_from else None
+    processor = _processor(config, source) if start is None else start.processor
+    config = _with_vocabulary(config, processor)
+    system = _system(config, start)
+    rank, world_size = environment()
+    captioner = Captioner(config.data.captions)
+    preparation = TrainPreparation(processor, captioner, config.data.augment, config.data.positives, config.train.seed)
+    sampling = config.data.sampling
+    stream = Loader(
+        source,
+        preparation,
+        preparation.collate,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        policy=sampling.policy,
+        field=sampling.field,
+        per_concept=sampling.per_concept,
+        workers=config.data.workers,
+        rank=rank,
+        world_size=world_size,
+        max_bad_fraction=config.data.max_bad_fraction,
+    )
+    return Assembled(config, system, processor, stream, _validator(config, processor, image_size))
+
+
+def _processor(config: RunConfig, source: Source) -> Processor:
+    """The preparation of a new model. The vocabulary is a pure function of the captions, so a resumed run finds the same."""
+    settings = config.processor
+    if settings.tokenizer == "clip":
+        tokenizer = TextTokenizer.clip_bpe()
+    else:
+        tokenizer = TextTokenizer.train_bpe(_corpus(config, source), config.system.text.vocab_size)
+    return Processor(
+        image=settings.image_spec(config.system.image.image_size),
+        tokenizer=tokenizer,
+        context_length=config.system.text.context_length,
+        templates=settings.templates,
+    )
+
+
+def _corpus(config: RunConfig, source: Source) -> Iterator[str]:
+    """Every text that the caption templates can make of the training samples, and the prompts of evaluation."""
+    yield from config.processor.templates
+    step = max(1, len(source) // MAX_CORPUS_SAMPLES)
+    for index in range(0, len(source), step):
+        try:
+            yield from corpus(source.read(index), config.data.captions)
+        except BadSample:
+            continue
+
+
+def _with_vocabulary(config: RunConfig, processor: Processor) -> RunConfig:
+    """The configuration with the vocabulary's true size, which may be smaller than asked for."""
+    text = config.system.text.model_copy(update={"vocab_size": processor.tokenizer.vocab_size})
+    return config.model_copy(update={"system": config.system.model_copy(update={"text": text})})
+
+
+def _system(config: RunConfig, start: Model | None) -> System:
+    seed_everything(config.train.seed, torch.device("cpu"))
+    system = build(config.system)
+    if start is not None:
+        if start.config != config.system:
+            raise ConfigError(
+                f"init_from: '{config.init_from}' is another network than 'system' describes; see `mm info --yaml`"
+            )
+        system.load_state_dict(start.system.state_dict())
+    return system
+
+
+def _validator(config: RunConfig, processor: Processor, image_size: int) -> Validator | None:
+    if config.data.validation is None:
+        return None
+    return Validator(open_source(config.data.validation, image_size=image_size), processor, config.system)

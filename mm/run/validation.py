@@ -1,0 +1,107 @@
+"""Scores during training: retrieval and, where the source has labels, zero-shot accuracy, on pictures decoded once."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm.data.labels import label_of, label_task
+from mm.data.loader import Loader
+from mm.errors import UserError
+from mm.evaluation.retrieval import ranks
+from mm.evaluation.zero_shot import class_vectors, label_ranks
+from mm.hub import Model
+from mm.processor import Processor
+from mm.run.preparation import EvalPreparation
+from mm.systems import SystemConfig
+from mm.types import Source, System
+
+MAX_SAMPLES = 2000
+BATCH_SIZE = 128
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Validation pictures as the network takes them, with their captions and fields."""
+
+    pixels: tuple[Tensor, ...]
+    captions: tuple[tuple[str, ...], ...]
+    fields: tuple[Any, ...]
+
+
+class Validator:
+    """Called by the training loop with the network in evaluation mode.
+
+    Figures, as fractions: ``r1`` is the mean of ``image_to_text_r1`` and ``text_to_image_r1``; ``top1`` where there are labels.
+
+    Args:
+        source: Captioned or labelled pictures, of which the first 2,000 usable ones are taken.
+        processor: The network's preparation.
+        config: The network's configuration.
+    """
+
+    def __init__(self, source: Source, processor: Processor, config: SystemConfig) -> None:
+        self._source, self._processor, self._config = source, processor, config
+        self._held: _Held | None = None
+
+    def __call__(self, system: System) -> dict[str, float]:
+        held = self._held = self._held or self._read()
+        device = next(system.parameters()).device
+        model = Model(system=system, processor=self._processor, config=self._config, name="validation", device=device)
+        vectors = torch.cat([model.embed_pixels(pixels) for pixels in held.pixels])
+        figures = self._retrieval(model, vectors, held) | self._zero_shot(model, vectors, held)
+        if not figures:
+            raise UserError(f"{self._source.name}: has neither captions nor labels to validate with; leave data.validation out")
+        return figures
+
+    def _read(self) -> _Held:
+        preparation = EvalPreparation(self._processor)
+        loader = Loader(
+            self._source,
+            preparation,
+            preparation.collate,
+            batch_size=BATCH_SIZE,
+            seed=0,
+            tail="short",
+            shuffle=False,
+            substitute=False,
+        )
+        batches = []
+        for batch in loader.one_epoch():
+            batches.append(batch)
+            if sum(map(len, batches)) >= MAX_SAMPLES:
+                break
+        return _Held(
+            tuple(batch.image for batch in batches if batch.image is not None),
+            tuple(captions for batch in batches for captions in batch.captions),
+            tuple(fields for batch in batches for fields in batch.fields),
+        )
+
+    def _retrieval(self, model: Model, vectors: Tensor, held: _Held) -> dict[str, float]:
+        rows = [row for row, captions in enumerate(held.captions) if captions]
+        if not rows:
+            return {}
+        texts = model.embed_texts([held.captions[row][0] for row in rows])
+        found = ranks(vectors[rows], texts, torch.arange(len(rows)))
+        image_to_text = (found.image_to_text < 1).float().mean().item()
+        text_to_image = (found.text_to_image < 1).float().mean().item()
+        return {
+            "r1": (image_to_text + text_to_image) / 2,
+            "image_to_text_r1": image_to_text,
+            "text_to_image_r1": text_to_image,
+        }
+
+    def _zero_shot(self, model: Model, vectors: Tensor, held: _Held) -> dict[str, float]:
+        try:
+            task = label_task(self._source)
+        except UserError:  # captions alone are enough to validate with
+            return {}
+        index = {name: position for position, name in enumerate(task.classes)}
+        labels = [index.get(label_of(fields, task.label) or "") for fields in held.fields]
+        rows = [row for row, label in enumerate(labels) if label is not None]
+        if len(index) < 2 or not rows:
+            return {}
+        candidates = class_vectors(model.embed_texts, task.classes, self._processor.templates)
+        found = label_ranks(vectors[rows], candidates, torch.tensor([labels[row] for row in rows]))
+        return {"top1": (found < 1).float().mean().item()}

@@ -1,0 +1,185 @@
+"""Results for people: tables on the terminal, pictures and JSON in files."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from mm.data.check import Report
+from mm.data.write import Packed
+from mm.errors import UserError
+from mm.evaluation.metrics import Result
+from mm.evaluation.sheet import contact_sheet
+from mm.media.image import open_image
+from mm.run.inference import Prediction, SearchResult
+from mm.training.loop import TrainResult
+
+SHOWN_LABELS = 5
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Give ``progress(done, total)`` and draw it on standard error, where that is a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def trained(outcome: TrainResult) -> None:
+    """How a training ended, and what to do next."""
+    console = Console()
+    figures = ", ".join(f"{name} {value:.1%}" for name, value in outcome.metrics.items())
+    console.print(f"step {outcome.step}, {outcome.seconds:.0f} s" + (f", validation: {figures}" if figures else ""))
+    skipped = outcome.accounting.get("skipped", 0)
+    if skipped:
+        causes = ", ".join(f"{cause} {count}" for cause, count in sorted(outcome.accounting.get("causes", {}).items()))
+        console.print(f"{skipped} samples of this epoch could not be used: {causes}")
+    if outcome.checkpoint is not None:
+        console.print(f"checkpoint: {outcome.checkpoint}", soft_wrap=True)
+
+
+def result(measured: Result, title: str, json_file: Path | None) -> None:
+    """A table of figures with intervals and protocol."""
+    Console().print(measured.table(title))
+    if json_file:
+        measured.write(json_file)
+        print(f"written: {json_file}")
+
+
+def predictions(found: Sequence[Prediction], json_file: Path | None) -> None:
+    """The likeliest labels of each picture."""
+    table = Table()
+    table.add_column("picture")
+    table.add_column("label")
+    table.add_column("probability", justify="right")
+    table.add_column("then")
+    for entry in found:
+        ranked = list(zip(entry.labels, entry.probabilities, strict=True))
+        others = ", ".join(f"{label} {probability:.1%}" for label, probability in ranked[1:SHOWN_LABELS])
+        table.add_row(Text(entry.image), Text(ranked[0][0], style="bold"), f"{ranked[0][1]:.1%}", Text(others, style="dim"))
+    Console().print(table)
+    values = [{"image": e.image, "labels": list(e.labels), "probabilities": list(e.probabilities)} for e in found]
+    _write_json(json_file, {"predictions": values})
+
+
+def hits(found: SearchResult, sheet: Path | None, json_file: Path | None) -> None:
+    """The found files with their scores; a contact sheet where a file for it is given."""
+    table = Table(caption=f"{found.searched} pictures searched", caption_justify="left")
+    table.add_column("rank", justify="right")
+    table.add_column("cosine", justify="right")
+    table.add_column("file")
+    for rank, hit in enumerate(found.hits, start=1):
+        table.add_row(str(rank), f"{hit.score:.3f}", Text(str(hit.path)))
+    Console().print(table)
+    if found.skipped:
+        print(f"{len(found.skipped)} files left out, for example {found.skipped[0]}", file=sys.stderr)
+    if sheet:
+        pictures = [open_image(hit.path) for hit in found.hits]
+        captions = [f"{hit.path.name}  {hit.score:.2f}" for hit in found.hits]
+        save_picture(contact_sheet(pictures, captions, title=f"{found.query}"), sheet)
+        print(f"contact sheet: {sheet}")
+    values = [{"file": str(hit.path), "score": hit.score} for hit in found.hits]
+    _write_json(json_file, {"query": found.query, "hits": values, "searched": found.searched})
+
+
+def packed(outcome: Packed, folder: Path) -> None:
+    """What went into the shards and what did not."""
+    print(f"{outcome.samples} samples in {len(outcome.shards)} shards in {folder}")
+    for cause, count in outcome.bad.most_common():
+        print(f"left out: {count} ({cause})")
+
+
+def checked(report: Report, json_file: Path | None) -> None:
+    """Counts of a source, good and bad."""
+    table = Table(title=Text(report.name), title_justify="left", show_header=False)
+    table.add_column("what")
+    table.add_column("count", justify="right")
+    table.add_column("example", style="dim")
+    table.add_row("samples", str(report.samples), "")
+    table.add_row("good", str(report.good), "", style="green")
+    for cause, count in report.bad.most_common():
+        table.add_row(Text(cause), str(count), Text(report.examples[cause][0]), style="red")
+    for what, count in (
+        ("without text", report.without_text),
+        ("without picture or sound", report.without_media),
+        ("repeated ids", report.repeated_ids),
+        ("repeated pictures", report.repeated_pictures),
+    ):
+        if count:
+            table.add_row(what, str(count), "", style="yellow")
+    for bucket, count in report.shorter_side.items():
+        table.add_row(f"shorter side {bucket} px", str(count), "")
+    table.add_row("media, MB", f"{report.media_bytes / 1e6:.1f}", "")
+    for note, value in report.shards.items():
+        table.add_row(Text(f"shards: {note}"), "", Text(str(value)))
+    Console().print(table)
+    _write_json(json_file, report.to_json())
+
+
+def catalogue(entries: Mapping[str, Mapping[str, str]]) -> None:
+    """Names and their lines, kind by kind."""
+    for kind, names in entries.items():
+        table = Table(title=Text(kind, style="bold"), title_justify="left", show_header=False, box=None)
+        table.add_column("name", style="cyan", no_wrap=True)
+        table.add_column("what")
+        for name, line in names.items():
+            table.add_row(Text(name), Text(line))
+        Console().print(table)
+
+
+def description(values: Mapping[str, Any], json_file: Path | None) -> None:
+    """A model's description as an indented outline."""
+    console = Console()
+    _outline(console, values, 0)
+    _write_json(json_file, values)
+
+
+def save_picture(picture: Any, path: Path) -> None:
+    """Save a PIL image. Raises `UserError` where the file cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: the picture cannot be written: {error}; give a name that ends in .png") from None
+
+
+def _outline(console: Console, values: Mapping[str, Any], depth: int) -> None:
+    for key, value in values.items():
+        head = Text("  " * depth + key.replace("_", " ") + ": ", style="cyan")
+        if isinstance(value, Mapping):
+            console.print(head)
+            _outline(console, value, depth + 1)
+        else:
+            body = (
+                f"{value:,}"
+                if isinstance(value, int)
+                else ", ".join(map(str, value))
+                if isinstance(value, list)
+                else str(value)
+            )
+            console.print(head + Text(body), soft_wrap=True)
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_inline, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _write_json(path: Path | None, values: Mapping[str, Any]) -> None:
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: the result cannot be written: {error.strerror}; give a path in an existing folder") from None
+    print(f"written: {path}")

@@ -1,0 +1,198 @@
+"""CLIP: a picture tower and a text tower trained to agree on which caption belongs to which picture.
+
+Papers: CLIP https://arxiv.org/abs/2103.00020, SigLIP https://arxiv.org/abs/2303.15343 (``loss: siglip``), LiT
+https://arxiv.org/abs/2111.07991 (``lock``), supervised contrastive https://arxiv.org/abs/2004.11362 (``image_image_weight``).
+
+Deviations from the CLIP paper: a picture may have several positive captions and a caption several positive pictures
+(`Batch.groups`); the queue of past features (``queue_size``) holds those of the towers themselves, not of a momentum copy.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from mm.config import StrictConfig
+from mm.encoders.image import ImageEncoderConfig, build_image_encoder
+from mm.encoders.text import TextEncoderConfig, build_text_encoder
+from mm.fusion.dual_tower import INITIAL_LOGIT_SCALE, DualTower
+from mm.losses.contrastive import info_nce, siglip, supervised_contrastive
+from mm.losses.gather import Gather, current_gather
+from mm.losses.queue import FeatureQueue
+from mm.seeding import derive_seed
+from mm.types import Batch, Losses, System, TextBatch
+
+TOWERS = ("image", "text")
+
+SIGLIP_LOGIT_SCALE = math.log(10)
+SIGLIP_LOGIT_BIAS = -10.0
+"""SigLIP's initial values: with them the many negatives of a fresh model cost next to nothing (section 3.2)."""
+
+
+class ClipConfig(StrictConfig):
+    """CLIP with its two encoders.
+
+    Args:
+        image: The picture encoder.
+        text: The text encoder.
+        embed_dim: Width of the shared space.
+        loss: ``infonce`` (softmax over the global batch) or ``siglip`` (a sigmoid for each pair).
+        chunk_size: Rows of the similarity matrix in memory at once; null chooses by size, 0 keeps all of it. Same loss.
+        label_smoothing: Share of InfoNCE's target that is spread evenly over the batch, in 0..1.
+        image_image_weight: Weight of the supervised contrastive loss between pictures of the same group; 0 leaves it out.
+        queue_size: Past features of each tower kept as further negatives of InfoNCE; 0 for none. ``Batch.groups`` must then
+            number things alike in all batches.
+        lock: Towers whose encoders keep their weights; their projections are trained.
+    """
+
+    name: Literal["clip"] = "clip"
+    image: ImageEncoderConfig = ImageEncoderConfig()
+    text: TextEncoderConfig = TextEncoderConfig()
+    embed_dim: int = Field(default=512, ge=1)
+    loss: Literal["infonce", "siglip"] = "infonce"
+    chunk_size: int | None = Field(default=None, ge=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    image_image_weight: float = Field(default=0.0, ge=0)
+    queue_size: int = Field(default=0, ge=0)
+    lock: tuple[Literal["image", "text"], ...] = ()
+
+    @model_validator(mode="after")
+    def _possible(self) -> "ClipConfig":
+        if self.loss == "siglip" and (self.label_smoothing or self.queue_size):
+            option = "label_smoothing" if self.label_smoothing else "queue_size"
+            raise ValueError(f"{option} belongs to loss: infonce; set it to 0 for loss: siglip")
+        if len(set(self.lock)) < len(self.lock):
+            raise ValueError(f"lock names a tower twice: {', '.join(self.lock)}")
+        return self
+
+
+class Clip(System):
+    """A dual tower with a contrastive loss.
+
+    Args:
+        towers: The ``image`` and ``text`` towers, their scale, and their bias for SigLIP.
+        queues: Past features by tower name, or None.
+        chunk_size: See `ClipConfig`.
+        label_smoothing: See `ClipConfig`.
+        image_image_weight: See `ClipConfig`.
+    """
+
+    def __init__(
+        self,
+        towers: DualTower,
+        *,
+        queues: Mapping[str, FeatureQueue] | None = None,
+        chunk_size: int | None = None,
+        label_smoothing: float = 0.0,
+        image_image_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.towers = towers
+        self._queues = dict(queues or {})  # the same modules as below, with their type
+        self.queues = nn.ModuleDict(self._queues)
+        self.chunk_size = chunk_size
+        self.label_smoothing = label_smoothing
+        self.image_image_weight = image_image_weight
+        self._to_queue: tuple[Mapping[str, Tensor], Tensor] | None = None
+
+    def represent(self, batch: Batch) -> dict[str, Tensor]:
+        """Unit vectors ``image`` and ``text``, each ``(B, D)``."""
+        return {name: self.towers.embed(name, getattr(batch, name)) for name in TOWERS}
+
+    def loss_from(self, representations: Mapping[str, Tensor], batch: Batch, step: int) -> Losses:
+        """The contrastive loss of the whole batch given its unit vectors."""
+        scale, gather = self.towers.scale(), current_gather()
+        total = contrastive = self._contrastive(representations, batch, scale, gather)
+        parts = {"contrastive": contrastive, "logit_scale": scale}
+        if self.image_image_weight:
+            groups = _things(batch, scale.device) if batch.groups is None else batch.groups
+            parts["image_image"] = supervised_contrastive(
+                representations["image"], scale, groups, chunk_size=self.chunk_size, gather=gather
+            )
+            total = total + self.image_image_weight * parts["image_image"]
+        return Losses(total, {name: part.detach() for name, part in parts.items()})
+
+    def loss(self, batch: Batch, step: int) -> Losses:
+        """Training loss of this rank's share of the global batch."""
+        return self.loss_from(self.represent(batch), batch, step)
+
+    def after_step(self, step: int) -> None:
+        """Clamp the scale; queue the features of the step that was applied."""
+        self.towers.clamp_()
+        if self._to_queue is not None:
+            features, ids = self._to_queue
+            for name, queue in self._queues.items():
+                queue.push(features[name], ids, current_gather())
+            self._to_queue = None
+
+    def embed_image(self, image: Tensor) -> Tensor:
+        """Pixels ``(B, 3, H, W)`` to unit vectors ``(B, D)``, fp32."""
+        return self.towers.embed("image", image)
+
+    def embed_text(self, text: TextBatch) -> Tensor:
+        """Token ids to unit vectors ``(B, D)``, fp32."""
+        return self.towers.embed("text", text)
+
+    def scores(self, queries: Tensor, items: Tensor) -> Tensor:
+        """Logits ``(Q, M)`` of vectors from either tower."""
+        return self.towers.scores(queries, items)
+
+    def _contrastive(self, representations: Mapping[str, Tensor], batch: Batch, scale: Tensor, gather: Gather | None) -> Tensor:
+        image, text = representations["image"], representations["text"]
+        groups, bias = batch.groups, self.towers.logit_bias
+        if bias is not None:
+            return siglip(image, text, scale, bias, groups=groups, chunk_size=self.chunk_size, gather=gather)
+        negatives = None
+        if self._queues:
+            groups = _things(batch, image.device) if groups is None else groups
+            negatives = self._queues["image"].content(), self._queues["text"].content()
+            if self.training and torch.is_grad_enabled():
+                self._to_queue = {name: vectors.detach() for name, vectors in representations.items()}, groups
+        return info_nce(
+            image,
+            text,
+            scale,
+            groups=groups,
+            chunk_size=self.chunk_size,
+            label_smoothing=self.label_smoothing,
+            negatives=negatives,
+            gather=gather,
+        )
+
+
+def build(config: ClipConfig, parts: Mapping[str, Any] | None = None) -> Clip:
+    """Build CLIP with fresh weights; ``parts`` may hold ready ``image`` and ``text`` encoders for the configured ones."""
+    parts = parts or {}
+    encoders = {
+        "image": parts["image"] if "image" in parts else build_image_encoder(config.image),
+        "text": parts["text"] if "text" in parts else build_text_encoder(config.text),
+    }
+    is_siglip = config.loss == "siglip"
+    towers = DualTower(
+        {name: (encoder, _projection(encoder.width, config.embed_dim)) for name, encoder in encoders.items()},
+        logit_scale=SIGLIP_LOGIT_SCALE if is_siglip else INITIAL_LOGIT_SCALE,
+        logit_bias=SIGLIP_LOGIT_BIAS if is_siglip else None,
+        locked=config.lock,
+    )
+    return Clip(
+        towers,
+        queues={name: FeatureQueue(config.queue_size, config.embed_dim) for name in TOWERS} if config.queue_size else None,
+        chunk_size=config.chunk_size,
+        label_smoothing=config.label_smoothing,
+        image_image_weight=config.image_image_weight,
+    )
+
+
+def _projection(width: int, embed_dim: int) -> nn.Linear:
+    """CLIP's projection: no bias, standard deviation ``width ** -0.5``, which keeps the variance of its input."""
+    projection = nn.Linear(width, embed_dim, bias=False)
+    nn.init.normal_(projection.weight, std=width**-0.5)
+    return projection
+
+
+def _things(batch: Batch, device: torch.device) -> Tensor:
+    """Lasting numbers of what each sample shows where the batch has no groups: each sample shows its own thing."""
+    return torch.tensor([derive_seed(name) for name in batch.ids], device=device)

@@ -1,0 +1,224 @@
+"""Text to token ids and back: byte-level BPE, so every text of every language has ids and comes back whole.
+
+Source: https://arxiv.org/abs/1508.07909 (BPE), on the ``tokenizers`` library.
+"""
+
+import gzip
+import html
+import importlib.util
+import json
+import os
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from mm.errors import UserError
+from mm.types import TextBatch
+
+# Loader workers are forked processes, in which the library's own threads would not survive.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+FORMAT = "mm-text-tokenizer-1"
+MAX_FILE_BYTES = 64 << 20
+PAD, START, END = "<pad>", "<start>", "<end>"
+NUM_BYTES = 256
+
+CLIP_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
+CLIP_VOCAB_SIZE = 49408
+CLIP_WORD_END = "</w>"
+CLIP_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
+"""Contractions, words, single digits and runs of the rest; U+0345 is in no class of the original's pattern and is lost there."""
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """What happens to a text before it is split, in this order; stored with the vocabulary.
+
+    Args:
+        repair: Undo wrong decodings and HTML escapes (CLIP does).
+        whitespace: Every run of whitespace becomes one space; none at the ends.
+        lowercase: Unicode lower case.
+        nfc: Compose characters, so that a letter has the same ids however it was typed.
+    """
+
+    repair: bool = False
+    whitespace: bool = True
+    lowercase: bool = True
+    nfc: bool = True
+
+    def __call__(self, text: str) -> str:
+        text = text.encode("utf-8", "replace").decode()  # a lone surrogate has no UTF-8 form
+        if self.repair:
+            text = _repair(text)
+        if self.whitespace:
+            text = " ".join(text.split())
+        if self.lowercase:
+            text = text.lower()
+        return unicodedata.normalize("NFC", text) if self.nfc else text
+
+
+class TextTokenizer:
+    """Makes batches of ids; can be pickled, also into loader workers.
+
+    The names of special tokens are ordinary characters in a text: no caption can end itself early.
+
+    Args:
+        tokenizer: Splits cleaned text; adds no special tokens.
+        cleaning: Done before.
+        start: Id put before a text.
+        end: Id put behind a text, also where it was cut.
+        pad: Id that fills up a batch.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, cleaning: Cleaning, start: int, end: int, pad: int) -> None:
+        self._tokenizer = tokenizer
+        self._tokenizer.encode_special_tokens = True
+        self.cleaning = cleaning
+        self.start, self.end, self.pad = start, end, pad
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special ones included."""
+        return self._tokenizer.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without start and end."""
+        return self._tokenizer.encode(self.cleaning(text), add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The cleaned text that has these ids, up to the first end token; spaces at its ends are not kept."""
+        ids = list(ids)
+        if self.end in ids:
+            ids = ids[: ids.index(self.end)]
+        return self._tokenizer.decode([i for i in ids if i != self.start], skip_special_tokens=False).strip()
+
+    def __call__(self, texts: Sequence[str], context_length: int) -> TextBatch:
+        """Ids and lengths of texts, padded to the longest of them.
+
+        Args:
+            texts: Any number of texts.
+            context_length: Longest row, start and end included; longer texts are cut, their last id is still the end token.
+        """
+        if context_length < 3:
+            raise UserError(f"context_length {context_length} leaves no room between start and end; use at least 3")
+        encoded = self._tokenizer.encode_batch_fast([self.cleaning(text) for text in texts], add_special_tokens=False)
+        rows = [[self.start, *row.ids[: context_length - 2], self.end] for row in encoded]
+        lengths = [len(row) for row in rows]
+        ids = torch.full((len(rows), max(lengths, default=0)), self.pad, dtype=torch.int64)
+        for row, values in zip(ids, rows, strict=True):
+            row[: len(values)] = torch.tensor(values)
+        return TextBatch(ids, torch.tensor(lengths, dtype=torch.int64))
+
+    def save(self, path: Path) -> None:
+        """Write everything to one JSON file; equal tokenizers give equal bytes."""
+        path.write_text(json.dumps(self._content(), ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "TextTokenizer":
+        """Read what `save` wrote. Raises `UserError` for anything else."""
+        try:
+            if path.stat().st_size > MAX_FILE_BYTES:
+                raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["format"] != FORMAT:
+                raise ValueError(f"its format is not {FORMAT}")
+            return cls._from_content(content)
+        except Exception as error:  # the library raises plain Exception for a damaged vocabulary
+            raise UserError(f"{path}: cannot be read as a text tokenizer: {error!r}; train or save the model again") from None
+
+    @classmethod
+    def train_bpe(cls, texts: Iterable[str], vocab_size: int, *, cleaning: Cleaning | None = None) -> "TextTokenizer":
+        """Learn a vocabulary; the same texts, in any order, give the same file.
+
+        Args:
+            texts: As many as there are; each is cleaned first.
+            vocab_size: Upper bound, at least 259 (256 bytes and three special tokens); pairs seen only once are not merged.
+            cleaning: As in `Cleaning` if None.
+        """
+        smallest = NUM_BYTES + len((PAD, START, END))
+        if vocab_size < smallest:
+            raise UserError(f"vocab_size {vocab_size}: 256 bytes and three special tokens need at least {smallest}")
+        cleaning = Cleaning() if cleaning is None else cleaning
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            special_tokens=[PAD, START, END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator((cleaning(text) for text in texts), trainer)
+        return cls(tokenizer, cleaning=cleaning, pad=0, start=1, end=2)
+
+    @classmethod
+    def clip_bpe(cls) -> "TextTokenizer":
+        """The tokenizer of OpenAI's CLIP, with the ids of ``open_clip.tokenizer.SimpleTokenizer``.
+
+        Texts that spell out a special token, ``<end_of_text>``, differ on purpose. Raises `UserError` where open_clip, which
+        brings the vocabulary, is not installed.
+        """
+        merges = _clip_merges()
+        alphabet = [chr(point) for point in _byte_characters()]
+        tokens = [*alphabet, *(character + CLIP_WORD_END for character in alphabet), *map("".join, merges)]
+        tokens += ["<start_of_text>", "<end_of_text>"]
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix=CLIP_WORD_END))
+        words = pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True)
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
+        tokenizer.decoder = decoders.Sequence([decoders.Replace(CLIP_WORD_END, " "), decoders.ByteLevel()])
+        cleaning = Cleaning(repair=True, nfc=False)
+        return cls(tokenizer, cleaning=cleaning, start=CLIP_VOCAB_SIZE - 2, end=CLIP_VOCAB_SIZE - 1, pad=0)
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "cleaning": asdict(self.cleaning),
+            "start": self.start,
+            "end": self.end,
+            "pad": self.pad,
+            "tokenizer": json.loads(self._tokenizer.to_str()),
+        }
+
+    @classmethod
+    def _from_content(cls, content: dict[str, Any]) -> "TextTokenizer":
+        tokenizer = Tokenizer.from_str(json.dumps(content["tokenizer"]))
+        special = {name: content[name] for name in ("start", "end", "pad")}
+        if not all(isinstance(i, int) and 0 <= i < tokenizer.get_vocab_size() for i in special.values()):
+            raise ValueError(f"special ids {special} are not in the vocabulary")
+        return cls(tokenizer, cleaning=Cleaning(**content["cleaning"]), **special)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TextTokenizer._from_content, (self._content(),)  # the library's own pickle forgets encode_special_tokens
+
+
+def _repair(text: str) -> str:
+    try:
+        import ftfy
+    except ImportError:
+        raise UserError('CLIP\'s text cleaning needs ftfy; install it with: pip install "mm-suite[hub]"') from None
+    return html.unescape(html.unescape(ftfy.fix_text(text)))
+
+
+def _clip_merges() -> list[tuple[str, str]]:
+    """The merges that CLIP uses: the file's first line is a title, and it lists more than the vocabulary has room for."""
+    package = importlib.util.find_spec("open_clip")
+    if package is None or not package.submodule_search_locations:
+        raise UserError('CLIP\'s vocabulary comes with open_clip; install it with: pip install "mm-suite[hub]"')
+    path = Path(package.submodule_search_locations[0]) / CLIP_VOCABULARY
+    lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
+    pairs = (line.split() for line in lines[1 : CLIP_VOCAB_SIZE - 2 * NUM_BYTES - 1])
+    return [(first, second) for first, second in pairs]
+
+
+def _byte_characters() -> list[int]:
+    """Code points that stand for bytes in byte-level vocabularies, in CLIP's order: printable Latin-1 first, then the others."""
+    printable = [byte for byte in range(NUM_BYTES) if 33 <= byte <= 126 or 161 <= byte <= 172 or byte >= 174]
+    return printable + [NUM_BYTES + i for i in range(NUM_BYTES - len(printable))]

@@ -1,0 +1,72 @@
+"""How a run is trained: length, optimizer, precision, checkpoints."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from mm.config import StrictConfig
+
+
+class TrainConfig(StrictConfig):
+    """Everything about optimisation that is the same for all systems.
+
+    Args:
+        steps: Optimizer steps of the whole run.
+        batch_size: Samples of a step, over all processes.
+        accumulate: Number of slices that each process computes one after the other, to fit a large batch into memory. Exact for
+            systems that cache gradients (contrastive ones), an average of slice losses otherwise.
+        lr: Peak learning rate.
+        betas: AdamW's averaging rates of the gradient and of its square.
+        eps: AdamW's constant in the denominator.
+        weight_decay: Decoupled decay of matrices (https://arxiv.org/abs/1711.05101).
+        schedule: Course of the learning rate after warm-up: half a cosine or a line down to ``final_lr``, or constant.
+        warmup_steps: Steps over which the learning rate rises linearly from 0.
+        final_lr: Learning rate at the end, as a fraction of ``lr``.
+        clip_norm: Largest global gradient norm; 0 does not clip.
+        ema_decay: Decay of the moving average of weights that evaluation uses; 0 keeps no average.
+        precision: bf16 autocast or fp32; auto takes bf16 where the hardware computes it.
+        compile: Compile the encoders with torch.compile.
+        seed: Seed of data order, augmentation, dropout.
+        device: Where to train; auto prefers CUDA, then MPS, then CPU.
+        checkpoint_every_steps: Save every so many steps; 0 saves by minutes only.
+        checkpoint_every_minutes: Save when so long has passed since the last save; 0 saves by steps only.
+        keep_last: Number of complete checkpoints to keep.
+        log_every: Steps between lines of ``metrics.jsonl``.
+        validate_every: Steps between validations; 0 validates at the end only.
+        max_nonfinite: Stop after so many consecutive steps whose loss or gradient is NaN or infinite; each is skipped.
+        log_ids: Write the ids of the consumed samples to ``ids.jsonl``.
+        tensorboard: Write TensorBoard files to ``tensorboard/``.
+    """
+
+    steps: int = Field(default=1000, ge=1)
+    batch_size: int = Field(default=256, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    lr: float = Field(default=1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(default=1e-6, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = Field(default=100, ge=0)
+    final_lr: float = Field(default=0.0, ge=0, le=1)
+    clip_norm: float = Field(default=1.0, ge=0)
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False
+    seed: int = Field(default=0, ge=0)
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    checkpoint_every_steps: int = Field(default=0, ge=0)
+    checkpoint_every_minutes: float = Field(default=10.0, ge=0)
+    keep_last: int = Field(default=2, ge=1)
+    log_every: int = Field(default=10, ge=1)
+    validate_every: int = Field(default=0, ge=0)
+    max_nonfinite: int = Field(default=10, ge=1)
+    log_ids: bool = True
+    tensorboard: bool = True
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas must lie in 0 <= beta < 1")
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate {self.accumulate} splits a batch of {self.batch_size} into more slices than samples")
+        return self

@@ -1,0 +1,56 @@
+"""Choose where and in which precision to compute."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from mm.errors import UserError
+
+
+def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """The device called ``auto``, ``cpu``, ``cuda`` or ``mps``; auto prefers CUDA, then MPS, then CPU.
+
+    Raises:
+        UserError: When that device is not there.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
+        raise UserError(f"train.device: no {name} device on this machine; use auto or cpu")
+    if name != "cuda":
+        return torch.device(name)
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"{local_rank + 1} processes on a machine with {torch.cuda.device_count()} GPUs; start one process a GPU"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Computing type of ``auto``, ``fp32`` or ``bf16``: auto is bf16 where the hardware multiplies it natively."""
+    if precision == "auto":
+        precision = "bf16" if _has_bf16(device) else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return False
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """A fresh autocast context, none for fp32. Weights cast under ``no_grad`` must not outlive a pass, so never share it."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def seed_everything(seed: int, device: torch.device) -> None:
+    """Seed the generators that layers draw from, on the CPU and on ``device``; cheap enough to do at every step."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)

@@ -1,0 +1,311 @@
+"""The one training loop: draws batches, steps, watches, saves, and resumes as if nothing had happened."""
+
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import mm
+from mm.config import to_dict
+from mm.errors import UserError
+from mm.training.checkpoint import Checkpoint, SaveError, latest_checkpoint, open_checkpoint, save_checkpoint
+from mm.training.config import TrainConfig
+from mm.training.feed import Feed
+from mm.training.guard import FlatLoss, NonFinite, StopSignals
+from mm.training.lock import run_lock
+from mm.training.parallel import World, gather_bytes, open_world, sum_over_ranks
+from mm.training.step import Stepper, StepReport, compile_parts
+from mm.training.tracking import OnEvent, Tracker
+from mm.training.window import Window
+from mm.types import BatchStream, CachesGradients, Embeds, System
+
+HABITS = {"checkpoint_every_steps", "checkpoint_every_minutes", "keep_last", "log_every", "validate_every", "max_nonfinite"}
+DECISIVE = frozenset(TrainConfig.model_fields) - HABITS - {"log_ids", "tensorboard"}
+"""Settings whose change makes a resumed run differ from one that had them from the start."""
+
+Validate = Callable[[System], Mapping[str, float]]
+ExtraFiles = Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a training ended.
+
+    Args:
+        step: Steps done.
+        metrics: Figures of the last validation; empty without one.
+        accounting: What the stream counted: delivered, skipped by cause, substitutes.
+        seconds: Time spent in training, earlier sessions of the same run included.
+        checkpoint: The last checkpoint that was saved.
+        stopped_by: ``"SIGTERM"`` or ``"SIGINT"`` when a signal ended it before the last step.
+        skipped_steps: Steps skipped because loss or gradient were not finite.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    accounting: Mapping[str, Any]
+    seconds: float
+    checkpoint: Path | None
+    stopped_by: str | None = None
+    skipped_steps: int = 0
+
+
+def train(
+    system: System,
+    stream: BatchStream,
+    config: TrainConfig,
+    run: Path,
+    *,
+    validate: Validate | None = None,
+    extra_files: ExtraFiles | None = None,
+    on_event: OnEvent | None = None,
+    progress: bool = True,
+    console: Console | None = None,
+) -> TrainResult:
+    """Train ``system`` for ``config.steps`` steps, resuming by itself what ``run`` already holds.
+
+    Randomness of a step (dropout, masks) is seeded by (seed, step, rank), data by its position: so a resumed run ends in the
+    same bits as an uninterrupted one, and neither validation nor checkpoints change it.
+
+    Args:
+        system: Built network; moved to the device and trained in place. It ends with its last weights, not the averaged ones.
+        stream: This process's part of each global batch; `mm.training.parallel.environment` tells which process this is.
+        config: Optimisation, precision, checkpoints.
+        run: Folder for checkpoints and logs.
+        validate: Figures of the system on held-out data; called on the main process with averaged weights, in evaluation mode
+            and without gradients.
+        extra_files: Writes what belongs beside the weights (configuration, processor) into the folder it is given.
+        on_event: Receives an `mm.training.tracking.Event` at each log line, validation, checkpoint and warning.
+        progress: Show progress on the console.
+        console: Where to show it, standard error by default.
+
+    Raises:
+        UserError: When another trainer works in ``run``, the loss stays non-finite, or what ``run`` holds does not fit.
+        SaveError: When the last checkpoint could not be written.
+    """
+    with ExitStack() as stack:
+        world = stack.enter_context(open_world(config.device))
+        stack.enter_context(run_lock(run) if world.is_main else nullcontext())
+        signals = stack.enter_context(StopSignals())
+        tracker = Tracker(
+            run,
+            config.steps,
+            enabled=world.is_main,
+            log_ids=config.log_ids,
+            tensorboard=config.tensorboard,
+            progress=progress,
+            on_event=on_event,
+            console=console,
+        )
+        stack.callback(tracker.close)
+        trainer = _Trainer(Stepper(system, config, world), Feed(stream, world.device), config, run, world, signals, tracker)
+        trainer.validate, trainer.extra_files = validate, extra_files
+        return trainer.run()
+
+
+class _Trainer:
+    """State of one training session; `run` is its only entry."""
+
+    validate: Validate | None = None
+    extra_files: ExtraFiles | None = None
+
+    def __init__(
+        self, stepper: Stepper, feed: Feed, config: TrainConfig, run: Path, world: World, signals: StopSignals, tracker: Tracker
+    ) -> None:
+        self.stepper, self.feed, self.config, self.world = stepper, feed, config, world
+        self.signals, self.tracker = signals, tracker
+        self.folder, self.nonfinite_path = run / "checkpoints", run / "nonfinite.jsonl"
+        self.nonfinite, self.window = NonFinite(), Window()
+        coupled = isinstance(stepper.system, Embeds) and isinstance(stepper.system, CachesGradients)
+        self.flat = FlatLoss(config.warmup_steps) if coupled else None
+        self.step = 0
+        self.metrics: dict[str, float] = {}
+        self.pending_ids: list[tuple[str, ...]] = []
+        self.earlier_seconds = 0.0
+        self.started = self.last_save = time.monotonic()
+        self.saved_step = -1
+        self.saved: Path | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self.earlier_seconds + time.monotonic() - self.started
+
+    def run(self) -> TrainResult:
+        """Resume or start, train to the last step or to a signal, save."""
+        self._resume()
+        if self.config.compile:
+            compile_parts(self.stepper.system)
+        self.stepper.system.train()
+        stopped = False
+        while self.step < self.config.steps and not stopped:
+            stopped = self._one_step()
+        if self.saved_step != self.step:
+            self._save(final=True)
+        if stopped:
+            message = f"stopped by {self.signals.requested or 'another process'} at step {self.step}; the same command resumes"
+            self.tracker.say(message)
+            self.tracker.event("stop", self.step, message)
+        return TrainResult(
+            step=self.step,
+            metrics=self.metrics,
+            accounting=self.feed.state().get("accounting", {}),
+            seconds=self.seconds,
+            checkpoint=self.saved,
+            stopped_by=(self.signals.requested or "SIGTERM") if stopped else None,
+            skipped_steps=self.nonfinite.total,
+        )
+
+    def _one_step(self) -> bool:
+        """Take a batch, step, and do what is due. Returns whether all processes agreed to stop."""
+        begun = time.monotonic()
+        try:
+            batch = self.feed.take()
+        except Exception:
+            if self.signals.requested and self.world.size == 1:  # the signal also ended the loader's workers
+                return True
+            raise
+        minutes = self.config.checkpoint_every_minutes
+        due = self.world.is_main and 0 < minutes * 60 <= begun - self.last_save
+        report = self.stepper.step(batch, self.step, (self.signals.requested is not None, due), self.feed.look_ahead)
+        self.step += 1
+        self.nonfinite.record(report.finite)
+        self.window.add(report, time.monotonic() - begun)
+        if self.config.log_ids:
+            self.pending_ids.append(batch.ids)
+        if not report.finite:
+            self._skipped(batch.ids, report)
+        elif self.flat is not None and (message := self.flat.message(self.step, report.loss, report.num_samples)):
+            self.tracker.warn(self.step, message)
+        stop, save = report.requests
+        self._do_what_is_due(stop, save)
+        return stop
+
+    def _do_what_is_due(self, stop: bool, save: bool) -> None:
+        """Log, validate and save, in this order, so that a checkpoint holds the figures of its own step."""
+        config, last = self.config, self.step == self.config.steps
+        self.tracker.advance(self.step)
+        if self.step % config.log_every == 0 or last:
+            self._collect_ids()
+            left = self.window.seconds / self.window.steps * (config.steps - self.step)
+            self.tracker.log(self.step, self.window.record(self.step, self.stepper.lr(self.step - 1), self.seconds), left)
+            self.window = Window()
+        if last or (config.validate_every and self.step % config.validate_every == 0 and not stop):
+            self._validate()
+        if save or last or stop or (config.checkpoint_every_steps and self.step % config.checkpoint_every_steps == 0):
+            self._save(final=last or stop)
+
+    def _validate(self) -> None:
+        if self.validate is None or not self.world.is_main:
+            return
+        system = self.stepper.system
+        modes = [(module, module.training) for module in system.modules()]
+        system.eval()
+        with torch.no_grad(), self.stepper.ema.swapped() if self.stepper.ema else nullcontext():
+            figures = self.validate(system)
+        for module, training in modes:
+            module.training = training
+        self.metrics = {name: float(value) for name, value in figures.items()}
+        self.tracker.validated(self.step, self.metrics)
+
+    def _skipped(self, ids: tuple[str, ...], report: StepReport) -> None:
+        """Write down the samples of a step whose loss or gradient is not finite; stop when there were too many in a row."""
+        everyone = [json.loads(part) for part in gather_bytes(json.dumps(ids).encode(), self.world)]
+        count = self.nonfinite.consecutive
+        what = f"loss {report.loss}, gradient norm {report.grad_norm}"
+        self.tracker.nonfinite.append({"step": self.step, "problem": what, "ids": [name for part in everyone for name in part]})
+        self.tracker.warn(self.step, f"step {self.step} was skipped: {what}; its samples are in {self.nonfinite_path}")
+        if count >= self.config.max_nonfinite:
+            raise UserError(
+                f"step {self.step}: {count} steps in a row without a finite loss and gradient ({what}); their sample ids are "
+                f"in {self.nonfinite_path}; lower train.lr, use train.precision=fp32, or look at these samples"
+            )
+
+    def _collect_ids(self) -> None:
+        """Move the ids of all processes to the log of the main one, in the order of the global batches."""
+        if self.tracker.ids is None or not self.pending_ids:
+            return
+        first = self.step - len(self.pending_ids) + 1
+        everyone = [json.loads(part) for part in gather_bytes(json.dumps(self.pending_ids).encode(), self.world)]
+        if self.world.is_main:
+            for offset, parts in enumerate(zip(*everyone, strict=True)):
+                self.tracker.ids.append({"step": first + offset, "ids": [name for part in parts for name in part]})
+        self.pending_ids.clear()
+
+    def _save(self, final: bool) -> None:
+        """Save on the main process. A failure costs a warning, except at the end, where all processes raise."""
+        self._collect_ids()
+        problem: OSError | None = None
+        if self.world.is_main:
+            try:
+                logs = self.tracker.flush(sync=True)
+                self.saved = save_checkpoint(
+                    self.folder,
+                    self.step,
+                    self.stepper.tensors(),
+                    self._state(logs),
+                    extra_files=self.extra_files,
+                    keep_last=self.config.keep_last,
+                )
+                self.saved_step = self.step
+                self.tracker.event("checkpoint", self.step, f"saved {self.saved}", {"folder": str(self.saved)})
+            except OSError as error:
+                problem = error
+                self.tracker.warn(self.step, f"no checkpoint at step {self.step}: {error}; earlier ones are intact")
+        self.last_save = time.monotonic()
+        if final and sum_over_ranks([float(problem is not None)], self.world)[0]:
+            raise SaveError(
+                f"{self.folder}: the last checkpoint (step {self.step}) could not be written"
+                + (f": {problem.strerror or problem}" if problem else "")
+                + "; free some space, then the same command resumes from the one before"
+            )
+        if final:
+            self.saved_step = self.step
+
+    def _state(self, logs: Mapping[str, int]) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "stream": self.feed.state(),
+            "ema_updates": self.stepper.ema.num_updates if self.stepper.ema else 0,
+            "nonfinite": self.nonfinite.state(),
+            "window": asdict(self.window),
+            "metrics": self.metrics,
+            "seconds": self.seconds,
+            "logs": logs,
+            "world_size": self.world.size,
+            "train": to_dict(self.config),
+            "versions": {"mm": mm.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        }
+
+    def _resume(self) -> None:
+        """Continue where the newest complete checkpoint stands; the main process chooses it."""
+        found: Checkpoint | None = None
+        if self.world.is_main:
+            found = latest_checkpoint(self.folder, lambda message: self.tracker.warn(0, message))
+        chosen = gather_bytes(found.folder.name.encode() if found else b"", self.world)[0].decode()
+        if chosen and found is None:
+            found = open_checkpoint(self.folder / chosen)
+        if found is None:
+            self.tracker.start(0, {})
+            return
+        state = found.state
+        self.stepper.load(found)
+        self.feed.restore(state["stream"])
+        self.step = self.saved_step = int(state["step"])
+        self.saved = found.folder
+        self.nonfinite.restore(state["nonfinite"])
+        self.window = Window(**state["window"])
+        self.metrics, self.earlier_seconds = dict(state["metrics"]), float(state["seconds"])
+        self.tracker.start(self.step, state["logs"])
+        self.tracker.say(f"resuming at step {self.step} of {self.config.steps} from {found.folder}")
+        self.tracker.event("resume", self.step, f"resumed from {found.folder}")
+        before, now = state["train"], to_dict(self.config)
+        changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if key in DECISIVE and before.get(key) != now[key]]
+        if changed:
+            self.tracker.warn(self.step, f"train settings changed since that checkpoint: {', '.join(changed)}")

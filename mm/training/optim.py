@@ -1,0 +1,85 @@
+"""AdamW, its learning-rate schedule, clipping, and its state by parameter name."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from mm.errors import CheckpointError
+from mm.training.config import TrainConfig
+from mm.types import System
+
+
+def build_optimizer(system: System, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW over `System.parameter_groups`; a group's ``lr_scale`` multiplies its learning rate (default 1)."""
+    groups = [group for group in system.parameter_groups() if len(group["params"])]
+    fused = device.type in ("cpu", "cuda", "mps")
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=fused
+    )
+
+
+def lr_factor(step: int, config: TrainConfig) -> float:
+    """Fraction of the peak learning rate at a step, the first being 0: warm-up, then the schedule down to ``final_lr``."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
+    remaining = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.final_lr + (1 - config.final_lr) * remaining
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group its share of ``lr``."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients in place to a global norm of at most ``max_norm`` (0: leave them); returns the norm before."""
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if max_norm > 0:
+        clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, system: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state as tensors named ``PARAMETER:KEY``."""
+    names = {id(parameter): name for name, parameter in system.named_parameters()}
+    return {
+        f"{names[id(parameter)]}:{key}": value
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, system: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Restore what `optimizer_tensors` gave. Averages take their parameter's device and strides, as fused kernels require.
+
+    Raises:
+        CheckpointError: When a name or shape does not belong to ``system``.
+    """
+    parameters = dict(system.named_parameters())
+    optimizer.state.clear()
+    for full_name, value in tensors.items():
+        name, _, key = full_name.rpartition(":")
+        parameter = parameters.get(name)
+        if parameter is None or (value.ndim and value.shape != parameter.shape):
+            raise CheckpointError(f"optimizer state '{full_name}' does not belong to this network; start a new run folder")
+        if value.shape == parameter.shape and key != "step":
+            optimizer.state[parameter][key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        else:
+            optimizer.state[parameter][key] = value.to(parameter.device)
+
+
+def align_strides(optimizer: torch.optim.Optimizer) -> None:
+    """Give averages the strides of their parameter again, after a network changed its memory format at its first pass."""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -1,0 +1,144 @@
+"""Data parallelism over processes started by torchrun: who am I, equal weights, averaged gradients, agreement.
+
+Gradients are averaged after the backward pass instead of by DistributedDataParallel's hooks, because exact accumulation runs
+several backward passes a step in which a parameter may take part once, often or never; one rule then fits every system.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mm.training.devices import choose_device
+
+BUCKET_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the training.
+
+    Args:
+        rank: Number of this process, 0 being the one that writes files.
+        size: Number of processes.
+        device: Where this process computes.
+        control: Gloo group for messages that live on the CPU; None in a single process.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def environment() -> tuple[int, int]:
+    """Rank and number of processes that torchrun announced, (0, 1) without it. Known before any process group exists."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def open_world(device: str = "auto") -> Iterator[World]:
+    """Join the processes that torchrun started, or be alone; a process group that exists already is used and left alone."""
+    existing = dist.is_available() and dist.is_initialized()
+    rank, size = (dist.get_rank(), dist.get_world_size()) if existing else environment()
+    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else 0)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if size == 1:
+        yield World(0, 1, chosen)
+        return
+    if not existing:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=size)
+    try:
+        control = dist.new_group(backend="gloo")
+        assert isinstance(control, dist.ProcessGroup)  # this process is a member
+        yield World(rank, size, chosen, control)
+    finally:
+        if not existing:
+            dist.destroy_process_group()
+
+
+@torch.no_grad()
+def broadcast_tensors(tensors: Iterable[Tensor], world: World) -> None:
+    """Give every process the first one's values, in place."""
+    if world.size > 1:
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            dist.broadcast(flat, src=0)
+            _unflatten(flat, bucket)
+
+
+def broadcast_module(module: nn.Module, world: World) -> None:
+    """Give every process the first one's parameters and buffers."""
+    broadcast_tensors([*module.parameters(), *module.buffers()], world)
+
+
+@torch.no_grad()
+def average_gradients(parameters: Sequence[Tensor], world: World) -> None:
+    """Replace ``.grad`` by its mean over processes. A parameter without a gradient counts as zero, as others may have one."""
+    if world.size == 1:
+        return
+    gradients = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        gradients.append(parameter.grad)
+    sent = []
+    for bucket in _buckets(gradients):
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+        sent.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+    for bucket, flat, work in sent:
+        if work is not None:
+            work.wait()
+        _unflatten(flat.div_(world.size), bucket)
+
+
+def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
+    """Sums over processes of a few numbers; every process gets the same ones."""
+    if world.size == 1:
+        return list(values)
+    packed = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(packed, group=world.control)
+    return packed.tolist()
+
+
+def gather_bytes(data: bytes, world: World) -> list[bytes]:
+    """Every process's ``data``, in rank order, on every process."""
+    if world.size == 1:
+        return [data]
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world.size)]
+    dist.all_gather(sizes, torch.tensor([len(data)]), group=world.control)
+    longest = max(1, *(int(size) for size in sizes))
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else padded[:0]
+    received = [torch.empty_like(padded) for _ in range(world.size)]
+    dist.all_gather(received, padded, group=world.control)
+    return [part[: int(size)].numpy().tobytes() for part, size in zip(received, sizes, strict=True)]
+
+
+def _buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Group tensors of one type and device into buckets that are worth one message."""
+    filled: list[list[Tensor]] = []
+    open_buckets: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], int]] = {}
+    for tensor in tensors:
+        kind = (tensor.dtype, tensor.device)
+        bucket, num_bytes = open_buckets.get(kind, ([], BUCKET_BYTES))
+        if num_bytes >= BUCKET_BYTES:
+            bucket, num_bytes = [], 0
+            filled.append(bucket)
+        bucket.append(tensor)
+        open_buckets[kind] = (bucket, num_bytes + tensor.nbytes)
+    return filled
+
+
+def _unflatten(flat: Tensor, bucket: Sequence[Tensor]) -> None:
+    for tensor, values in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+        tensor.copy_(values.view(tensor.shape))

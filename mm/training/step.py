@@ -1,0 +1,174 @@
+"""One optimizer step on all processes, and the tensors that it changes."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from mm.errors import CheckpointError
+from mm.seeding import derive_seed
+from mm.training.checkpoint import Checkpoint
+from mm.training.config import TrainConfig
+from mm.training.devices import autocast, choose_dtype, seed_everything
+from mm.training.ema import Ema
+from mm.training.gradients import backward
+from mm.training.optim import (
+    align_strides,
+    build_optimizer,
+    clip_gradients,
+    load_optimizer_tensors,
+    lr_factor,
+    optimizer_tensors,
+    set_lr,
+)
+from mm.training.parallel import (
+    World,
+    average_gradients,
+    broadcast_module,
+    broadcast_tensors,
+    sum_over_ranks,
+)
+from mm.training.statistics import running_statistics
+from mm.types import Batch, Losses, System
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What all processes agree happened in a step.
+
+    Args:
+        loss: Mean over processes of the total loss.
+        grad_norm: Norm of the averaged gradient before clipping.
+        parts: Mean over processes of each part of the loss.
+        num_samples: Samples of the global batch.
+        requests: For each request, whether any process made it.
+    """
+
+    loss: float
+    grad_norm: float
+    parts: Mapping[str, float]
+    num_samples: int
+    requests: tuple[bool, ...]
+
+    @property
+    def finite(self) -> bool:
+        """Whether the step was applied; otherwise weights, optimizer and average are untouched."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+class Stepper:
+    """A system with its optimizer and its averaged weights.
+
+    Args:
+        system: Moved to the device; every process gets the first one's weights.
+        config: Optimisation and precision.
+        world: This process among all.
+    """
+
+    def __init__(self, system: System, config: TrainConfig, world: World) -> None:
+        self.system, self._config, self._world = system.to(world.device), config, world
+        broadcast_module(system, world)
+        self.dtype = choose_dtype(config.precision, world.device)
+        self.optimizer = build_optimizer(system, config, world.device)
+        self.ema = Ema(system, config.ema_decay) if config.ema_decay else None
+        self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._statistics = list(running_statistics(system).values())
+        self._autocast = partial(autocast, world.device, self.dtype)
+        self._strides_checked = False
+
+    def lr(self, step: int) -> float:
+        """Learning rate of a step, the first being 0."""
+        return self._config.lr * lr_factor(step, self._config)
+
+    def step(
+        self, batch: Batch, step: int, requests: tuple[bool, ...] = (), between: Callable[[], None] | None = None
+    ) -> StepReport:
+        """Compute the gradient of a global batch and apply it where it is finite.
+
+        Args:
+            batch: This process's part.
+            step: Steps done before.
+            requests: What this process wants all to agree on.
+            between: Called when the device has been given its work, before its result is waited for.
+        """
+        seed_everything(derive_seed(self._config.seed, "step", step, self._world.rank), self._world.device)
+        set_lr(self.optimizer, self.lr(step))
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = backward(self.system, batch, step, self._config.accumulate, self._autocast)
+        average_gradients(self._parameters, self._world)
+        norm = clip_gradients(self._parameters, self._config.clip_norm)
+        if between is not None:
+            between()
+        report = self._agree(losses, norm, len(batch), requests)
+        if report.finite:
+            self._apply(step)
+        return report
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds, by file stem."""
+        files = {"model": self.system.state_dict(), "optimizer": optimizer_tensors(self.optimizer, self.system)}
+        return files if self.ema is None else files | {"ema": self.ema.state_dict(self.system)}
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Restore `tensors`.
+
+        Raises:
+            CheckpointError: When the checkpoint is of another network.
+        """
+        load_weights(self.system, checkpoint.tensors("model"), str(checkpoint.folder))
+        load_optimizer_tensors(self.optimizer, self.system, checkpoint.tensors("optimizer"))
+        if self.ema is not None:
+            averaged = checkpoint.has("ema")  # the average may have been switched on since
+            self.ema.load(checkpoint.tensors("ema" if averaged else "model"), int(checkpoint.state["ema_updates"]))
+
+    def _agree(self, losses: Losses, norm: Tensor, num_rows: int, requests: tuple[bool, ...]) -> StepReport:
+        """Fetch the step's scalars in one transfer and combine them over processes."""
+        scalars = [losses.total, norm, *losses.parts.values()]
+        values = torch.stack([value.detach().to(losses.total.device, torch.float32).reshape(()) for value in scalars]).tolist()
+        own = [values[0], *values[2:], float(num_rows), *map(float, requests)]
+        loss, *rest = sum_over_ranks(own, self._world)
+        size, num_parts = self._world.size, len(losses.parts)
+        parts = {name: value / size for name, value in zip(losses.parts, rest, strict=False)}
+        return StepReport(
+            loss / size, values[1], parts, int(rest[num_parts]), tuple(value > 0 for value in rest[num_parts + 1 :])
+        )
+
+    def _apply(self, step: int) -> None:
+        if not self._strides_checked:
+            align_strides(self.optimizer)
+            self._strides_checked = True
+        self.optimizer.step()
+        broadcast_tensors(self._statistics, self._world)
+        self.system.after_step(step)
+        if self.ema is not None:
+            self.ema.update()
+
+
+def load_weights(system: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Load a complete set of weights strictly. Raises `CheckpointError` naming the first difference."""
+    expected = system.state_dict()
+    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{where}: holds another network (missing {missing[:2]}, unexpected {unexpected[:2]}); use a new run folder"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            shapes = f"{tuple(tensor.shape)} there, {tuple(expected[name].shape)} here"
+            raise CheckpointError(f"{where}: holds another network ('{name}' is {shapes}); use a new run folder")
+    system.load_state_dict(tensors)
+
+
+def compile_parts(system: nn.Module) -> None:
+    """Compile in place the outermost parts with a forward of their own: encoders and projections.
+
+    Not the system itself: its batch carries ids, which would make every step a new graph.
+    """
+    for child in system.children():
+        if type(child).forward is nn.Module.forward:
+            compile_parts(child)
+        else:
+            child.compile()

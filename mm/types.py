@@ -1,0 +1,212 @@
+"""The vocabulary that all parts share: what an encoder returns, what a batch holds, what a system can do.
+
+Shapes: B batch, N tokens of a modality, T text positions, D width, H and W pixels.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What every encoder returns and every fusion takes.
+
+    Args:
+        tokens: Features, ``(B, N, D)``.
+        mask: True where a token may be attended to, ``(B, N)``.
+        pooled: One vector per sample, ``(B, D)``.
+        extras: Named by-products of a modality (grid shape, quantiser targets, media index).
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    pooled: Tensor
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One undecoded sample.
+
+    Args:
+        id: Unique in its source and stable over time.
+        media: Encoded bytes by modality (``"image"``, ``"audio"``).
+        texts: Captions, best first; may be empty.
+        fields: Label and metadata fields, JSON values only.
+    """
+
+    id: str
+    media: Mapping[str, bytes]
+    texts: tuple[str, ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Token ids ``(B, T)`` int64, padded on the right, and the number of real tokens of each row ``(B,)`` int64."""
+
+    ids: Tensor
+    lengths: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: slice) -> "TextBatch":
+        return TextBatch(self.ids[rows], self.lengths[rows])
+
+    def to(self, device: torch.device) -> "TextBatch":
+        return TextBatch(self.ids.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Decoded samples of one step, modalities that are absent being None.
+
+    Args:
+        ids: Sample ids, B of them.
+        image: Pixels, ``(B, 3, H, W)``, uint8 in 0..255 (encoders normalise on their own device).
+        text: One caption a sample.
+        groups: Samples with equal numbers show the same thing, so they are positives of each other, ``(B,)`` int64.
+        fields: Metadata of each sample.
+        captions: All captions of each sample, where an evaluation needs them.
+    """
+
+    ids: tuple[str, ...]
+    image: Tensor | None = None
+    text: TextBatch | None = None
+    groups: Tensor | None = None
+    fields: tuple[Mapping[str, Any], ...] = ()
+    captions: tuple[tuple[str, ...], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: slice) -> "Batch":
+        return Batch(
+            ids=self.ids[rows],
+            image=None if self.image is None else self.image[rows],
+            text=None if self.text is None else self.text[rows],
+            groups=None if self.groups is None else self.groups[rows],
+            fields=self.fields[rows],
+            captions=self.captions[rows],
+        )
+
+    def to(self, device: torch.device) -> "Batch":
+        return replace(
+            self,
+            image=None if self.image is None else self.image.to(device, non_blocking=True),
+            text=None if self.text is None else self.text.to(device),
+            groups=None if self.groups is None else self.groups.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The scalar to minimise and the named parts worth logging (detached scalars)."""
+
+    total: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class System(nn.Module):
+    """A trainable multimodal system. Only `loss` must be written; the rest has defaults that suit most systems."""
+
+    def loss(self, batch: Batch, step: int) -> Losses:
+        """Training loss of this rank's batch; gradients averaged over the ranks are those of the global batch."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch, step: int) -> Losses:
+        """The same as `loss`: wrappers such as DistributedDataParallel call a module through its forward."""
+        return self.loss(batch, step)
+
+    def after_step(self, step: int) -> None:
+        """Called after each optimizer step: momentum encoders, queues, clamps, schedules."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups: matrices decay; gains, biases and scales (``ndim < 2`` or a ``no_decay`` attribute) do not."""
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        plain = [p for p in trainable if p.ndim < 2 or getattr(p, "no_decay", False)]
+        chosen = {id(p) for p in plain}
+        return [
+            {"params": [p for p in trainable if id(p) not in chosen]},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+
+
+@runtime_checkable
+class CachesGradients(Protocol):
+    """Systems whose loss couples the whole batch and that can be accumulated exactly (GradCache)."""
+
+    def represent(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Per-sample representations, each ``(B, D)``, differentiable."""
+        ...
+
+    def loss_from(self, representations: Mapping[str, Tensor], batch: Batch, step: int) -> Losses:
+        """The loss of the whole batch given its representations."""
+        ...
+
+
+@runtime_checkable
+class Embeds(Protocol):
+    """Systems with a shared embedding space. Vectors have unit length, ``(B, D)``, fp32."""
+
+    def embed_image(self, image: Tensor) -> Tensor: ...
+
+    def embed_text(self, text: TextBatch) -> Tensor: ...
+
+    def scores(self, queries: Tensor, items: Tensor) -> Tensor:
+        """Logits ``(Q, M)`` with the system's own scale and bias."""
+        ...
+
+
+CAPABILITIES: Mapping[str, type] = {"embeds": Embeds}
+"""Every declared capability. Evaluation, command line and demos ask for one of these, never for a class or a name."""
+
+
+def capabilities(system: nn.Module) -> frozenset[str]:
+    """Names of the capabilities that a system really has."""
+    return frozenset(name for name, protocol in CAPABILITIES.items() if isinstance(system, protocol))
+
+
+class Source(Protocol):
+    """A random-access collection of samples. Cheap to open, picklable, safe to read from several processes."""
+
+    @property
+    def name(self) -> str:
+        """What the user called it, for messages and protocol stamps."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of which samples there are and in which order; a different digest means a different training order."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def key(self, index: int) -> str:
+        """Id of a sample without reading its media."""
+        ...
+
+    def fields(self, index: int) -> Mapping[str, Any]:
+        """Metadata of a sample without decoding its media."""
+        ...
+
+    def read(self, index: int) -> Sample:
+        """The sample with its bytes. Raises `mm.errors.BadSample` when it cannot be had."""
+        ...
+
+
+class BatchStream(Protocol):
+    """An endless, resumable supply of batches whose content is a pure function of its seed and its position."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def state(self) -> dict[str, Any]:
+        """JSON position after the last batch that was handed out, with the sample accounting."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...
