@@ -2,8 +2,8 @@
 
     python bench/contrastive.py --json contrastive.json
 
-Time: medians of calls in turn. Memory: each side in a fresh process, the high-water mark of its resident set minus the resident set
-just before the loss (features exist, libraries are warm), so that it counts logits, gradients and everything between.
+Time: medians of calls in turn. Memory: each side in a fresh process, the high-water mark of its resident set minus the resident
+set just before the loss (features exist, libraries are warm), so that it counts logits, gradients and everything between.
 """
 
 import argparse
@@ -63,7 +63,9 @@ def compare(kind: str, count: int, scale: float, repeats: int) -> Case:
     ours, theirs = losses(kind)
     results: dict[str, list[Tensor]] = {}
     times = interleaved(
-        lambda: results.update(ours=gradients(ours, a, b, scale)), lambda: results.update(theirs=gradients(theirs, a, b, scale)), repeats
+        lambda: results.update(ours=gradients(ours, a, b, scale)),
+        lambda: results.update(theirs=gradients(theirs, a, b, scale)),
+        repeats,
     )
     for mine, other in zip(results["ours"], results["theirs"], strict=True):
         error = (mine - other).abs().max() / other.abs().max()

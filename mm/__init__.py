@@ -1,3 +1,37 @@
-"""mm: a multimodal foundation-model suite."""
+"""mm: a multimodal foundation-model suite. ``import mm`` is quick; what a name needs is imported when it is first used."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mm.hub import Model, load, save, shipped
+    from mm.run.evaluation import evaluate
+    from mm.run.inference import classify, search
+    from mm.run.training import train
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Model": "mm.hub",
+    "load": "mm.hub",
+    "save": "mm.hub",
+    "shipped": "mm.hub",
+    "evaluate": "mm.run.evaluation",
+    "classify": "mm.run.inference",
+    "search": "mm.run.inference",
+    "train": "mm.run.training",
+}
+
+__all__ = ["Model", "__version__", "classify", "evaluate", "load", "save", "search", "shipped", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mm' has no attribute '{name}'")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

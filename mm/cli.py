@@ -49,12 +49,11 @@ def common(
 @app.command()
 def quickstart(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report.")] = Path("runs/quickstart"),
-    seconds: Annotated[float, typer.Option(help="How long to train the small model, in seconds.")] = 60.0,
 ) -> None:
     """The whole tour on the embedded data, with a report (HTML and PNG)."""
     from mm.quickstart import tour
 
-    tour(out, train_seconds=seconds)
+    tour(out)
 
 
 @app.command()
@@ -63,9 +62,7 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="E.g. data.train=photos train.steps=500")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="RUN", help="Run folder; default runs/NAME.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="RUN", help="Run folder; default runs/NAME.")] = None,
 ) -> None:
     """Train a system. Called again with the same run folder, it resumes; works unchanged under torchrun."""
     from mm import show
@@ -83,9 +80,7 @@ def eval_zero_shot(
     ] = None,
     label: Annotated[str | None, typer.Option(metavar="FIELD", help="Field with the class: cls, txt or a JSON key.")] = None,
     template: Annotated[list[str] | None, typer.Option(help="Prompt with {} for the name; repeat for an ensemble.")] = None,
-    baseline: Annotated[
-        str | None, typer.Option(metavar="SRC", help="Source of the pixel baseline, or 'none'.")
-    ] = None,
+    baseline: Annotated[str | None, typer.Option(metavar="SRC", help="Source of the pixel baseline, or 'none'.")] = None,
     json_file: JsonOption = None,
     device: DeviceOption = "auto",
     cache: CacheOption = True,
@@ -146,15 +141,11 @@ def classify(
 @app.command()
 def search(
     model: ModelArgument,
-    index: Annotated[
-        Path, typer.Option("--index", metavar="DIR", help="Folder of pictures; its vectors are cached.")
-    ],
+    index: Annotated[Path, typer.Option("--index", metavar="DIR", help="Folder of pictures; its vectors are cached.")],
     text: Annotated[str | None, typer.Option("--text", help="Search by words.")] = None,
     image: Annotated[str | None, typer.Option("--image", metavar="FILE", help="Search by a picture.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many pictures to find.")] = 12,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="PNG", help="Draw the hits on a contact sheet.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="PNG", help="Draw the hits on a contact sheet.")] = None,
     json_file: JsonOption = None,
     device: DeviceOption = "auto",
 ) -> None:

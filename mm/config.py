@@ -198,7 +198,7 @@ def differences(config: BaseModel) -> dict[str, Any]:
 
 
 def dump_yaml(config: BaseModel) -> str:
-    """YAML text of a resolved configuration. Everything beyond ASCII is escaped: PyYAML does not restore all of it otherwise."""
+    """YAML text of a resolved configuration, in ASCII: PyYAML does not restore all that it writes otherwise."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 

@@ -4,18 +4,22 @@ A picture comes out the same whatever else is in the batch, in whichever process
 blocks that fit the cache, and costly changes touch only the pictures they were drawn for.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import UInt8
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from mm.config import StrictConfig
 from mm.data.draws import Draws
 from mm.data.recolor import Recolor, draw_recolor, recolor
 from mm.data.warp import Warp, draw_warp, warp
+from mm.types import Sample
 
 BLOCK_PIXELS = 1 << 17
 """Pixels that are worked on at once, so that they stay in the processor's cache."""
@@ -24,6 +28,13 @@ BLOCK_PIXELS = 1 << 17
 
 MIN_ALPHA = 0.02
 """Below this opacity, colour cannot be recovered from the premultiplied values."""
+
+
+RAMPED = (
+    *("rotation", "aspect", "shear", "shift", "perspective"),
+    *("hue", "any_hue", "saturation", "contrast", "brightness", "tint", "gamma"),
+)
+"""Settings that the ramp scales; it scales ln of `scale` too."""
 
 
 class AugmentConfig(StrictConfig):
@@ -57,6 +68,9 @@ class AugmentConfig(StrictConfig):
         cut: Probability of cutting out a rectangle, 10 to 40 % of the side long.
         blur: Probability of a slight blur.
         noise: Probability of pixel noise, its standard deviation up to 0.06.
+        no_flip: Words that forbid mirroring: of pictures whose first caption or any text field contains one (see `may_flip`).
+        ramp_epochs: Number of epochs over which the `RAMPED` settings rise to their values.
+        ramp_from: Strength at the beginning of the ramp, as a factor.
     """
 
     flip: float = Field(default=0.0, ge=0, le=1)
@@ -84,6 +98,39 @@ class AugmentConfig(StrictConfig):
     cut: float = Field(default=0.0, ge=0, le=1)
     blur: float = Field(default=0.0, ge=0, le=1)
     noise: float = Field(default=0.0, ge=0, le=1)
+    no_flip: tuple[str, ...] = ()
+    ramp_epochs: int = Field(default=0, ge=0)
+    ramp_from: float = Field(default=0.3, ge=0, le=1)
+
+    @field_validator("scale")
+    @classmethod
+    def _is_a_range(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < scale[0] <= scale[1]:
+            raise ValueError("write it as [smallest, largest], both above 0")
+        return scale
+
+    def at(self, epoch: int) -> "AugmentConfig":
+        """The settings of one epoch: weaker during the ramp."""
+        if epoch >= self.ramp_epochs:
+            return self
+        strength = self.ramp_from + (1 - self.ramp_from) * epoch / self.ramp_epochs
+        weaker: dict[str, Any] = {name: getattr(self, name) * strength for name in RAMPED}
+        weaker["scale"] = (self.scale[0] ** strength, self.scale[1] ** strength)
+        return self.model_copy(update=weaker)
+
+
+def may_flip(sample: Sample, config: AugmentConfig) -> bool:
+    """False when a word of ``no_flip``, or its plural, is in the sample's first caption or a text field."""
+    if not config.flip or not config.no_flip:
+        return True
+    texts = [*sample.texts[:1], *(value for value in sample.fields.values() if isinstance(value, str))]
+    pattern = _any_word(config.no_flip)
+    return not any(pattern.search(text) for text in texts)
+
+
+@lru_cache
+def _any_word(words: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(rf"\b(?:{'|'.join(map(re.escape, words))})s?\b", re.IGNORECASE)
 
 
 def augment(
@@ -93,7 +140,7 @@ def augment(
     size: int,
     *,
     background: tuple[int, int, int] = (255, 255, 255),
-    may_flip: Sequence[bool] | None = None,
+    flippable: Sequence[bool] | None = None,
 ) -> UInt8[Tensor, "b 3 s s"]:
     """Change each picture at random.
 
@@ -103,7 +150,7 @@ def augment(
         config: How much.
         size: Side of the result in pixels, at most little smaller than H and W.
         background: Colour behind transparent parts where no random one is drawn.
-        may_flip: False for pictures whose mirror image means something else (text, arrows); default: all may.
+        flippable: False for pictures whose mirror image means something else, from `may_flip`; default: all are.
 
     Returns:
         uint8, the same for a picture whatever else is in the batch and however many threads there are.
@@ -112,8 +159,7 @@ def augment(
         raise ValueError(f"{len(images)} pictures and {len(seeds)} seeds")
     out = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
     draws = Draws(seeds)
-    flippable = torch.ones(len(seeds), dtype=torch.bool) if may_flip is None else torch.tensor(may_flip, dtype=torch.bool)
-    geometry = draw_warp(draws, config, flippable)
+    geometry = draw_warp(draws, config, torch.tensor(flippable if flippable is not None else [True] * len(seeds)))
     colors = draw_recolor(draws, config, background)
     with _one_thread():
         for rows in _blocks(images, size):

@@ -15,10 +15,12 @@ from functools import cache as memoize
 from pathlib import Path
 from typing import Any
 
+from mm.data.labels import LabelTask
 from mm.data.raster import rasterize, svg_names
 from mm.data.shards import ShardSource
 from mm.data.write import Progress, write_shards
 from mm.errors import DataError, UserError
+from mm.paths import cache_folder
 from mm.types import Sample
 
 TRAIN_ARTISTS = ("noto", "twemoji", "fluent-flat", "openmoji")
@@ -52,6 +54,12 @@ class EmojiSource:
         ids = "\n".join(shards.key(index) for index in self._rows)
         # Pixels are left out on purpose: another version of the renderer must not change the training order.
         self.fingerprint = hashlib.sha256(f"emoji {_LAYOUT} {size}\n{ids}".encode()).hexdigest()
+
+    @property
+    def task(self) -> LabelTask:
+        """Tell the full name among all core names, beside nearest neighbour on the train artists' pictures of all concepts."""
+        names = tuple(concept["name"] for concept in concepts().values() if concept["core"])
+        return LabelTask(label="name", classes=names, subsets="split", reference="emoji:train/all-concepts")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -100,7 +108,7 @@ def build(size: int, cache: str | Path | None = None, progress: Progress | None 
 
     Args:
         size: Side in pixels, 32 to 224.
-        cache: Folder for caches; default ``MM_CACHE``, else ``~/.cache/mm``.
+        cache: Folder for caches; default: `mm.paths.cache_folder`.
         progress: Called with (pictures drawn, pictures in all).
         rebuild: Draw again even if the folder is there.
 
@@ -109,7 +117,7 @@ def build(size: int, cache: str | Path | None = None, progress: Progress | None 
     """
     if not MIN_SIZE <= size <= MAX_SIZE:
         raise UserError(f"emoji are drawn at {MIN_SIZE} to {MAX_SIZE} pixels, not {size}")
-    root = Path(cache if cache is not None else os.environ.get("MM_CACHE") or Path.home() / ".cache" / "mm")
+    root = Path(cache) if cache is not None else cache_folder()
     target = root / f"emoji-{size}-{_digest()}"
     if target.is_dir() and not rebuild:
         return target

@@ -1,7 +1,9 @@
 """Reading one media file of a sample, so that nothing a table or folder names can hang or exhaust the process."""
 
+import hashlib
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from mm.errors import BadSample
@@ -36,6 +38,18 @@ def read_file(path: str | Path, max_bytes: int = MAX_MEDIA_BYTES) -> bytes:
         raise BadSample("missing file", str(path)) from None
     except (OSError, ValueError) as error:
         raise BadSample("unreadable", f"{path}: {error}") from None
+
+
+def revision_of(paths: Iterable[str | Path]) -> str:
+    """Hex digest of the sizes and times of files, in order; a change to any of them gives another, and so does copying them."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            status = os.stat(path)
+            digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+        except (OSError, ValueError):
+            digest.update(b"missing\n")
+    return digest.hexdigest()
 
 
 def read_captions(path: str | Path) -> tuple[str, ...]:

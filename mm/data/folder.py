@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mm.data.files import IMAGE_SUFFIXES, is_picture, read_captions, read_file
+from mm.data.files import IMAGE_SUFFIXES, is_picture, read_captions, read_file, revision_of
 from mm.errors import UserError
 from mm.types import Sample
 
@@ -47,6 +47,12 @@ class FolderSource:
 
     def __len__(self) -> int:
         return len(self._paths)
+
+    @property
+    def revision(self) -> str:
+        """Hex digest that changes with any picture or caption file; looks at every file."""
+        files = (self._folder / path for path in [*self._paths, *sorted(self._texts)])
+        return hashlib.sha256(f"{self.fingerprint} {revision_of(files)}".encode()).hexdigest()
 
     def key(self, index: int) -> str:
         return self._paths[index]

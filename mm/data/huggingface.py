@@ -60,6 +60,11 @@ class HuggingFaceSource:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def revision(self) -> str:
+        """Digest that changes with the dataset's files."""
+        return f"{self.fingerprint} {self._rows._fingerprint}"
+
     def key(self, index: int) -> str:
         return f"{index:08d}"
 
@@ -67,8 +72,8 @@ class HuggingFaceSource:
         row = self._others[index]
         names = {column: feature for column, feature in self._others.features.items() if type(feature).__name__ == "ClassLabel"}
         for column, feature in names.items():
-            if row[column] is not None and row[column] >= 0:
-                row[column] = feature.int2str(row[column])
+            known = row[column] is not None and row[column] >= 0  # -1 stands for "no label"
+            row[column] = feature.int2str(row[column]) if known else None
         fields = {column: value for column, value in row.items() if value is not None}
         if self.columns.label in fields:
             fields["cls"] = fields[self.columns.label]

@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,8 @@ import numpy as np
 from mm.data.tar import Listing, Member, TarError, list_members
 from mm.errors import DataError
 
-IMAGE_EXTENSIONS: tuple[str, ...] = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
-AUDIO_EXTENSIONS: tuple[str, ...] = ("wav", "flac", "ogg", "mp3", "opus")
-MODALITY: Mapping[str, str] = dict.fromkeys(IMAGE_EXTENSIONS, "image") | dict.fromkeys(AUDIO_EXTENSIONS, "audio")
+_MEDIA = {"image": ("jpg", "jpeg", "png", "webp", "gif", "bmp"), "audio": ("wav", "flac", "ogg", "mp3", "opus")}
+MODALITY = {extension: modality for modality, extensions in _MEDIA.items() for extension in extensions}
 """Media extensions and their modality, preferred first where a sample has several."""
 
 EXTENSIONS = (*MODALITY, "txt", "json", "cls")
@@ -36,7 +35,7 @@ _CHUNK = 1 << 20
 Damaged = Literal["refuse", "skip"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Column:
     """Where the members of one extension lie, a row a sample; offset -1 where a sample has none."""
 
@@ -45,7 +44,7 @@ class Column:
     crc32: np.ndarray  # (n,) uint32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ShardIndex:
     """What is in one shard.
 

@@ -208,7 +208,7 @@ def _deal(values: Indices, num_batches: int, rng: np.random.Generator) -> Indice
     batches that it has not had.
     """
     batch_of_unit = np.empty(len(values), np.int64)
-    for start in range(0, len(values), num_batches):
+    for start in range(0, len(values), max(num_batches, 1)):
         stop = min(start + num_batches, len(values))
         places = rng.permutation(num_batches)
         if start and values[start] == values[start - 1]:

@@ -37,8 +37,8 @@ class Recolor:
         tone: The curve ``x / (x + tone (1 - x))``, ``(B,)``: a power curve's shape through its points at 0, 1/2 and 1.
         shaded, shade: Light and shadow at 3 by 3 control points, ``(B, 1, 3, 3)``.
         edges, keep_shape: Reduce to edges; keep the area of the picture, or only its lines.
-        outlined, thick, inside, inner_lines, line: Outlines: thicker, drawn inward, also between colours; their colour ``(B, 3)``.
-        background: Colour behind transparent parts, ``(B, 3)``; NaN-free, the given one where none was drawn.
+        outlined, thick, inside, inner_lines, line: Outlines: thicker, inward, also between colours; colour ``(B, 3)``.
+        background: Colour behind transparent parts, ``(B, 3)``; the given one where none was drawn.
         cut, box: Cut out a rectangle: centre x, y and half width, height, in -1..1, ``(B, 4)``.
         blurred: Slight blur.
         noise, noise_place: Standard deviation of pixel noise and its place in the table of noise, ``(B,)``.

@@ -160,10 +160,13 @@ class _Files:
     """A bounded set of open files, read by position. Handles are per process and do not travel with a pickle."""
 
     def __init__(self) -> None:
+        self._process = os.getpid()
         self._open: OrderedDict[Path, int] = OrderedDict()
         self._lock = threading.Lock()
 
     def read_at(self, path: Path, offset: int, count: int) -> bytes:
+        if self._process != os.getpid():  # forked: another thread may have held the lock at that moment
+            self.__init__()
         with self._lock:
             descriptor = self._open.get(path)
             if descriptor is None:
@@ -185,7 +188,7 @@ def expand(pattern: str | Path | Sequence[str | Path]) -> list[Path]:
     if not isinstance(pattern, str | Path):
         return [path for part in pattern for path in expand(part)]
     if Path(pattern).is_dir():
-        paths = sorted(Path(pattern).glob("*.tar"))
+        paths = sorted(path for path in Path(pattern).glob("*.tar") if not path.name.startswith("."))
     elif Path(pattern).is_file():
         paths = [Path(pattern)]
     else:

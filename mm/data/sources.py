@@ -116,6 +116,18 @@ def open_training_source(config: DataConfig, *, image_size: int = 64, progress: 
     return Concat([open_one(part.source) for part in config.mixture], weights=[part.weight for part in config.mixture])
 
 
+def revision(source: Source) -> str:
+    """Hex digest of the content of a source, for caches of what was computed from it.
+
+    Stricter than the fingerprint, which only stands for which samples there are: editing or copying a file changes it.
+    """
+    return getattr(source, "revision", source.fingerprint)
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
 class Subset:
     """Some samples of a source, a `mm.types.Source`.
 
@@ -131,13 +143,17 @@ class Subset:
         self.source = source
         self.name = name if name is not None else source.name
         self.indices = [i for i in range(len(source)) if keep(source.fields(i))] if callable(keep) else [int(i) for i in keep]
-        content = f"subset {source.fingerprint} {','.join(map(str, self.indices))}"
-        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
+        self.fingerprint = _digest("subset", source.fingerprint, ",".join(map(str, self.indices)))
 
     @property
     def task(self) -> Any:
         """The classification task of the source, if it brings one."""
         return getattr(self.source, "task", None)
+
+    @property
+    def revision(self) -> str:
+        """As the source's."""
+        return _digest("subset", revision(self.source), self.fingerprint)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -215,7 +231,8 @@ class FieldView:
 
     def __init__(self, source: Source, *, text_field: str | None = None, label_field: str | None = None) -> None:
         self.source = source
-        self.name, self.fingerprint = source.name, source.fingerprint
+        self.name = source.name
+        self.fingerprint = _digest("fields", source.fingerprint, repr(text_field), repr(label_field))
         self._text_field, self._label_field = text_field, label_field
         first = list(_readable_fields(source))
         for asked in (text_field, label_field):
@@ -227,6 +244,11 @@ class FieldView:
     def task(self) -> Any:
         """The classification task of the source, if it brings one and its class is not replaced."""
         return getattr(self.source, "task", None) if self._label_field is None else None
+
+    @property
+    def revision(self) -> str:
+        """As the source's."""
+        return _digest(revision(self.source), self.fingerprint)
 
     def __len__(self) -> int:
         return len(self.source)

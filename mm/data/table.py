@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mm.data.fields import nearest
-from mm.data.files import is_picture, read_file
+from mm.data.files import is_picture, read_file, revision_of
 from mm.errors import BadSample, DataError, UserError
 from mm.types import Sample
 
@@ -91,11 +91,17 @@ class TableSource:
         self._root = _root(Path(path).absolute().parent, [entry.path for entry in self._entries[:PROBED_ROWS]])
         digest = hashlib.sha256(b"table")
         for entry in self._entries:
-            digest.update(b"\n" + entry.path.encode("utf-8", "surrogatepass"))
+            digest.update(json.dumps([entry.path, entry.texts, entry.fields], sort_keys=True).encode())
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    @property
+    def revision(self) -> str:
+        """Hex digest that changes with the table or any picture; looks at every file."""
+        files = (self._root / entry.path for entry in self._entries)
+        return hashlib.sha256(f"{self.fingerprint} {revision_of(files)}".encode()).hexdigest()
 
     def key(self, index: int) -> str:
         return self._entries[index].path
@@ -130,7 +136,7 @@ def find_columns(
     text_field: str | None = None,
     label_field: str | None = None,
 ) -> Columns:
-    """Choose the columns of a table: the ones asked for, else those with usual names, else the one whose cells look like pictures.
+    """Choose the columns of a table: the ones asked for, else those with usual names, else one whose cells look like pictures.
 
     Raises:
         UserError: A column asked for does not exist, or no column holds pictures.

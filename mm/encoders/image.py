@@ -12,6 +12,7 @@ import timm
 import torch
 from jaxtyping import Float, UInt8
 from pydantic import Field, JsonValue
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -56,7 +57,7 @@ class ImageEncoderConfig(StrictConfig):
     backbone: str = "convnext_atto"
     image_size: int = Field(default=64, ge=1)
     patch_size: int | None = Field(default=None, ge=1)
-    options: dict[str, JsonValue] = {}
+    options: dict[str, JsonValue] = {}  # noqa: RUF012 - pydantic copies it
     pool: str | None = None
     patch_dropout: float = Field(default=0.0, ge=0, lt=1)
     drop_path: float = Field(default=0.0, ge=0, lt=1)
@@ -178,6 +179,7 @@ def build_image_encoder(config: ImageEncoderConfig) -> ImageEncoder:
         trunk = timm.create_model(name, num_classes=0, **arguments)
     except BACKBONE_FAILURES as error:
         raise UserError(_explain(name, arguments, error)) from None
+    _check_patches(trunk, config.image_size)
     if config.gradient_checkpointing:
         try:
             trunk.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
@@ -199,6 +201,15 @@ def _arguments(config: ImageEncoderConfig) -> dict[str, Any]:
         "global_pool": config.pool,
     }
     return arguments | {key: value for key, value in chosen.items() if value}
+
+
+def _check_patches(trunk: Any, image_size: int) -> None:
+    """timm cuts off the pixels that fill no patch, without a word."""
+    patches = getattr(trunk, "patch_embed", None)
+    if isinstance(patches, PatchEmbed) and not patches.dynamic_img_pad and image_size % patches.patch_size[0]:
+        raise UserError(
+            f"image_size {image_size} is not a multiple of the patch size {patches.patch_size[0]}; change one of them"
+        )
 
 
 def _explain(name: str, arguments: dict[str, Any], error: Exception) -> str:

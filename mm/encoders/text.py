@@ -5,9 +5,11 @@ Shapes: B batch, T positions, D width.
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -24,6 +26,11 @@ from mm.types import Encoded, TextBatch
 Pooling = Literal["last", "first", "mean"]
 
 ACTIVATIONS: Mapping[str, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
+
+
+MIN_BUCKETED_ROWS = 32
+LENGTH_BUCKETS = 4
+"""On a CPU, where padding costs as much as text, larger batches are computed in so many groups of like length."""
 
 
 class TextEncoderConfig(StrictConfig):
@@ -105,13 +112,42 @@ class TextEncoder(nn.Module):
         return self.embedding.tokens.embedding_dim
 
     def forward(self, text: TextBatch) -> Encoded:
-        """Encode texts. Raises `UserError` if they are longer than ``context_length``."""
+        """Encode texts. Raises `UserError` if they are longer than ``context_length``.
+
+        Tokens behind the end of a text are zero or arbitrary; the mask leaves them out.
+        """
         length = text.ids.shape[1]
         if length > self.context_length:
             raise UserError(
                 f"text encoder: {length} tokens do not fit its context of {self.context_length}; "
                 f"tokenize with context_length={self.context_length}"
             )
+        small = text.ids.device.type != "cpu" or len(text) < MIN_BUCKETED_ROWS
+        if small or torch.compiler.is_compiling():  # a compiled graph must not depend on the lengths
+            return self._encode(text)
+        return self._encode_by_length(text)
+
+    def _encode_by_length(self, text: TextBatch) -> Encoded:
+        """The same vectors with less padding: rows of like length are computed together (exact, about twice as fast)."""
+        length = text.ids.shape[1]
+        order = text.lengths.argsort(stable=True)
+        parts = []
+        for rows in order.chunk(LENGTH_BUCKETS):
+            longest = int(text.lengths[rows[-1]])
+            part = self._encode(TextBatch(text.ids[rows, :longest], text.lengths[rows]))
+            parts.append(
+                replace(
+                    part, tokens=F.pad(part.tokens, (0, 0, 0, length - longest)), mask=F.pad(part.mask, (0, length - longest))
+                )
+            )
+        back = order.argsort()
+        tokens, mask, pooled = (
+            torch.cat([getattr(part, name) for part in parts])[back] for name in ("tokens", "mask", "pooled")
+        )
+        return Encoded(tokens, mask, pooled)
+
+    def _encode(self, text: TextBatch) -> Encoded:
+        length = text.ids.shape[1]
         valid = torch.arange(length, device=text.ids.device) < text.lengths[:, None]
         x = self.embedding(text.ids, keep=self._kept(text, valid))
         mask = attention_mask(length, causal=self.causal, keys=None if self.causal else valid, device=x.device)
@@ -169,9 +205,9 @@ def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
 
 
 def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the text tower in an open_clip CLIP ``state_dict`` for `TextEncoder.load_state_dict`; its other entries are left out.
+    """Rename the text tower in an open_clip CLIP ``state_dict`` for `TextEncoder.load_state_dict`; other entries are left out.
 
-    ``text_projection`` is not part of the encoder: it is the projection of the dual tower.
+    ``text_projection`` is one of those: it is the projection of the dual tower.
     """
     names = {
         "token_embedding.weight": "embedding.tokens.weight",

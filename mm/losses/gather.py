@@ -2,8 +2,8 @@
 
 Every rank owns a loss ``L_r``; the global loss is their mean. The backward pass of the gather sums over ranks what each rank's
 loss says about a feature, so its owner receives ``W`` times the global gradient, and averaging the parameters' gradients over
-the ``W`` ranks divides by ``W`` again. Parameters that enter each rank's loss directly, such as ``logit_scale``, come out right by
-the averaging alone.
+the ``W`` ranks divides by ``W`` again. Parameters that enter each rank's loss directly, such as ``logit_scale``, come out right
+by the averaging alone.
 """
 
 from dataclasses import dataclass

@@ -2,9 +2,9 @@
 
 For logits ``s_ij = scale * a_i . b_j`` (M, K) every contrastive loss needs ``row_i = log sum_j exp(s_ij)`` and
 ``column_j = log sum_i exp(s_ij)``. The dense form keeps the (M, K) matrix for autograd. The chunked form walks over tiles of a
-few rows, once forward (both sums come from the same tile) and once backward (the tile is computed again; with ``r`` and ``c`` the
-gradients of ``row`` and ``column`` it becomes ``G = r * exp(s - row) + c * exp(s - column)``, which serves each feature in one
-product). Its memory is that of the features and two tiles. Both forms are exact: same values, same gradients.
+few rows, once forward (both sums come from the same tile) and once backward (the tile is computed again; with ``r`` and ``c``
+the gradients of ``row`` and ``column`` it becomes ``G = r * exp(s - row) + c * exp(s - column)``, which serves each feature in
+one product). Its memory is that of the features and two tiles. Both forms are exact: same values, same gradients.
 
 Shapes: M rows, K columns, D width, C rows of a tile.
 """
@@ -29,8 +29,8 @@ MIN_TILE_ROWS = 64
 """Fewer rows than this would make the products memory-bound, however many columns there are."""
 
 LOWEST, HIGHEST = -40.0, 80.0
-"""While all row and column values lie this close to one common shift, ``exp(s - shift)`` serves rows and columns alike: it cannot
-overflow fp32 (``exp(88)``), and what it flushes to zero (below ``exp(-87)``) is less than ``exp(-47)`` of any sum."""
+"""While all row and column values lie this close to one common shift, ``exp(s - shift)`` serves rows and columns alike: it
+cannot overflow fp32 (``exp(88)``), and what it flushes to zero (below ``exp(-87)``) is less than ``exp(-47)`` of any sum."""
 
 
 class Excluded(NamedTuple):

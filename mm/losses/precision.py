@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,12 +11,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def full_precision(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
-    """Suspend autocast on the device of the first argument: in bf16 a logit of 100 is off by up to 0.25."""
+def full_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """Suspend autocast on the device of the first tensor argument: in bf16 a logit of 100 is off by up to 0.25."""
 
     @wraps(function)
-    def wrapped(first: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.autocast(first.device.type, enabled=False):
-            return function(first, *args, **kwargs)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        with torch.autocast(device.type, enabled=False):
+            return function(*args, **kwargs)
 
     return wrapped

@@ -93,7 +93,8 @@ def open_image(raw: RawImage, limits: ImageLimits = DEFAULT_LIMITS) -> UInt8[Ten
     if isinstance(raw, np.ndarray):
         if raw.dtype != np.uint8 and raw.dtype.kind != "f":
             raise UserError(f"a picture as numbers is uint8 (0 to 255) or floating point (0 to 1), not {raw.dtype}")
-        copied = np.array(raw, dtype=np.uint8 if raw.dtype == np.uint8 else np.float32)  # torch wants it writable and contiguous
+        # torch wants a writable array in this machine's byte order
+        copied = np.array(raw, dtype=np.uint8 if raw.dtype == np.uint8 else np.float32)
         return _from_array(torch.from_numpy(copied), channels_last=True)
     if isinstance(raw, Tensor):
         return _from_array(raw.detach().cpu(), channels_last=False)

@@ -114,7 +114,7 @@ class TokenEmbedding(nn.Module):
     def forward(
         self, ids: Int[Tensor, "b t"], *, offset: int = 0, keep: Float[Tensor, "b t 1"] | None = None
     ) -> Float[Tensor, "b t d"]:
-        """Embed ``ids`` that start at position ``offset``; ``keep`` scales the token vectors (0 hides a word, not its place)."""
+        """Embed ``ids`` from position ``offset`` on; ``keep`` scales the token vectors (0 hides a word, not its place)."""
         x = self.tokens(ids)
         if keep is not None:
             x = x * keep

@@ -59,6 +59,7 @@ def attention_mask(
     """
     num_keys = num_queries if num_keys is None else num_keys
     has_prefix = isinstance(prefix, Tensor) or prefix > 0
+    assert causal or not has_prefix, "a prefix is an exception to a causal mask"
     assert num_keys >= num_queries or not causal, "causal queries are the last positions of the keys"
     if keys is None and blocks is None:
         if not causal or num_queries == 1:
@@ -69,9 +70,9 @@ def attention_mask(
     allowed = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool, device=device)
     if causal:
         allowed = allowed.tril(num_keys - num_queries)
-        if has_prefix:
-            ends = torch.as_tensor(prefix, device=device).view(-1, 1, 1, 1)
-            allowed = allowed | (torch.arange(num_keys, device=device) < ends)
+    if has_prefix:
+        ends = torch.as_tensor(prefix, device=device).view(-1, 1, 1, 1)
+        allowed = allowed | (torch.arange(num_keys, device=device) < ends)
     if blocks is not None:
         assert num_queries % blocks.shape[0] == 0, "queries are divided evenly into blocks"
         assert num_keys % blocks.shape[1] == 0, "keys are divided evenly into blocks"
@@ -79,5 +80,7 @@ def attention_mask(
         allowed = allowed & rows.repeat_interleave(num_keys // blocks.shape[1], 1)
     if keys is not None:
         allowed = allowed & keys[:, None, None, :]
+    if keys is None and blocks is None:
+        return Mask(allowed)
     empty = ~allowed.any(-1, keepdim=True)
     return Mask(allowed | empty, empty)

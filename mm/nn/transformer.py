@@ -131,7 +131,7 @@ class Block(nn.Module):
 
         def attend(x: Tensor) -> Tensor:
             result, weights = self.attention(x, mask=mask, rotation=rotation, cache=cache, need_weights=maps is not None)
-            if maps is not None:
+            if maps is not None and weights is not None:
                 maps["attention"] = weights
             return result
 
@@ -139,7 +139,7 @@ class Block(nn.Module):
             assert self.cross_attention is not None
             assert context is not None, "a block with cross-attention needs a context"
             result, weights = self.cross_attention(x, context, mask=context_mask, need_weights=maps is not None)
-            if maps is not None:
+            if maps is not None and weights is not None:
                 maps["cross_attention"] = weights
             return result
 
@@ -204,10 +204,10 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self._blocks()):
             layer_maps: dict[str, Tensor] | None = None if maps is None else {}
             options = {"mask": mask, "context_mask": context_mask, "rotation": rotation, "maps": layer_maps}
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, context, use_reentrant=False, **options)
+            if self.gradient_checkpointing and self.training and caches is None:
+                x = checkpoint(block, x, context, use_reentrant=False, **options)  # pyright: ignore[reportAssignmentType]
             else:
-                x = block(x, context, cache=caches[layer] if caches else None, **options)
+                x = block(x, context, cache=None if caches is None else caches[layer], **options)
             if maps is not None and layer_maps is not None:
                 maps.append(layer_maps)
         return self.final_norm(x)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mm.evaluation.baseline import pixel_baseline
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,12 +16,13 @@ from mm.data.captions import look_up
 from mm.data.labels import LabelTask, label_of, label_task
 from mm.data.loader import Loader
 from mm.data.sources import open_source
-from mm.errors import UserError
+from mm.errors import BadSample, UserError
+from mm.evaluation.baseline import pixel_baseline, thumbnails
 from mm.evaluation.metrics import Result
 from mm.evaluation.retrieval import retrieval
 from mm.evaluation.zero_shot import class_vectors, zero_shot
 from mm.hub import Model, load
-from mm.media.image import ImageSpec
+from mm.media.image import decode_image
 from mm.paths import cache_folder
 from mm.run.preparation import EvalPreparation
 from mm.types import Source
@@ -30,8 +30,6 @@ from mm.types import Source
 Progress = Callable[[int, int], None]
 
 BATCH_SIZE = 64
-BASELINE_SIDE = 16
-"""Pixels of the side of the nearest-neighbour baseline's pictures."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,20 @@ class EncodedSource:
     images: Tensor
     samples: tuple[Mapping[str, Any], ...]
     accounting: str
+
+
+def evaluate(task: str, model: str | Path | Model, data: str | Source, **options: Any) -> Result:
+    """Measure a model: ``task`` is ``zero-shot`` or ``retrieval``; options are those of the function of that task.
+
+    Raises:
+        UserError: An unknown task, or what the task's own function raises.
+    """
+    if task not in TASKS:
+        near = difflib.get_close_matches(task, TASKS, n=1)
+        raise UserError(
+            f"'{task}': no such evaluation; " + (f"did you mean '{near[0]}'?" if near else f"there are {', '.join(TASKS)}")
+        )
+    return TASKS[task](model, data, **options)
 
 
 def evaluate_zero_shot(
@@ -84,14 +96,15 @@ def evaluate_zero_shot(
     source = opened(data, model)
     task = label_task(source, label=label, classes=classes)
     encoded = encode(model, source, cache=cache, progress=progress)
-    rows, labels = _labelled([sample["fields"] for sample in encoded.samples], task, source)
+    fields = [sample["fields"] for sample in encoded.samples]
+    rows, labels = _labelled(fields, task, source)
     prompts = tuple(templates or model.processor.templates)
     vectors = class_vectors(model.embed_texts, task.classes, prompts)
     result = zero_shot(
         encoded.images[rows],
         vectors,
         labels,
-        subsets=_subsets(encoded, rows, task),
+        subsets=_subsets([fields[row] for row in rows], task),
         protocol=_protocol(model, source, encoded) | {"label": task.label, "templates": list(prompts)},
     )
     reference = baseline or task.reference
@@ -125,6 +138,10 @@ def evaluate_retrieval(
     image_of = torch.tensor([position for position, row in enumerate(rows) for _ in encoded.samples[row]["captions"]])
     texts = model.embed_texts(captions)
     return retrieval(encoded.images[rows], texts, image_of, protocol=_protocol(model, source, encoded))
+
+
+TASKS: Mapping[str, Callable[..., Result]] = {"zero-shot": evaluate_zero_shot, "retrieval": evaluate_retrieval}
+"""Evaluations by the name that the command line and `evaluate` know them by."""
 
 
 def encode(model: Model, source: Source, *, cache: bool = True, progress: Progress | None = None) -> EncodedSource:
@@ -178,24 +195,45 @@ def _labelled(fields: Sequence[Mapping[str, Any]], task: LabelTask, source: Sour
     return rows, torch.tensor([index[str(labels[row])] for row in rows])
 
 
-def _subsets(encoded: EncodedSource, rows: Sequence[int], task: LabelTask) -> dict[str, list[bool]]:
-    """Masks over the rows for each value of the task's subset field."""
+def _subsets(fields: Sequence[Mapping[str, Any]], task: LabelTask) -> dict[str, list[bool]]:
+    """Masks over samples for each value of the task's subset field."""
     if task.subsets is None:
         return {}
-    values = [str(look_up(encoded.samples[row]["fields"], task.subsets)) for row in rows]
+    values = [str(look_up(entry, task.subsets)) for entry in fields]
     return {name: [value == name for value in values] for name in sorted(set(values))}
 
 
 def _baseline(source: Source, reference: str, task: LabelTask, progress: Progress | None) -> Result:
     """Nearest neighbour on pixels, on the same pictures and classes."""
-    spec = ImageSpec(size=BASELINE_SIDE, fit="content")
     sides = []
-    for side in (source, open_source(reference, image_size=64)):
-        pixels, fields = pixels_of(side, spec, progress)
+    for side in (open_source(reference), source):
+        pictures, fields = _thumbnails_of(side, progress)
         rows, labels = _labelled(fields, task, side)
-        sides.append((pixels[rows], labels))
-    (queries, truth), (index, index_labels) = sides
-    return pixel_baseline(queries, truth, index, index_labels, protocol={"baseline_index": reference})
+        sides.append((pictures[rows], labels.tolist(), [fields[row] for row in rows]))
+    (index, index_labels, _), (queries, query_labels, query_fields) = sides
+    return pixel_baseline(
+        index,
+        index_labels,
+        queries,
+        query_labels,
+        subsets=_subsets(query_fields, task),
+        protocol={"baseline_index": reference},
+    )
+
+
+def _thumbnails_of(source: Source, progress: Progress | None) -> tuple[Tensor, list[Mapping[str, Any]]]:
+    """Thumbnails and fields of every picture of a source that can be used."""
+    pictures, fields = [], []
+    for index in range(len(source)):
+        try:
+            sample = source.read(index)
+            pictures.append(decode_image(sample.media["image"], where=sample.id))
+            fields.append(sample.fields)
+        except (BadSample, KeyError):
+            continue
+        if progress:
+            progress(index + 1, len(source))
+    return thumbnails(pictures), fields
 
 
 def _protocol(model: Model, source: Source, encoded: EncodedSource) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm.data.augment import AugmentConfig, augment
+from mm.data.augment import AugmentConfig, augment, may_flip
 from mm.data.captions import Captioner, look_up
 from mm.errors import BadSample
 from mm.media.image import decode_image, fit_image
@@ -26,6 +26,7 @@ class Item:
     fields: Mapping[str, Any]
     group: int = 0
     augment_seed: int = 0
+    flippable: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,19 @@ class TrainPreparation:
             fields=sample.fields,
             group=_group(sample, caption, self.positives),
             augment_seed=derive_seed(self.seed, visit, sample.id, "augment"),
+            flippable=may_flip(sample, self.augment),
         )
 
     def collate(self, items: Sequence[Item], epoch: int) -> Batch:
         """Change all pictures of the batch at once; what becomes of each depends on its own seed alone."""
-        pixels = _stack([item.image for item in items])
-        image = augment(pixels, [item.augment_seed for item in items], self.augment, self.processor.image_spec.size)
+        image = augment(
+            torch.stack([item.image for item in items]),
+            [item.augment_seed for item in items],
+            self.augment,
+            self.processor.image_spec.size,
+            background=self.processor.image_spec.background,
+            flippable=[item.flippable for item in items],
+        )
         return Batch(
             ids=tuple(item.id for item in items),
             image=image,
@@ -105,12 +113,3 @@ def _group(sample: Sample, text: str, positives: str) -> int:
     if value is None:
         raise BadSample(f"missing field '{positives}'", sample.id)
     return derive_seed(str(value))
-
-
-def _stack(images: Sequence[Tensor]) -> Tensor:
-    """Stack pictures with and without transparency; the latter become opaque."""
-    if all(image.shape[0] == images[0].shape[0] for image in images):
-        return torch.stack(list(images))
-    return torch.stack(
-        [image if image.shape[0] == 4 else torch.cat([image, torch.full_like(image[:1], 255)]) for image in images]
-    )

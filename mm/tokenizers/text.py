@@ -32,7 +32,7 @@ CLIP_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 CLIP_VOCAB_SIZE = 49408
 CLIP_WORD_END = "</w>"
 CLIP_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
-"""Contractions, words, single digits and runs of the rest; U+0345 is in no class of the original's pattern and is lost there."""
+"""Contractions, words, single digits and runs of the rest. The original's pattern loses U+0345, so this one does too."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,21 @@ class TextTokenizer:
             row[: len(values)] = torch.tensor(values)
         return TextBatch(ids, torch.tensor(lengths, dtype=torch.int64))
 
+    def to_json(self) -> str:
+        """Everything as JSON text; equal tokenizers give equal texts."""
+        content = {
+            "format": FORMAT,
+            "cleaning": asdict(self.cleaning),
+            "start": self.start,
+            "end": self.end,
+            "pad": self.pad,
+            "tokenizer": json.loads(self._tokenizer.to_str()),
+        }
+        return json.dumps(content, ensure_ascii=False)
+
     def save(self, path: Path) -> None:
-        """Write everything to one JSON file; equal tokenizers give equal bytes."""
-        path.write_text(json.dumps(self._content(), ensure_ascii=False), encoding="utf-8")
+        """Write `to_json` to a file."""
+        path.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> "TextTokenizer":
@@ -127,7 +139,11 @@ class TextTokenizer:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["format"] != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
-            return cls._from_content(content)
+            tokenizer = Tokenizer.from_str(json.dumps(content["tokenizer"]))
+            special = {name: content[name] for name in ("start", "end", "pad")}
+            if not all(isinstance(i, int) and 0 <= i < tokenizer.get_vocab_size() for i in special.values()):
+                raise ValueError(f"special ids {special} are not in the vocabulary")
+            return cls(tokenizer, cleaning=Cleaning(**content["cleaning"]), **special)
         except Exception as error:  # the library raises plain Exception for a damaged vocabulary
             raise UserError(f"{path}: cannot be read as a text tokenizer: {error!r}; train or save the model again") from None
 
@@ -173,33 +189,22 @@ class TextTokenizer:
         words = pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True)
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
-        tokenizer.decoder = decoders.Sequence([decoders.Replace(CLIP_WORD_END, " "), decoders.ByteLevel()])
+        tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(CLIP_WORD_END, " ")])
         cleaning = Cleaning(repair=True, nfc=False)
         return cls(tokenizer, cleaning=cleaning, start=CLIP_VOCAB_SIZE - 2, end=CLIP_VOCAB_SIZE - 1, pad=0)
 
-    def _content(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "cleaning": asdict(self.cleaning),
-            "start": self.start,
-            "end": self.end,
-            "pad": self.pad,
-            "tokenizer": json.loads(self._tokenizer.to_str()),
-        }
-
-    @classmethod
-    def _from_content(cls, content: dict[str, Any]) -> "TextTokenizer":
-        tokenizer = Tokenizer.from_str(json.dumps(content["tokenizer"]))
-        special = {name: content[name] for name in ("start", "end", "pad")}
-        if not all(isinstance(i, int) and 0 <= i < tokenizer.get_vocab_size() for i in special.values()):
-            raise ValueError(f"special ids {special} are not in the vocabulary")
-        return cls(tokenizer, cleaning=Cleaning(**content["cleaning"]), **special)
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return TextTokenizer._from_content, (self._content(),)  # the library's own pickle forgets encode_special_tokens
+        # Built anew, because the library's own pickle forgets encode_special_tokens.
+        return _rebuild, (self._tokenizer.to_str(), self.cleaning, self.start, self.end, self.pad)
+
+
+def _rebuild(tokenizer: str, cleaning: Cleaning, start: int, end: int, pad: int) -> TextTokenizer:
+    return TextTokenizer(Tokenizer.from_str(tokenizer), cleaning=cleaning, start=start, end=end, pad=pad)
 
 
 def _repair(text: str) -> str:
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return text  # nothing to repair, and the check is a hundred times faster than the repair
     try:
         import ftfy
     except ImportError:
@@ -219,6 +224,6 @@ def _clip_merges() -> list[tuple[str, str]]:
 
 
 def _byte_characters() -> list[int]:
-    """Code points that stand for bytes in byte-level vocabularies, in CLIP's order: printable Latin-1 first, then the others."""
+    """Code points that stand for the bytes, in the order of CLIP's vocabulary: printable Latin-1 first, then the others."""
     printable = [byte for byte in range(NUM_BYTES) if 33 <= byte <= 126 or 161 <= byte <= 172 or byte >= 174]
     return printable + [NUM_BYTES + i for i in range(NUM_BYTES - len(printable))]

@@ -92,11 +92,11 @@ def save_checkpoint(
         if extra_files is not None:
             extra_files(temporary)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        manifest = {str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-        for path in files:
-            _sync(path)
+        manifest = {
+            path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+        }
         _write(temporary / MANIFEST, _json({"step": step, "files": manifest}))
-        for path in (*(p for p in temporary.rglob("*") if p.is_dir()), temporary):
+        for path in (*temporary.rglob("*"), temporary):
             _sync(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -240,11 +240,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _write(path: Path, data: bytes) -> None:
     with path.open("wb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync(path: Path) -> None:
+    """Force a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -255,6 +254,7 @@ def _sync(path: Path) -> None:
 def _point(folder: Path, name: str) -> None:
     temporary = folder / ".tmp-latest"
     _write(temporary, f"{name}\n".encode())
+    _sync(temporary)
     temporary.replace(folder / LATEST)
     _sync(folder)
 

@@ -3,7 +3,7 @@
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ DECISIVE = frozenset(TrainConfig.model_fields) - HABITS - {"log_ids", "tensorboa
 
 Validate = Callable[[System], Mapping[str, float]]
 ExtraFiles = Callable[[Path], None]
+MergeStates = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def train(
     *,
     validate: Validate | None = None,
     extra_files: ExtraFiles | None = None,
+    merge_states: MergeStates | None = None,
     on_event: OnEvent | None = None,
     progress: bool = True,
     console: Console | None = None,
@@ -82,6 +84,8 @@ def train(
         validate: Figures of the system on held-out data; called on the main process with averaged weights, in evaluation mode
             and without gradients.
         extra_files: Writes what belongs beside the weights (configuration, processor) into the folder it is given.
+        merge_states: Joins the stream states of all processes, in rank order, into the one that a checkpoint holds; without it
+            the main process's own is taken.
         on_event: Receives an `mm.training.tracking.Event` at each log line, validation, checkpoint and warning.
         progress: Show progress on the console.
         console: Where to show it, standard error by default.
@@ -106,7 +110,7 @@ def train(
         )
         stack.callback(tracker.close)
         trainer = _Trainer(Stepper(system, config, world), Feed(stream, world.device), config, run, world, signals, tracker)
-        trainer.validate, trainer.extra_files = validate, extra_files
+        trainer.validate, trainer.extra_files, trainer.merge_states = validate, extra_files, merge_states
         return trainer.run()
 
 
@@ -115,6 +119,7 @@ class _Trainer:
 
     validate: Validate | None = None
     extra_files: ExtraFiles | None = None
+    merge_states: MergeStates | None = None
 
     def __init__(
         self, stepper: Stepper, feed: Feed, config: TrainConfig, run: Path, world: World, signals: StopSignals, tracker: Tracker
@@ -155,7 +160,7 @@ class _Trainer:
         return TrainResult(
             step=self.step,
             metrics=self.metrics,
-            accounting=self.feed.state().get("accounting", {}),
+            accounting=self._stream_state().get("accounting", {}),
             seconds=self.seconds,
             checkpoint=self.saved,
             stopped_by=(self.signals.requested or "SIGTERM") if stopped else None,
@@ -241,6 +246,7 @@ class _Trainer:
     def _save(self, final: bool) -> None:
         """Save on the main process. A failure costs a warning, except at the end, where all processes raise."""
         self._collect_ids()
+        stream_state = self._stream_state()
         problem: OSError | None = None
         if self.world.is_main:
             try:
@@ -249,7 +255,7 @@ class _Trainer:
                     self.folder,
                     self.step,
                     self.stepper.tensors(),
-                    self._state(logs),
+                    self._state(stream_state, logs),
                     extra_files=self.extra_files,
                     keep_last=self.config.keep_last,
                 )
@@ -268,10 +274,17 @@ class _Trainer:
         if final:
             self.saved_step = self.step
 
-    def _state(self, logs: Mapping[str, int]) -> dict[str, Any]:
+    def _stream_state(self) -> dict[str, Any]:
+        """Position and accounting of the data, all processes taken together."""
+        own = self.feed.state()
+        if self.merge_states is None or self.world.size == 1:
+            return own
+        return self.merge_states([json.loads(part) for part in gather_bytes(json.dumps(own).encode(), self.world)])
+
+    def _state(self, stream_state: Mapping[str, Any], logs: Mapping[str, int]) -> dict[str, Any]:
         return {
             "step": self.step,
-            "stream": self.feed.state(),
+            "stream": stream_state,
             "ema_updates": self.stepper.ema.num_updates if self.stepper.ema else 0,
             "nonfinite": self.nonfinite.state(),
             "window": asdict(self.window),

@@ -83,14 +83,17 @@ def broadcast_module(module: nn.Module, world: World) -> None:
 
 @torch.no_grad()
 def average_gradients(parameters: Sequence[Tensor], world: World) -> None:
-    """Replace ``.grad`` by its mean over processes. A parameter without a gradient counts as zero, as others may have one."""
+    """Replace ``.grad`` by its mean over processes. None counts as zero, and stays None where no process has a gradient."""
     if world.size == 1:
         return
+    present = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
+    dist.all_reduce(present, op=dist.ReduceOp.MAX, group=world.control)
     gradients = []
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        gradients.append(parameter.grad)
+    for parameter, somewhere in zip(parameters, present.tolist(), strict=True):
+        if somewhere:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
     sent = []
     for bucket in _buckets(gradients):
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket])

@@ -1,4 +1,7 @@
-"""The embedded data: selections as agreed, drawn once, whatever is killed or started twice. A small archive stands in for the art."""
+"""The embedded data: selections as agreed, drawn once, whatever is killed or started twice.
+
+A small archive with a few concepts of each kind stands in for the art.
+"""
 
 import io
 import json
@@ -30,7 +33,7 @@ def small_assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     known = concepts()
     chosen = set()
     for split in emoji.CONCEPT_SPLITS:
-        chosen |= set([key for key, concept in known.items() if concept["split"] == split][:5])
+        chosen |= set([key for key, concept in known.items() if concept["split"] == split][:3])
     chosen |= {"1f349", "0035-20e3", "1f9a2", "1f44e"} | {next(k for k, concept in known.items() if not concept["core"])}
     for name in ARCHIVES:
         with tarfile.open(ASSETS / name) as whole, tarfile.open(folder / name, "w:xz") as part:
@@ -41,15 +44,30 @@ def small_assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def small(small_assets: Path, tmp_path: Path) -> Iterator[Path]:
-    """Build from the small archive, into a cache of its own."""
+def with_cache(assets: Path, cache: Path) -> Iterator[Path]:
     emoji._digest.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(emoji, "_ASSETS", small_assets)
-        patch.setenv("MM_CACHE", str(tmp_path / "cache"))
-        yield tmp_path / "cache"
+        patch.setattr(emoji, "_ASSETS", assets)
+        patch.setenv("MM_CACHE", str(cache))
+        yield cache
     emoji._digest.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def drawn_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("drawn")
+
+
+@pytest.fixture
+def drawn(small_assets: Path, drawn_cache: Path) -> Iterator[Path]:
+    """The small archive, drawn once for all tests that only read it."""
+    yield from with_cache(small_assets, drawn_cache)
+
+
+@pytest.fixture
+def small(small_assets: Path, tmp_path: Path) -> Iterator[Path]:
+    """The small archive, and a cache where nothing is drawn yet."""
+    yield from with_cache(small_assets, tmp_path / "cache")
 
 
 def program(assets: Path, statement: str) -> list[str]:
@@ -75,7 +93,7 @@ def test_the_whole_archive_agrees_with_the_concepts() -> None:
     assert {name.partition("/")[2].partition("~")[0] for name in names} <= set(known)
 
 
-def test_selections(small: Path) -> None:
+def test_selections(drawn: Path) -> None:
     def ids(spec: str) -> set[str]:
         source = open_emoji(spec, 32)
         return {source.key(i) for i in range(len(source))}
@@ -98,8 +116,8 @@ def test_selections(small: Path) -> None:
     assert not ids("emoji:train/all-concepts") & (ids("emoji:validation") | ids("emoji:test"))
 
 
-def test_samples(small: Path) -> None:
-    source = open_emoji("emoji:all", 48)
+def test_samples(drawn: Path) -> None:
+    source = open_emoji("emoji:all", 40)
     position = next(i for i in range(len(source)) if source.key(i) == "noto/1f349~0")
     sample = source.read(position)
     assert sample.texts == ("watermelon",)
@@ -108,23 +126,23 @@ def test_samples(small: Path) -> None:
     assert sample.fields["names"]["de"] == "Wassermelone"
     for i in range(len(source)):
         image = decode_image(source.read(i).media["image"])
-        assert image.shape in {(4, 48, 48), (3, 48, 48)}, source.key(i)
+        assert image.shape in {(4, 40, 40), (3, 40, 40)}, source.key(i)
     json.dumps([dict(source.fields(i)) for i in range(len(source))])
 
 
-def test_the_shards_explain_themselves_to_other_readers(small: Path) -> None:
+def test_the_shards_explain_themselves_to_other_readers(drawn: Path) -> None:
     source = open_emoji("emoji:test", 32)
     plain = ShardSource(build(32) / "emojione")
     assert [plain.read(i) for i in range(len(plain))] == [source.read(i) for i in range(len(source))]
 
 
-def test_a_picture_that_is_not_square_is_centred_undistorted(small: Path) -> None:
-    source = open_emoji("emoji:train/twemoji", 64)
+def test_a_picture_that_is_not_square_is_centred_undistorted(drawn: Path) -> None:
+    source = open_emoji("emoji:train/twemoji", 40)
     data = next(source.read(i).media["image"] for i in range(len(source)) if source.key(i) == "twemoji/1f349~0")
     rows = (decode_image(data)[3] > 0).any(1).nonzero().flatten()
-    above, below = int(rows[0]), 63 - int(rows[-1])
+    above, below = int(rows[0]), 39 - int(rows[-1])
     assert abs(above - below) <= 1
-    assert abs((64 - above - below) - 64 * 25.22 / 36) <= 2
+    assert abs((40 - above - below) - 40 * 25.22 / 36) <= 2
 
 
 @pytest.mark.parametrize("size", [32, 224])
@@ -133,7 +151,7 @@ def test_sizes(small: Path, size: int) -> None:
     assert decode_image(source.read(0).media["image"]).shape[1:] == (size, size)
 
 
-def test_fingerprints_name_the_selection_and_the_size(small: Path) -> None:
+def test_fingerprints_name_the_selection_and_the_size(drawn: Path) -> None:
     fingerprints = {open_emoji(spec, size).fingerprint for spec in ("emoji:test", "emoji:train") for size in (32, 40)}
     assert len(fingerprints) == 4
     source = open_emoji("emoji:test", 32)
@@ -154,7 +172,7 @@ def test_a_second_build_draws_nothing_and_progress_is_told(small: Path) -> None:
 def test_two_processes_at_once(small: Path, small_assets: Path) -> None:
     statement = "print(emoji.build(32)); print(emoji.open_emoji('emoji:all', 32).fingerprint)"
     running = [subprocess.Popen(program(small_assets, statement), stdout=subprocess.PIPE) for _ in range(2)]
-    said = [process.communicate(timeout=60)[0] for process in running]
+    said = [process.communicate(timeout=300)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0]
     assert said[0] == said[1]
     assert [path.name for path in small.iterdir() if not path.name.startswith(".")] == [build(32).name]
@@ -162,7 +180,7 @@ def test_two_processes_at_once(small: Path, small_assets: Path) -> None:
 
 def test_killed_midway_and_started_again(small: Path, small_assets: Path) -> None:
     statement = (
-        "import time; emoji.build(32, progress=lambda done, total: done > 9 and (print('half', flush=True), time.sleep(60)))"
+        "import time; emoji.build(32, progress=lambda done, total: done > 9 and (print('half', flush=True), time.sleep(300)))"
     )
     process = subprocess.Popen(program(small_assets, statement), stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -172,7 +190,7 @@ def test_killed_midway_and_started_again(small: Path, small_assets: Path) -> Non
     process.stdout.close()
     assert not [path for path in small.iterdir() if not path.name.startswith(".")]
     root = build(32)
-    assert len(open_emoji("emoji:all", 32)) == sum(len(ShardSource(root / artist)) for artist in ARTISTS) > 50
+    assert len(open_emoji("emoji:all", 32)) == sum(len(ShardSource(root / artist)) for artist in ARTISTS) > 30
     assert not list(small.glob("*part*"))
     assert not list(small.glob(".*part*"))
 
@@ -183,7 +201,7 @@ def test_killed_while_writing_leaves_nothing_that_is_taken_for_whole(small: Path
     leftover = target.with_name(f".{target.name}.part-1")
     target.rename(leftover)
     (leftover / "noto" / "000000.tar").write_bytes(b"half")
-    assert len(open_emoji("emoji:train/noto", 32)) > 5
+    assert len(open_emoji("emoji:train/noto", 32)) > 3
     assert not leftover.exists()
 
 
@@ -220,12 +238,12 @@ def test_a_failing_helper_is_reported(tmp_path: Path) -> None:
         ("emoji:test", 225, "32 to 224"),
     ],
 )
-def test_wrong_selections_are_named(small: Path, spec: str, size: int, message: str) -> None:
+def test_wrong_selections_are_named(drawn: Path, spec: str, size: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         open_emoji(spec, size)
 
 
-def test_a_cache_that_cannot_be_written_is_named(small: Path, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_named(drawn: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="set MM_CACHE"):
         build(32, cache=tmp_path / "file")

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import signal
 import tarfile
 import threading
 from pathlib import Path
@@ -263,6 +264,18 @@ def test_pickles_threads_and_many_open_files(tmp_path: Path) -> None:
         thread.join()
     assert wrong == []
     assert len(os.listdir("/proc/self/fd")) < 300 if os.path.isdir("/proc/self/fd") else True
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # newer Pythons warn of what is tested here
+def test_a_fork_does_not_inherit_a_held_lock(tmp_path: Path) -> None:
+    source = ShardSource(write_shards(samples(2), tmp_path))
+    expected = source.read(1)
+    with source._files._lock:  # as another thread would hold it at the moment of the fork
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            os._exit(0 if source.read(1) == expected else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_negative_positions_are_refused(tmp_path: Path) -> None:

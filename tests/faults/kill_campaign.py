@@ -22,7 +22,7 @@ from mm.training.loop import train
 from mm.types import Batch, BatchStream
 
 STEPS = 200
-SYNCS_PER_SAVE = 7  # model, ema, optimizer, state, folder, parent, pointer
+SYNCS_PER_SAVE = 9  # model, ema, optimizer, state, manifest, their folder, its parent, pointer, parent again
 
 MakeStream = Callable[[], BatchStream]
 

@@ -1,0 +1,1 @@
+"""Where data, models, training and evaluation meet."""

@@ -1,0 +1,173 @@
+"""Image encoder: equal to timm on normalised pixels, for every kind of backbone; what timm cannot do is said in one line."""
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from mm.encoders.image import ImageEncoder, ImageEncoderConfig, build_image_encoder
+from mm.errors import UserError
+from mm.types import System
+
+SMALL_VIT = {"embed_dim": 24, "depth": 2, "num_heads": 2}
+BACKBONES = {
+    "convnext": {"backbone": "convnext_atto", "patch_size": 2, "options": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}},
+    "resnet": {"backbone": "resnet18", "options": {"channels": [8, 8, 16, 16], "zero_init_last": False}},
+    "wide pooling": {"backbone": "mobilenetv3_small_050"},
+    "vit": {"backbone": "vit_tiny_patch16_224", "patch_size": 8, "options": SMALL_VIT},
+    "registers": {"backbone": "vit_medium_patch16_reg4_gap_256", "patch_size": 8, "options": SMALL_VIT},
+    "attention pooling": {"backbone": "vit_base_patch16_siglip_256", "patch_size": 8, "options": SMALL_VIT},
+    "channels last": {
+        "backbone": "swin_tiny_patch4_window7_224",
+        "options": {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]},
+    },
+    "hybrid": {"backbone": "test_vit3"},
+}
+VITS = ("vit", "registers", "attention pooling")
+
+
+def encoder(kind: str, **options: object) -> ImageEncoder:
+    torch.manual_seed(0)
+    return build_image_encoder(ImageEncoderConfig.model_validate({"image_size": 32} | BACKBONES[kind] | options)).eval()
+
+
+def pictures(batch_size: int = 2, size: int = 32) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_equals_timm_on_normalised_pixels(kind: str) -> None:
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    model, image = encoder(kind, mean=mean, std=std), pictures()
+    encoded = model(image)
+    pixels = (image / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    features = model.trunk.forward_features(pixels)
+    torch.testing.assert_close(encoded.pooled, model.trunk(pixels), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model(image / 255).pooled, encoded.pooled, atol=1e-5, rtol=1e-4)
+    assert encoded.tokens.numel() == features.numel()
+    assert encoded.tokens.shape[2] == model.token_width
+    assert encoded.pooled.shape == (2, model.width)
+    assert encoded.mask.shape == encoded.tokens.shape[:2]
+    assert encoded.mask.all()
+    rows, columns = encoded.extras["grid"]
+    assert rows * columns + encoded.extras["prefix"] == encoded.tokens.shape[1]
+
+
+@pytest.mark.parametrize("kind", ["convnext", "resnet", "channels last"])
+def test_tokens_are_row_by_row(kind: str) -> None:
+    model = encoder(kind, image_size=64)
+    features = model.trunk.forward_features(model._normalise(pictures(size=64)))
+    tokens, extras = model._flatten(features)
+    _, columns = extras["grid"]
+    position = features[:, 1, 0] if kind == "channels last" else features[:, :, 1, 0]
+    assert torch.equal(tokens[:, columns], position)
+
+
+@pytest.mark.parametrize("kind", VITS)
+def test_patch_dropout_shortens_training_only(kind: str) -> None:
+    model, image = encoder(kind, patch_dropout=0.5), pictures()
+    whole = model(image)
+    model.train()
+    part = model(image)
+    prefix = whole.extras["prefix"]
+    assert part.tokens.shape[1] - prefix == (whole.tokens.shape[1] - prefix) // 2
+    assert part.pooled.shape == whole.pooled.shape
+    assert "grid" not in part.extras
+
+
+@pytest.mark.parametrize("kind", ["convnext", "vit"])
+def test_gradient_checkpointing_changes_nothing(kind: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = encoder(kind, gradient_checkpointing=checkpointing).train()
+        model(pictures()).pooled.square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+@pytest.mark.parametrize("kind", ["convnext", "resnet", "vit"])
+def test_gradients_reach_every_parameter(kind: str) -> None:
+    model = encoder(kind).train()
+    weights = torch.randn(model.width, generator=torch.Generator().manual_seed(1))
+    (model(pictures(4)).pooled * weights).square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_what_timm_exempts_does_not_decay() -> None:
+    system = System()
+    system.image = encoder("vit")
+    plain = {id(p) for p in system.parameter_groups()[1]["params"]}
+    assert {id(system.image.trunk.pos_embed), id(system.image.trunk.cls_token)} <= plain
+    assert id(system.image.trunk.patch_embed.proj.weight) not in plain
+
+
+def test_normalisation_is_not_in_the_checkpoint() -> None:
+    model = encoder("convnext")
+    assert all(name.startswith("trunk.") for name in model.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["convnext", "vit"])
+def test_bf16_stays_close(kind: str) -> None:
+    model, image = encoder(kind), pictures()
+    exact = model(image).pooled
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = model(image).pooled
+    for pooled in (autocast, model.bfloat16()(image).pooled):
+        assert torch.nn.functional.cosine_similarity(pooled.float(), exact).min() > 0.99
+
+
+def test_compiles_as_one_graph() -> None:
+    model, image = encoder("vit"), pictures()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(image).pooled, model(image).pooled)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 16, 16), (2, 3, 32, 48), (2, 4, 32, 32)])
+def test_other_pictures_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match=r"expected; prepare them"):
+        encoder("resnet")(torch.zeros(shape, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"backbone": "convnext_ato"}, "no such model; did you mean .*convnext_atto"),
+        ({"backbone": "hf-hub:someone/model"}, "no such model"),
+        ({"backbone": "local-dir:/tmp"}, "no such model"),
+        ({"backbone": "convnext_atto", "patch_dropout": 0.5}, "takes no patch_dropout"),
+        ({"backbone": "resnet18", "patch_size": 4}, "takes no patch_size"),
+        ({"backbone": "resnet18", "options": {"colour": 3}}, "takes no colour"),
+        ({"backbone": "resnet18", "options": {"pretrained": True}}, "'pretrained' may not be one of the options"),
+        ({"backbone": "resnet18", "options": {"checkpoint_path": "x.pth"}}, "'checkpoint_path' may not"),
+        ({"backbone": "vit_tiny_patch16_224", "options": {"patch_drop_rate": 0.5}}, "set patch_dropout instead"),
+        ({"backbone": "vit_tiny_patch16_224", "options": {"num_heads": 5}}, "cannot be made"),
+        ({"backbone": "vit_tiny_patch16_224", "pool": "median"}, "cannot be made|cannot encode"),
+        ({"backbone": "vit_tiny_patch16_224", "image_size": 20}, "not a multiple of the patch size 16"),
+        ({"backbone": "efficientformer_l1", "image_size": 32}, "cannot encode 32 px"),
+        ({"backbone": "dla46_c", "gradient_checkpointing": True}, "no gradient checkpointing"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(values: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        build_image_encoder(ImageEncoderConfig.model_validate({"image_size": 32} | values))
+    assert "\n" not in str(caught.value)
+
+
+def test_names_of_published_weights_are_understood() -> None:
+    tagged = next(name for name in timm.list_pretrained("vit_tiny_patch16_224"))
+    assert "." in tagged
+    model = build_image_encoder(ImageEncoderConfig(backbone=tagged, image_size=32, options=dict(SMALL_VIT)))
+    assert model.width == SMALL_VIT["embed_dim"]
+
+
+def test_building_leaves_randomness_and_mode_alone() -> None:
+    config = ImageEncoderConfig.model_validate({"image_size": 32} | BACKBONES["vit"] | {"patch_dropout": 0.5})
+    torch.manual_seed(3)
+    built = build_image_encoder(config)
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, patch_size=8, patch_drop_rate=0.5, **SMALL_VIT)
+    assert torch.equal(after, torch.rand(1))
+    assert built.training

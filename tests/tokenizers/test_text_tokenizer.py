@@ -1,0 +1,187 @@
+"""Text tokenizer: open_clip's ids, every text comes back, the same file from the same texts, the same ids in every process."""
+
+import json
+import pickle
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mm.errors import UserError
+from mm.tokenizers.text import Cleaning, TextTokenizer
+
+TEXTS = [
+    f"{animal} with {thing} in the {place}"
+    for animal in ("cat", "dog", "été")
+    for thing in ("hat", "ball")
+    for place in ("sun", "雨")
+]
+"""Short captions whose pairs repeat."""
+
+
+@pytest.fixture(scope="module")
+def trained() -> TextTokenizer:
+    return TextTokenizer.train_bpe(TEXTS, 320)
+
+
+@pytest.fixture(scope="module")
+def clip() -> TextTokenizer:
+    return TextTokenizer.clip_bpe()
+
+
+@pytest.fixture(scope="module")
+def open_clip_tokenizer():
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()
+
+
+VARIED = [
+    "",
+    " ",
+    "a photo of a cat.",
+    "A  Photo\tof\na CAT!!",
+    "it's we're I'VE they'll o'clock 'S'T ''",
+    "1234 5.6% v2 x²",
+    "&amp;amp; &lt;b&gt; &#39;quoted&#39; &eacute;",
+    "l&rsquo;Ã©tÃ© schÃ¶n",
+    "“curly” ‘quotes’ ﬁne ﬂow ｆｕｌｌ",
+    "你好，世界 こんにちは 안녕하세요",
+    "İstanbul straße ΣΊΣΥΦΟΣ ǅ",
+    "👨‍👩‍👧‍👦 😀😀 🏳️‍🌈 ©®™",
+    "مرحبا بالعالم नमस्ते สวัสดี",
+    "e\u0301 \u0345 a\u0345b \u200b\u00a0\u3000 \x00\x1c\x85 \x1b[0m",
+    "<start> <|endoftext|> </w> a</w>b <end",
+    "supercalifragilisticexpialidocious " * 12,
+]
+
+
+@pytest.mark.parametrize("text", VARIED)
+def test_clip_ids_are_those_of_open_clip(clip: TextTokenizer, open_clip_tokenizer, text: str) -> None:
+    expected = open_clip_tokenizer(text, context_length=77)
+    batch = clip([text], 77)
+    length = int(batch.lengths[0])
+    assert torch.equal(batch.ids[0], expected[0, :length])
+    assert not expected[0, length:].any()
+    assert clip.decode(expected[0].tolist()) == open_clip_tokenizer.decode(clip.encode(text)[:75]).strip()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=12) | st.text("'’stremvldSſ 1\n!&;#amp<>", max_size=12))
+def test_clip_ids_are_those_of_open_clip_for_any_text(clip: TextTokenizer, open_clip_tokenizer, text: str) -> None:
+    assert clip.encode(text) == open_clip_tokenizer.encode(text)
+
+
+def test_clip_special_ids(clip: TextTokenizer, open_clip_tokenizer) -> None:
+    theirs = open_clip_tokenizer
+    assert (clip.vocab_size, clip.start, clip.end) == (theirs.vocab_size, theirs.sot_token_id, theirs.eot_token_id)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
+def test_every_text_comes_back(trained: TextTokenizer, text: str) -> None:
+    assert trained.decode(trained.encode(text)) == trained.cleaning(text).strip()
+    assert trained.decode(trained([text], 500).ids[0].tolist()) == trained.cleaning(text).strip()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=20))
+def test_cleaning_is_idempotent(text: str) -> None:
+    clean = Cleaning()
+    assert clean(clean(text)) == clean(text)
+
+
+def test_cleaning_joins_what_looks_the_same(trained: TextTokenizer) -> None:
+    assert trained.encode("  ÉTÉ \n") == trained.encode(unicodedata.normalize("NFD", "été"))
+    assert Cleaning(whitespace=False, lowercase=False, nfc=False)(" É\n") == " É\n"
+
+
+def test_a_lone_surrogate_is_not_a_crash(trained: TextTokenizer) -> None:
+    assert trained.decode(trained.encode("a \ud800 b")) == "a ? b"
+
+
+@pytest.mark.parametrize("kind", ["trained", "clip"])
+def test_special_tokens_cannot_be_written_in_a_text(kind: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = request.getfixturevalue(kind)
+    ids = tokenizer.encode("<start>a<end><pad> <start_of_text> b <end_of_text>")
+    assert not {tokenizer.start, tokenizer.end} & set(ids)
+
+
+def test_a_batch_is_as_long_as_its_longest_text(trained: TextTokenizer) -> None:
+    batch = trained(["cat", "cat with hat in the sun", ""], 32)
+    assert batch.ids.shape[1] == int(batch.lengths.max())
+    assert batch.lengths[2] == 2
+    for row, length in zip(batch.ids, batch.lengths, strict=True):
+        assert row[0] == trained.start
+        assert row[length - 1] == trained.end
+        assert (row[length:] == trained.pad).all()
+
+
+def test_a_cut_text_keeps_its_end(trained: TextTokenizer) -> None:
+    batch = trained(["cat " * 50], 8)
+    assert batch.ids.shape == (1, 8)
+    assert batch.ids[0, -1] == trained.end
+    with pytest.raises(UserError, match="at least 3"):
+        trained(["cat"], 2)
+
+
+def test_no_texts_are_an_empty_batch(trained: TextTokenizer) -> None:
+    assert len(trained([], 8)) == 0
+
+
+def test_training_learns_words_and_bounds_the_vocabulary(trained: TextTokenizer) -> None:
+    assert trained.vocab_size <= 320
+    assert len(trained.encode("cat with hat")) == 3
+    assert len(set(trained.encode("cat cat"))) == 1
+    with pytest.raises(UserError, match="at least 259"):
+        TextTokenizer.train_bpe(TEXTS, 258)
+
+
+def test_training_is_deterministic_across_processes_and_order(trained: TextTokenizer, tmp_path: Path) -> None:
+    trained.save(tmp_path / "here.json")
+    program = (
+        "import sys, pathlib; from mm.tokenizers.text import TextTokenizer; "
+        "TextTokenizer.train_bpe(sys.argv[2:], 320).save(pathlib.Path(sys.argv[1]))"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "there.json"), *reversed(TEXTS)], check=True)
+    assert (tmp_path / "here.json").read_bytes() == (tmp_path / "there.json").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["trained", "clip"])
+def test_saved_and_pickled_tokenizers_are_the_same(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    tokenizer = request.getfixturevalue(kind)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    for other in (TextTokenizer.load(tmp_path / "tokenizer.json"), pickle.loads(pickle.dumps(tokenizer))):  # noqa: S301
+        texts = [*VARIED, "<start>a<end>", "<end_of_text>"]
+        assert torch.equal(other(texts, 40).ids, tokenizer(texts, 40).ids)
+        assert other.cleaning == tokenizer.cleaning
+        assert (other.start, other.end, other.pad) == (tokenizer.start, tokenizer.end, tokenizer.pad)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: "{",
+        lambda content: "[]",
+        lambda content: json.dumps({**content, "format": "other"}),
+        lambda content: json.dumps({**content, "end": 1 << 40}),
+        lambda content: json.dumps({**content, "cleaning": {"unknown": True}}),
+        lambda content: json.dumps({**content, "tokenizer": {}}),
+    ],
+)
+def test_a_damaged_file_is_named(damage, trained: TextTokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    trained.save(path)
+    path.write_text(damage(json.loads(path.read_text(encoding="utf-8"))), encoding="utf-8")
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        TextTokenizer.load(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.json"):
+        TextTokenizer.load(tmp_path / "none.json")
