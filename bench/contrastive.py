@@ -89,7 +89,7 @@ def main() -> None:
     if options.peak:
         print(peak(*options.peak, options.count, INITIAL_SCALE))
         return
-    count, smaller = options.count, options.count // 2
+    count, smaller = options.count, options.count // 4
     script = Path(__file__)
     memory = {
         side: in_fresh_process(script, "--count", str(count), "--peak", "infonce", side) / MIB for side in ("ours", "theirs")

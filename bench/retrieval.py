@@ -1,21 +1,24 @@
 """Recall at K of 5,000 pictures and 25,000 captions in both directions, against CLIP_benchmark's function.
 
 Both get the same unit vectors and start from them: score matrix, positives, recalls. The peer is timed whole, nothing is
-extrapolated. Runs alternate, so that a busy machine slows both. Every recall must be equal.
+extrapolated; it takes from half a minute to minutes a run, so it runs once per case, and ours before, between and after.
+Every recall must be equal.
 
-    python bench/retrieval.py --json FILE          (pip install clip-benchmark --no-deps; else its published algorithm is timed)
+    pip install clip-benchmark --no-deps           (else its published algorithm, restated here, is timed)
+    python bench/retrieval.py --json FILE
 """
 
-import argparse
-import json
 import statistics
-import time
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from harness import Case, arguments_parser, report, seconds
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a fresh clone, not yet installed
 
 from mm.evaluation.retrieval import ranks, retrieval
 
@@ -24,8 +27,6 @@ PEER_BATCH = 64
 
 PEER_DEFAULT_KS = (5,)
 USUAL_KS = (1, 5, 10)
-
-Recalls = dict[str, float]
 
 
 def stand_in(scores: Tensor, positive: Tensor, k: int) -> Tensor:
@@ -54,7 +55,7 @@ def make_vectors(num_images: int, captions: int, width: int) -> tuple[Tensor, Te
 
 def peer_recalls(
     recall_at_k: Callable[..., Tensor], images: Tensor, texts: Tensor, owner: Tensor, ks: Sequence[int]
-) -> Recalls:
+) -> dict[str, float]:
     """Everything that CLIP_benchmark does after embedding, in its batches."""
     scores = texts @ images.T
     positive = torch.zeros_like(scores, dtype=torch.bool)
@@ -68,64 +69,71 @@ def peer_recalls(
     return recalls
 
 
-def our_recalls(images: Tensor, texts: Tensor, owner: Tensor, ks: Sequence[int]) -> Recalls:
+def our_recalls(images: Tensor, texts: Tensor, owner: Tensor, ks: Sequence[int]) -> dict[str, float]:
     """The same figures without intervals, which the peer does not have."""
     found = ranks(images, texts, owner)
     both = {"text_to_image": found.text_to_image, "image_to_text": found.image_to_text}
     return {f"{name}_r{k}": (places < k).double().mean().item() for k in ks for name, places in both.items()}
 
 
-def timed(work: Callable[[], object], seconds: list[float]) -> object:
-    start = time.perf_counter()
-    result = work()
-    seconds.append(time.perf_counter() - start)
-    return result
+def interval_recalls(images: Tensor, texts: Tensor, owner: Tensor) -> dict[str, float]:
+    """The figures as `mm eval retrieval` makes them, with median ranks and bootstrap intervals."""
+    return {name: interval.value for name, interval in retrieval(images, texts, owner, ks=USUAL_KS).metrics.items()}
+
+
+class Recalls:
+    """A side of the comparison: remembers what it found, so that timing and checking share the calls."""
+
+    def __init__(self, work: Callable[[], dict[str, float]]) -> None:
+        self.work, self.found, self.times = work, {}, []
+
+    def run(self) -> None:
+        self.times.append(seconds(self._keep))
+
+    def _keep(self) -> None:
+        self.found = self.work()
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.times)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the cases to this file")
+    parser = arguments_parser(__doc__ or "")
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--captions", type=int, default=5, help="captions a picture")
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--runs", type=int, default=6, help="runs of ours; half before and half after the peer's")
     options = parser.parse_args()
 
     vectors = make_vectors(options.images, options.captions, options.width)
-    recall_at_k, peer = load_peer()
-    size = f"{options.images} x {options.images * options.captions}, width {options.width}"
-    print(f"{size}, {torch.get_num_threads()} threads, peer: {peer}")
+    recall_at_k, peer_name = load_peer()
+    ours = Recalls(lambda: our_recalls(*vectors, USUAL_KS))
+    whole = Recalls(lambda: interval_recalls(*vectors))
+    peers = {ks: Recalls(lambda ks=ks: peer_recalls(recall_at_k, *vectors, ks)) for ks in (PEER_DEFAULT_KS, USUAL_KS)}
     our_recalls(*vectors, USUAL_KS)
-    ours: list[float] = []
-    with_intervals: list[float] = []
-    cases = []
-    for ks in (PEER_DEFAULT_KS, USUAL_KS):
-        theirs: list[float] = []
-        for part in range(options.runs // 2):
-            found = timed(lambda: our_recalls(*vectors, USUAL_KS), ours)
-            timed(lambda: retrieval(*vectors, ks=USUAL_KS), with_intervals)
-            if part == 0:
-                expected = timed(lambda ks=ks: peer_recalls(recall_at_k, *vectors, ks), theirs)
-                assert isinstance(expected, dict)
-        assert isinstance(found, dict)
-        for name, value in expected.items():
-            assert found[name] == value, f"{name}: ours {found[name]}, theirs {value}"
-            print(f"  {name}: {value:.4f}, equal")
-        for label, seconds in (("recall", ours), ("recall and 95 % intervals", with_intervals)):
-            cases.append(
-                {
-                    "name": f"{label}, both ways, K = 1, 5, 10; peer K = {', '.join(map(str, ks))}; {size}",
-                    "peer": peer,
-                    "ours": statistics.median(seconds),
-                    "theirs": statistics.median(theirs),
-                    "ratio": statistics.median(theirs) / statistics.median(seconds),
-                    "unit": "s",
-                }
-            )
-    for case in cases:
-        print(f"{case['name']}: ours {case['ours']:.2f} s, theirs {case['theirs']:.1f} s, ratio {case['ratio']:.1f}")
-    if options.json:
-        options.json.write_text(json.dumps({"cases": cases}, indent=2) + "\n", encoding="utf-8")
+    for peer in (*peers.values(), None):
+        for _ in range(options.repeats):
+            ours.run()
+            whole.run()
+        if peer is not None:
+            peer.run()
+    for peer in peers.values():
+        for side in (ours, whole):
+            assert all(side.found[name] == value for name, value in peer.found.items()), (side.found, peer.found)
+    size = f"{options.images} x {options.images * options.captions}, d = {options.width}"
+    cases = [
+        Case(
+            f"{label} both ways at K = 1, 5, 10; peer at K = {', '.join(map(str, ks))}; {size}",
+            peer_name,
+            side.median,
+            peer.median,
+            "s",
+        )
+        for label, side in (("recall", ours), ("recall and 95 % intervals", whole))
+        for ks, peer in peers.items()
+    ]
+    report(cases, options.json)
+    print(f"recalls equal: {ours.found}; seconds of ours: {', '.join(f'{time:.2f}' for time in ours.times)}")
 
 
 if __name__ == "__main__":

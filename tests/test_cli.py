@@ -18,11 +18,13 @@ TINY = [
     "system.text.heads=2",
     "system.text.vocab_size=300",
     "system.embed_dim=32",
-    "train.steps=40",
+    "train.steps=150",
+    "train.lr=0.005",
+    "train.ema_decay=0.9",
     "train.batch_size=24",
     "train.warmup_steps=4",
     "train.log_every=10",
-    "train.validate_every=20",
+    "train.validate_every=50",
     "train.tensorboard=false",
     "data.workers=0",
 ]
@@ -74,7 +76,7 @@ def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model trained on the stranger's pictures."""
     folder = tmp_path_factory.mktemp("runs") / "own"
     done = mm("train", "configs/own.yaml", f"data.train={photos / 'captions.csv'}", *TINY, "--out", folder)
-    assert "step 40" in done.stdout
+    assert "step 150" in done.stdout
     return folder
 
 
@@ -127,9 +129,9 @@ def test_classify_and_search(photos: Path, run: Path, tmp_path: Path) -> None:
 
 
 def test_training_again_finds_the_run_finished(photos: Path, run: Path) -> None:
-    weights = (run / "checkpoints" / "step-00000040" / "model.safetensors").read_bytes()
+    weights = (run / "checkpoints" / "step-00000150" / "model.safetensors").read_bytes()
     mm("train", "configs/own.yaml", f"data.train={photos / 'captions.csv'}", *TINY, "--out", run)
-    assert (run / "checkpoints" / "step-00000040" / "model.safetensors").read_bytes() == weights
+    assert (run / "checkpoints" / "step-00000150" / "model.safetensors").read_bytes() == weights
 
 
 def test_pack_index_and_train_from_shards_agree(photos: Path, tmp_path: Path) -> None:

@@ -22,9 +22,7 @@ class ToyRegression(System):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(FEATURES, 16), nn.BatchNorm1d(16), nn.Dropout(0.2), nn.GELU(), nn.Linear(16, 1)
-        )
+        self.net = nn.Sequential(nn.Linear(FEATURES, 16), nn.BatchNorm1d(16), nn.Dropout(0.2), nn.GELU(), nn.Linear(16, 1))
         self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
         self.unused = nn.Parameter(torch.ones(2, 2))
 
@@ -75,7 +73,9 @@ class ToyClip(System):
 class ToyStream:
     """Batch k is a pure function of k; ids tell the batch and the row of the global batch."""
 
-    def __init__(self, batch_size: int = 8, *, rank: int = 0, world_size: int = 1, poison: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self, batch_size: int = 8, *, rank: int = 0, world_size: int = 1, poison: frozenset[int] = frozenset()
+    ) -> None:
         self.batch_size, self.rank, self.world_size, self.poison = batch_size, rank, world_size, poison
         self.cursor = 0
 

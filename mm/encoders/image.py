@@ -11,8 +11,8 @@ from typing import Any
 import timm
 import torch
 from jaxtyping import Float, UInt8
-from pydantic import Field, JsonValue
-from timm.layers import PatchEmbed
+from pydantic import Field, JsonValue, model_validator
+from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -28,6 +28,9 @@ FIELDS_OF_ARGUMENTS = {
     "global_pool": "pool",
 }
 """Arguments of timm backbones that have a field of their own here."""
+
+CONCAT = "concat"
+"""The one pooling that is not timm's."""
 
 RESERVED_OPTIONS = frozenset(
     [*FIELDS_OF_ARGUMENTS, *inspect.signature(timm.create_model).parameters, "num_classes", "in_chans", "features_only"]
@@ -46,7 +49,8 @@ class ImageEncoderConfig(StrictConfig):
         image_size: Side of the square picture in pixels.
         patch_size: Side of a patch, or stride of the stem, for backbones that take one.
         options: Other arguments of the backbone, e.g. ``{depths: [2, 2, 6, 2], dims: [32, 64, 128, 256]}``.
-        pool: Pooling in timm's terms ("avg", "token", "map"); the backbone's own if None.
+        pool: Pooling in timm's terms ("avg", "token", "map"); the backbone's own if None. "concat" puts all tokens in a row, so
+            that the pooled vector knows what is where, which suits small pictures that are cut to their content.
         patch_dropout: Share of patches left out in training (ViTs only).
         drop_path: Probability of skipping a residual branch in training, at the last block; less before.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
@@ -65,6 +69,14 @@ class ImageEncoderConfig(StrictConfig):
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
+    @model_validator(mode="after")
+    def _possible(self) -> "ImageEncoderConfig":
+        if self.pool == CONCAT and self.patch_dropout:
+            raise ValueError("pool: concat needs every patch; leave patch_dropout out")
+        if min(self.std) <= 0:
+            raise ValueError("std must be above 0")
+        return self
+
 
 class ImageEncoder(nn.Module):
     """Normalises pixels, runs a timm model and returns its features and its pooled vector.
@@ -74,6 +86,7 @@ class ImageEncoder(nn.Module):
         image_size: Side of the pictures it accepts, pixels.
         mean: Of each colour channel, in 0..1.
         std: Of each colour channel, in 0..1.
+        concat: Put all tokens in a row; the model was made with ``global_pool=""``.
 
     Attributes:
         width: D of the pooled vector.
@@ -90,9 +103,11 @@ class ImageEncoder(nn.Module):
         image_size: int,
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
+        concat: bool = False,
     ) -> None:
         super().__init__()
         self.trunk: Any = trunk
+        self.concat = concat
         self.image_size = image_size
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -115,8 +130,10 @@ class ImageEncoder(nn.Module):
                 "prepare them with the model's processor or change image_size"
             )
         features = self.trunk.forward_features(self._normalise(image))
-        pooled = self.trunk.forward_head(features, pre_logits=True)
         tokens, extras = self._flatten(features)
+        pooled = self.trunk.forward_head(features, pre_logits=True)
+        if self.concat:
+            pooled = self._flatten(pooled)[0].flatten(1)
         return Encoded(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device), pooled, extras)
 
     def _normalise(self, image: Tensor) -> Tensor:
@@ -185,7 +202,8 @@ def build_image_encoder(config: ImageEncoderConfig) -> ImageEncoder:
             trunk.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
         except (AttributeError, AssertionError):
             raise UserError(f"backbone '{name}' has no gradient checkpointing; leave gradient_checkpointing out") from None
-    return ImageEncoder(trunk, image_size=config.image_size, mean=config.mean, std=config.std)
+    concat = config.pool == CONCAT
+    return ImageEncoder(trunk, image_size=config.image_size, mean=config.mean, std=config.std, concat=concat)
 
 
 def _arguments(config: ImageEncoderConfig) -> dict[str, Any]:
@@ -198,18 +216,18 @@ def _arguments(config: ImageEncoderConfig) -> dict[str, Any]:
         "patch_size": config.patch_size,
         "patch_drop_rate": config.patch_dropout,
         "drop_path_rate": config.drop_path,
-        "global_pool": config.pool,
+        "global_pool": "" if config.pool == CONCAT else config.pool,
     }
-    return arguments | {key: value for key, value in chosen.items() if value}
+    return arguments | {key: value for key, value in chosen.items() if value or value == ""}
 
 
 def _check_patches(trunk: Any, image_size: int) -> None:
     """timm cuts off the pixels that fill no patch, without a word."""
-    patches = getattr(trunk, "patch_embed", None)
-    if isinstance(patches, PatchEmbed) and not patches.dynamic_img_pad and image_size % patches.patch_size[0]:
-        raise UserError(
-            f"image_size {image_size} is not a multiple of the patch size {patches.patch_size[0]}; change one of them"
-        )
+    patches: Any = getattr(trunk, "patch_embed", None)
+    if isinstance(patches, PatchEmbed) and not patches.dynamic_img_pad:
+        side = int(patches.patch_size[0])
+        if image_size % side:
+            raise UserError(f"image_size {image_size} is not a multiple of the patch size {side}; change one of them")
 
 
 def _explain(name: str, arguments: dict[str, Any], error: Exception) -> str:

@@ -1,6 +1,6 @@
 """Small charts as inline SVG: bars with intervals and training curves, coloured by the page they stand in.
 
-Text and colours come from CSS classes (see `mm.evaluation.report`), so one chart serves light and dark pages. Drawn 420 units
+Text and colours come from CSS classes (see `mm.evaluation.report`), so one chart serves light and dark pages. Drawn 360 units
 wide with text of 12 units, a chart stays readable on a phone.
 """
 
@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-WIDTH = 420.0
+WIDTH = 360.0
 NUM_COLOURS = 4
 MAX_POINTS = 400
 """Longest polyline; longer series are averaged in groups."""
@@ -20,9 +20,10 @@ MAX_POINTS = 400
 
 @dataclass(frozen=True)
 class Chart:
-    """Finished SVG markup (made by this module only, with all text escaped) and the words beneath it."""
+    """Finished SVG markup (made by this module only, with all text escaped), the words above it and those beneath it."""
 
     svg: str
+    title: str
     caption: str = ""
 
 
@@ -42,7 +43,7 @@ def bar_chart(bars: Sequence[Bar], *, title: str, percent: bool = True, caption:
 
     Args:
         bars: Non-negative values; the axis starts at 0 and ends at 1 for rates above one half, else at a round number.
-        title: What is measured; also read out by screen readers.
+        title: What is measured.
         percent: Values are rates from 0 to 1, shown in percent.
         caption: Words beneath the chart.
     """
@@ -66,7 +67,7 @@ def bar_chart(bars: Sequence[Bar], *, title: str, percent: bool = True, caption:
             parts += [f'<path class="whisker" d="M{x:.1f} {middle - 4:.1f}v8"/>' for x in (left, right)]
         inside = end * scale + 8
         parts.append(f'<text class="value" x="{max(inside, reach + 8):.1f}" y="{y + 11.5:.1f}">{shown}</text>')
-    return Chart(_svg("".join(parts), len(bars) * row, title), caption)
+    return Chart(_svg("".join(parts), len(bars) * row, title), title, caption)
 
 
 def curve_chart(
@@ -83,18 +84,18 @@ def curve_chart(
     kept = {name: [point for point in points if all(map(math.isfinite, point))] for name, points in series.items()}
     lines = {name: _thin(points) for name, points in kept.items() if points}
     if not lines:
-        return Chart(_svg('<text class="label" x="0" y="20">no points were logged</text>', 30, title), caption)
+        return Chart(_svg('<text class="label" x="0" y="20">no points were logged</text>', 30, title), title, caption)
     flat = [point for points in lines.values() for point in points]
     x_low, x_high = min(x for x, _ in flat), max(x for x, _ in flat)
     y_ticks = _ticks(min(y for _, y in flat), max(y for _, y in flat))
-    left, top, right, bottom, height = 44.0, 30.0, 12.0, 38.0, 240.0
+    parts, legend = _legend(lines)
+    left, right, top, bottom, height = 40.0, 12.0, legend + 14, 38.0, legend + 204
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_low) / (x_high - x_low) if x_high > x_low else 0.5
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
         return left + across * (WIDTH - left - right), height - bottom - up * (height - top - bottom)
 
-    parts = []
     for tick in y_ticks:
         y = place(x_low, tick)[1]
         parts.append(f'<path class="grid" d="M{left} {y:.1f}H{WIDTH - right}"/>')
@@ -102,29 +103,31 @@ def curve_chart(
     for tick in _ticks(x_low, x_high, inside=True):
         parts.append(_tick(place(tick, y_ticks[0])[0], height - bottom + 16, _number(tick), "middle"))
     parts.append(_tick((left + WIDTH - right) / 2, height - 4, x_label, "middle"))
-    parts += _legend(lines, left)
     for index, (name, points) in enumerate(lines.items()):
         colour = f"s{index % NUM_COLOURS + 1}"
         placed = [place(x, y) for x, y in points]
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in placed)
         parts.append(f'<path class="line {colour}" d="M{path}"><title>{escape(name)}</title></path>')
         parts.append(f'<circle class="dot {colour}" cx="{placed[-1][0]:.1f}" cy="{placed[-1][1]:.1f}" r="4"/>')
-    return Chart(_svg("".join(parts), height, title), caption)
+    return Chart(_svg("".join(parts), height, title), title, caption)
 
 
 def _tick(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _legend(lines: Mapping[str, Sequence[tuple[float, float]]], x: float) -> list[str]:
-    """Names of the lines with their last values, in a row above the chart."""
-    parts = []
+def _legend(lines: Mapping[str, Sequence[tuple[float, float]]]) -> tuple[list[str], float]:
+    """Names of the lines with their last values, above the chart in as many rows as they need, and the height of these rows."""
+    parts, x, y = [], 0.0, 6.0
     for index, (name, points) in enumerate(lines.items()):
         entry = f"{name} {points[-1][1]:.3g}"
-        parts.append(f'<rect class="dot s{index % NUM_COLOURS + 1}" x="{x:.1f}" y="6" width="10" height="10" rx="3"/>')
-        parts.append(f'<text class="label" x="{x + 15:.1f}" y="15">{escape(entry)}</text>')
-        x += 31 + 6.6 * len(entry)
-    return parts
+        width = 31 + 6.6 * len(entry)
+        if x > 0 and x + width > WIDTH:
+            x, y = 0.0, y + 18
+        parts.append(f'<rect class="dot s{index % NUM_COLOURS + 1}" x="{x:.1f}" y="{y:.1f}" width="10" height="10" rx="3"/>')
+        parts.append(f'<text class="label" x="{x + 15:.1f}" y="{y + 9:.1f}">{escape(entry)}</text>')
+        x += width
+    return parts, y + 10
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -125,7 +125,7 @@ def write_report(path: Path, title: str, sections: Sequence[Section], *, lead: s
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
+        path.write_bytes(page.encode("utf-8", "replace"))  # file names may hold what is no character
     except OSError as error:
         raise UserError(f"{path}: the report cannot be written: {error.strerror}; choose another folder") from None
 
@@ -143,7 +143,9 @@ def _block(block: Block) -> str:
         case Tiles(tiles):
             return f'<div class="tiles">{"".join(map(_tile, tiles))}</div>'
         case Charts(charts):
-            figures = (f"<figure>{chart.svg}{_caption(chart.caption)}</figure>" for chart in charts)
+            figures = (
+                f"<figure><h3>{escape(chart.title)}</h3>{chart.svg}{_caption(chart.caption)}</figure>" for chart in charts
+            )
             return f'<div class="charts">{"".join(figures)}</div>'
         case Gallery(shots, note):
             return f'<div class="gallery">{"".join(map(_shot, shots))}</div>{_note(note)}'

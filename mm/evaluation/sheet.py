@@ -169,6 +169,10 @@ def _has(name: str, size: int, character: str) -> bool:
     font = _load(name, size)
     if font is None or character.isspace():
         return character.isspace()
+    if isinstance(
+        font, ImageFont.FreeTypeFont
+    ):  # character by character: shaping would put a dotted circle beneath a lone mark
+        font = font.font_variant(layout_engine=ImageFont.Layout.BASIC)
     try:
         return _ink(font, character) != _ink(font, "\uffff")
     except UnicodeEncodeError:
@@ -178,7 +182,7 @@ def _has(name: str, size: int, character: str) -> bool:
 def _ink(font: ImageFont.ImageFont | ImageFont.FreeTypeFont, character: str) -> bytes:
     cell = Image.new("L", (64, 64))
     ImageDraw.Draw(cell).text((8, 8), character, font=font, fill=255)
-    return cell.tobytes()
+    return cell.crop(cell.getbbox()).tobytes()
 
 
 def _replacement(name: str, size: int, character: str) -> str:

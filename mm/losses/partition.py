@@ -19,14 +19,14 @@ from torch.autograd.function import once_differentiable
 
 from mm.losses.precision import full_precision
 
-DENSE_LIMIT = 1 << 22
-"""Largest number of logits that the automatic choice keeps whole (16 MiB in fp32)."""
+DENSE_LIMIT = 1 << 21
+"""Largest number of logits that the automatic choice keeps whole (8 MiB in fp32); from here on tiles are not slower."""
 
-TILE_LIMIT = 1 << 24
-"""Largest number of logits of a tile of the automatic choice (64 MiB in fp32): products are at full speed well below it."""
+TILE_LIMIT = 1 << 23
+"""Largest number of logits of a tile of the automatic choice (32 MiB in fp32)."""
 
-MIN_TILE_ROWS = 64
-"""Fewer rows than this would make the products memory-bound, however many columns there are."""
+MIN_TILE_ROWS, MAX_TILE_ROWS = 128, 512
+"""Below, products are memory-bound, however many columns there are; above, more rows gain nothing (measured at D = 512)."""
 
 LOWEST, HIGHEST = -40.0, 80.0
 """While all row and column values lie this close to one common shift, ``exp(s - shift)`` serves rows and columns alike: it
@@ -75,7 +75,7 @@ def automatic_chunk_size(num_rows: int, num_columns: int) -> int:
     """Rows of a tile for a matrix of this size, 0 where keeping all of it costs little."""
     if num_rows * num_columns <= DENSE_LIMIT:
         return 0
-    return min(num_rows, max(MIN_TILE_ROWS, TILE_LIMIT // num_columns))
+    return min(MAX_TILE_ROWS, max(MIN_TILE_ROWS, TILE_LIMIT // num_columns))
 
 
 class _Tiles:

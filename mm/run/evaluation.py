@@ -15,7 +15,7 @@ from torch import Tensor
 from mm.data.captions import look_up
 from mm.data.labels import LabelTask, label_of, label_task
 from mm.data.loader import Loader
-from mm.data.sources import open_source
+from mm.data.sources import open_source, revision
 from mm.errors import BadSample, UserError
 from mm.evaluation.baseline import pixel_baseline, thumbnails
 from mm.evaluation.metrics import Result
@@ -250,7 +250,7 @@ def _protocol(model: Model, source: Source, encoded: EncodedSource) -> dict[str,
 
 
 def _cache_file(model: Model, source: Source) -> Path:
-    key = hashlib.sha256(f"1 {model.fingerprint} {source.fingerprint}".encode()).hexdigest()
+    key = hashlib.sha256(f"1 {model.fingerprint} {revision(source)}".encode()).hexdigest()
     return cache_folder() / "vectors" / f"{key[:32]}.safetensors"
 
 

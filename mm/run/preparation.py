@@ -15,6 +15,8 @@ from mm.processor import Processor
 from mm.seeding import derive_seed, generator
 from mm.types import Batch, Sample
 
+RGBA_CHANNELS = 4
+
 
 @dataclass(frozen=True)
 class Item:
@@ -62,9 +64,9 @@ class TrainPreparation:
     def collate(self, items: Sequence[Item], epoch: int) -> Batch:
         """Change all pictures of the batch at once; what becomes of each depends on its own seed alone."""
         image = augment(
-            torch.stack([item.image for item in items]),
+            [item.image for item in items],
             [item.augment_seed for item in items],
-            self.augment,
+            self.augment.at(epoch),
             self.processor.image_spec.size,
             background=self.processor.image_spec.background,
             flippable=[item.flippable for item in items],
@@ -100,7 +102,8 @@ def _pixels(sample: Sample, processor: Processor, *, keep_alpha: bool) -> Tensor
     data = sample.media.get("image")
     if data is None:
         raise BadSample("no picture", sample.id)
-    return fit_image(decode_image(data, where=sample.id), processor.image_spec, keep_alpha=keep_alpha)
+    image = decode_image(data, where=sample.id)
+    return fit_image(image, processor.image_spec, keep_alpha=keep_alpha and image.shape[0] == RGBA_CHANNELS)
 
 
 def _group(sample: Sample, text: str, positives: str) -> int:

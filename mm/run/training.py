@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mm.config import apply_overrides, load_config, to_dict, validate, write_yaml
+from mm.data.accounting import merge_states
 from mm.data.captions import Captioner, corpus
 from mm.data.loader import Loader
 from mm.data.sources import open_source, open_training_source
@@ -58,6 +59,7 @@ def train(
         Path(out) if out is not None else DEFAULT_RUNS / name,
         validate=run.validator,
         extra_files=run.write_files,
+        merge_states=merge_states,
         **loop_options,
     )
 

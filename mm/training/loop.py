@@ -227,6 +227,7 @@ class _Trainer:
         self.tracker.nonfinite.append({"step": self.step, "problem": what, "ids": [name for part in everyone for name in part]})
         self.tracker.warn(self.step, f"step {self.step} was skipped: {what}; its samples are in {self.nonfinite_path}")
         if count >= self.config.max_nonfinite:
+            self._collect_ids()
             raise UserError(
                 f"step {self.step}: {count} steps in a row without a finite loss and gradient ({what}); their sample ids are "
                 f"in {self.nonfinite_path}; lower train.lr, use train.precision=fp32, or look at these samples"

@@ -74,7 +74,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, system: nn.Module, 
         if value.shape == parameter.shape and key != "step":
             optimizer.state[parameter][key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         else:
-            optimizer.state[parameter][key] = value.to(parameter.device)
+            optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
 
 
 def align_strides(optimizer: torch.optim.Optimizer) -> None:

@@ -130,25 +130,23 @@ class Tracker:
     def log(self, step: int, record: Mapping[str, Any], seconds_left: float) -> None:
         """Record the training figures of the steps since the last call."""
         self._record("train/", step, record)
+        self._shown["samples/s"] = f"{record['samples_per_second']:.0f}"
+        self._shown["ETA"] = str(timedelta(seconds=round(seconds_left)))
         if record["loss"] is not None:
             self._shown["loss"] = f"{record['loss']:.3f}"
-        text = "  ".join(
-            [f"{record['samples_per_second']:.0f} samples/s", f"ETA {timedelta(seconds=round(seconds_left))}", *self._pairs()]
-        )
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=text)
-        elif self._console is not None and (time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS or step == self._steps):
-            self._last_line = time.monotonic()
-            self.say(f"step {step}/{self._steps}  {text}")
-        self.event("log", step, text, record)
+        self._show(step, urgent=step == self._steps)
+        self.event("log", step, self._text(), record)
         if self._enabled:
             self._guarded(self.flush)
 
     def validated(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the figures of a validation."""
         self._record("", step, {"step": step, "validation": dict(metrics)})
-        names = sorted(metrics, key=lambda name: (not name.endswith("r1"), not name.startswith("top1")))
-        self._shown |= {name.replace("image_to_text_r1", "R@1"): f"{metrics[name]:.3f}" for name in names[:1]}
+        for name in ("r1", "image_to_text_r1", "top1"):
+            if name in metrics:
+                self._shown["R@1" if name.endswith("r1") else name] = f"{metrics[name]:.3f}"
+                break
+        self._show(step, urgent=True)
         self.event("validate", step, "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()), metrics)
 
     def warn(self, step: int, message: str) -> None:
@@ -166,8 +164,16 @@ class Tracker:
         if self._console is not None:
             self._console.print(message, style=style, highlight=False, markup=False, soft_wrap=True)
 
-    def _pairs(self) -> list[str]:
-        return [f"{name} {value}" for name, value in self._shown.items()]
+    def _show(self, step: int, urgent: bool) -> None:
+        """Bring the bar up to date, or print a line if the last one is old enough or this one must be seen."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=self._text())
+        elif urgent or time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
+            self._last_line = time.monotonic()
+            self.say(f"step {step}/{self._steps}  {self._text()}")
+
+    def _text(self) -> str:
+        return "  ".join(f"{name} {value}" for name, value in self._shown.items())
 
     def _record(self, prefix: str, step: int, record: Mapping[str, Any]) -> None:
         if not self._enabled:

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from mm.encoders.image import ImageEncoder, ImageEncoderConfig, build_image_encoder
@@ -29,6 +30,11 @@ VITS = ("vit", "registers", "attention pooling")
 def encoder(kind: str, **options: object) -> ImageEncoder:
     torch.manual_seed(0)
     return build_image_encoder(ImageEncoderConfig.model_validate({"image_size": 32} | BACKBONES[kind] | options)).eval()
+
+
+def objective(pooled: Tensor) -> Tensor:
+    """Depends on every component; a plain sum or a sum of squares is constant behind a norm."""
+    return (pooled * torch.randn(pooled.shape, generator=torch.Generator().manual_seed(3))).sum()
 
 
 def pictures(batch_size: int = 2, size: int = 32) -> Tensor:
@@ -64,6 +70,23 @@ def test_tokens_are_row_by_row(kind: str) -> None:
     assert torch.equal(tokens[:, columns], position)
 
 
+def test_concatenated_tokens_are_the_pooled_vector() -> None:
+    model = encoder("convnext", pool="concat", image_size=64)
+    encoded = model(pictures(size=64))
+    assert encoded.tokens.shape[1] > 1
+    assert encoded.pooled.shape == (2, model.width)
+    assert torch.equal(encoded.pooled.view_as(encoded.tokens), encoded.tokens)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"pool": "concat", "patch_dropout": 0.5}, "needs every patch"), ({"std": [0.5, 0, 0.5]}, "above 0")],
+)
+def test_impossible_configurations_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ImageEncoderConfig.model_validate(values)
+
+
 @pytest.mark.parametrize("kind", VITS)
 def test_patch_dropout_shortens_training_only(kind: str) -> None:
     model, image = encoder(kind, patch_dropout=0.5), pictures()
@@ -81,7 +104,7 @@ def test_gradient_checkpointing_changes_nothing(kind: str) -> None:
     gradients = []
     for checkpointing in (False, True):
         model = encoder(kind, gradient_checkpointing=checkpointing).train()
-        model(pictures()).pooled.square().sum().backward()
+        objective(model(pictures()).pooled).backward()
         gradients.append([p.grad for p in model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed)
@@ -90,9 +113,8 @@ def test_gradient_checkpointing_changes_nothing(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["convnext", "resnet", "vit"])
 def test_gradients_reach_every_parameter(kind: str) -> None:
     model = encoder(kind).train()
-    weights = torch.randn(model.width, generator=torch.Generator().manual_seed(1))
-    (model(pictures(4)).pooled * weights).square().sum().backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    objective(model(pictures(4)).pooled).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-12] == []
 
 
 def test_what_timm_exempts_does_not_decay() -> None:

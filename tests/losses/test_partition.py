@@ -97,7 +97,7 @@ def test_large_matrices_are_not_kept() -> None:
 def test_automatic_choice() -> None:
     assert automatic_chunk_size(256, 256) == 0
     assert automatic_chunk_size(16384, 16384) == TILE_LIMIT // 16384
-    assert automatic_chunk_size(10, 10**7) == 10
+    assert automatic_chunk_size(2048, 2048) == partition.MAX_TILE_ROWS
     assert automatic_chunk_size(10**6, 10**6) == partition.MIN_TILE_ROWS
 
 

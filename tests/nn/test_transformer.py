@@ -63,6 +63,11 @@ def sequence(batch_size: int = 2, length: int = LENGTH, width: int = WIDTH) -> T
     return torch.randn(batch_size, length, width, generator=torch.Generator().manual_seed(1))
 
 
+def objective(x: Tensor) -> Tensor:
+    """Depends on every component; a plain sum or a sum of squares is constant behind a norm."""
+    return (x * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))).sum()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("steps", [[1] * LENGTH, [3, 1, 2, 1], [LENGTH]])
 def test_cached_decoding_equals_the_full_pass(kind: str, steps: list[int]) -> None:
@@ -92,16 +97,15 @@ def test_cached_decoding_behind_a_padded_prompt_equals_the_full_pass() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_reach_every_parameter(kind: str) -> None:
     transformer = KINDS[kind]().train()
-    transformer(sequence(), sequence(length=5, width=12)).square().sum().backward()
-    # A bias of the keys shifts all scores of a row alike, so its gradient is zero up to rounding; its value half is not.
-    assert [name for name, p in transformer.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-9] == []
+    objective(transformer(sequence(), sequence(length=5, width=12))).backward()
+    assert [name for name, p in transformer.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-6] == []
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
     results = []
     for checkpointing in (False, True):
         transformer = clip_like(gradient_checkpointing=checkpointing).train()
-        transformer(sequence(), mask=attention_mask(LENGTH, causal=True)).square().sum().backward()
+        objective(transformer(sequence(), mask=attention_mask(LENGTH, causal=True))).backward()
         results.append([p.grad for p in transformer.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -113,8 +117,8 @@ def test_attention_maps_of_every_layer_are_part_of_the_graph() -> None:
     torch.testing.assert_close(out, transformer(x, context), atol=1e-6, rtol=1e-5)
     assert [sorted(layer) for layer in maps] == [["attention"]] + [["attention", "cross_attention"]] * 2
     assert maps[2]["cross_attention"].shape == (2, HEADS, LENGTH, 5)
-    (gradient,) = torch.autograd.grad(out[:, 0].sum() * 1e3, maps[1]["cross_attention"])
-    assert gradient.abs().sum() > 0
+    (gradient,) = torch.autograd.grad(objective(out), maps[1]["cross_attention"])
+    assert gradient.abs().max() > 1e-6
 
 
 def _copy_attention(ours: MultiHeadAttention, reference: nn.MultiheadAttention) -> None:
