@@ -1,7 +1,7 @@
 """Tiny systems and streams that exercise the training loop without data or encoders."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def toy_config(**changes: Any) -> TrainConfig:
     return TrainConfig.model_validate(values | changes)
 
 
-def make(kind: type[System], seed: int = 0) -> Any:
+def make(kind: Callable[[], System], seed: int = 0) -> Any:
     """A toy with the same weights every time."""
     torch.manual_seed(seed)
     return kind()

@@ -10,6 +10,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from pydantic import Field, JsonValue, model_validator
 from timm.layers.patch_embed import PatchEmbed
@@ -29,8 +30,11 @@ FIELDS_OF_ARGUMENTS = {
 }
 """Arguments of timm backbones that have a field of their own here."""
 
-CONCAT = "concat"
+PYRAMID = "pyramid"
 """The one pooling that is not timm's."""
+
+PYRAMID_SIDE = 6
+"""Most cells to a side that a stage contributes to the pooled vector."""
 
 RESERVED_OPTIONS = frozenset(
     [*FIELDS_OF_ARGUMENTS, *inspect.signature(timm.create_model).parameters, "num_classes", "in_chans", "features_only"]
@@ -49,8 +53,9 @@ class ImageEncoderConfig(StrictConfig):
         image_size: Side of the square picture in pixels.
         patch_size: Side of a patch, or stride of the stem, for backbones that take one.
         options: Other arguments of the backbone, e.g. ``{depths: [2, 2, 6, 2], dims: [32, 64, 128, 256]}``.
-        pool: Pooling in timm's terms ("avg", "token", "map"); the backbone's own if None. "concat" puts all tokens in a row, so
-            that the pooled vector knows what is where, which suits small pictures that are cut to their content.
+        pool: Pooling in timm's terms ("avg", "token", "map"); the backbone's own if None. "pyramid" puts the pixels and the
+            features of every stage in a row, averaged over 6 x 6 cells: the pooled vector knows what is where, coarse and fine
+            (hypercolumns, https://arxiv.org/abs/1411.5752), which suits small pictures that are cut to their content.
         patch_dropout: Share of patches left out in training (ViTs only).
         drop_path: Probability of skipping a residual branch in training, at the last block; less before.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
@@ -71,8 +76,8 @@ class ImageEncoderConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _possible(self) -> "ImageEncoderConfig":
-        if self.pool == CONCAT and self.patch_dropout:
-            raise ValueError("pool: concat needs every patch; leave patch_dropout out")
+        if self.pool == PYRAMID and self.patch_dropout:
+            raise ValueError("pool: pyramid needs every patch; leave patch_dropout out")
         if min(self.std) <= 0:
             raise ValueError("std must be above 0")
         return self
@@ -86,7 +91,7 @@ class ImageEncoder(nn.Module):
         image_size: Side of the pictures it accepts, pixels.
         mean: Of each colour channel, in 0..1.
         std: Of each colour channel, in 0..1.
-        concat: Put all tokens in a row; the model was made with ``global_pool=""``.
+        pyramid: Pool pixels and features of every stage instead of using the model's own head.
 
     Attributes:
         width: D of the pooled vector.
@@ -103,15 +108,17 @@ class ImageEncoder(nn.Module):
         image_size: int,
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
-        concat: bool = False,
+        pyramid: bool = False,
     ) -> None:
         super().__init__()
         self.trunk: Any = trunk
-        self.concat = concat
+        self.pyramid = pyramid
         self.image_size = image_size
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         _exempt_from_decay(trunk)
+        if pyramid:
+            _freeze_head(trunk)
         self.num_tokens = 0
         whole = _dry_run(self)
         self.num_tokens, self.token_width = whole.tokens.shape[1:]
@@ -129,11 +136,15 @@ class ImageEncoder(nn.Module):
                 f"image encoder: pictures of shape {tuple(image.shape[1:])} where (3, {size}, {size}) is expected; "
                 "prepare them with the model's processor or change image_size"
             )
-        features = self.trunk.forward_features(self._normalise(image))
-        tokens, extras = self._flatten(features)
-        pooled = self.trunk.forward_head(features, pre_logits=True)
-        if self.concat:
-            pooled = self._flatten(pooled)[0].flatten(1)
+        pixels = self._normalise(image)
+        if self.pyramid:
+            features, stages = self.trunk.forward_intermediates(pixels, norm=True)
+            tokens, extras = self._flatten(features)
+            pooled = torch.cat([_cells(stage) for stage in (pixels, *stages)], dim=1)
+        else:
+            features = self.trunk.forward_features(pixels)
+            tokens, extras = self._flatten(features)
+            pooled = self.trunk.forward_head(features, pre_logits=True)
         return Encoded(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device), pooled, extras)
 
     def _normalise(self, image: Tensor) -> Tensor:
@@ -153,6 +164,21 @@ class ImageEncoder(nn.Module):
         if features.shape[1] == self.num_tokens and side * side == num_patches:
             return features, {"prefix": prefix, "grid": (side, side)}
         return features, {"prefix": prefix}
+
+
+def _cells(stage: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
+    """Averages over at most 6 x 6 cells of a feature map, in a row, brought to mean 0 and variance 1."""
+    side = min(PYRAMID_SIDE, stage.shape[2])
+    cells = F.adaptive_avg_pool2d(stage.float(), side).flatten(1)
+    return F.layer_norm(cells, cells.shape[1:])
+
+
+def _freeze_head(trunk: Any) -> None:
+    """Parameters of the backbone's own pooling take no part in another one."""
+    for name in ("head", "fc_norm", "attn_pool"):
+        part = getattr(trunk, name, None)
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False)
 
 
 def _exempt_from_decay(trunk: Any) -> None:
@@ -202,8 +228,8 @@ def build_image_encoder(config: ImageEncoderConfig) -> ImageEncoder:
             trunk.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
         except (AttributeError, AssertionError):
             raise UserError(f"backbone '{name}' has no gradient checkpointing; leave gradient_checkpointing out") from None
-    concat = config.pool == CONCAT
-    return ImageEncoder(trunk, image_size=config.image_size, mean=config.mean, std=config.std, concat=concat)
+    pyramid = config.pool == PYRAMID
+    return ImageEncoder(trunk, image_size=config.image_size, mean=config.mean, std=config.std, pyramid=pyramid)
 
 
 def _arguments(config: ImageEncoderConfig) -> dict[str, Any]:
@@ -216,9 +242,9 @@ def _arguments(config: ImageEncoderConfig) -> dict[str, Any]:
         "patch_size": config.patch_size,
         "patch_drop_rate": config.patch_dropout,
         "drop_path_rate": config.drop_path,
-        "global_pool": "" if config.pool == CONCAT else config.pool,
+        "global_pool": None if config.pool == PYRAMID else config.pool,
     }
-    return arguments | {key: value for key, value in chosen.items() if value or value == ""}
+    return arguments | {key: value for key, value in chosen.items() if value}
 
 
 def _check_patches(trunk: Any, image_size: int) -> None:

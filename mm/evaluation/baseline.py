@@ -17,8 +17,11 @@ from mm.evaluation.metrics import RESAMPLES, Interval, Result, bootstrap, select
 from mm.media.geometry import ImageSpec, fit_image
 
 SIDE = 16
-THUMBNAIL = ImageSpec(size=SIDE, fit="content", interpolation="bilinear", background=(0, 0, 0), margin=0.0)
+CONTENT = ImageSpec(size=4 * SIDE, fit="content", interpolation="bilinear", background=(0, 0, 0))
 """On black the outline of what is drawn counts as much as its colours; on white the baseline is weaker."""
+
+THUMBNAIL = ImageSpec(size=SIDE, fit="squash")
+"""A step of its own: sixteen pixels are too few to centre the content to the nearest one."""
 
 CHUNK = 512
 """Queries compared at once: bounds the memory at CHUNK x index fp64 distances."""
@@ -26,7 +29,7 @@ CHUNK = 512
 
 def thumbnails(images: Iterable[UInt8[Tensor, "c h w"]]) -> UInt8[Tensor, "n 3 16 16"]:
     """Content of each decoded picture, ``(3, H, W)`` or ``(4, H, W)`` RGBA of any size, at 16 x 16 pixels."""
-    small = [fit_image(image, THUMBNAIL) for image in images]
+    small = [fit_image(fit_image(image, CONTENT), THUMBNAIL) for image in images]
     if not small:
         raise UserError("pixel baseline: there is no picture")
     return torch.stack(small)

@@ -56,7 +56,6 @@ def bar_chart(bars: Sequence[Bar], *, title: str, percent: bool = True, caption:
     for index, bar in enumerate(bars):
         y = index * row + 16
         shown = f"{100 * bar.value:.1f} %" if percent else f"{bar.value:.4g}"
-        reach = max(bar.value, bar.high or 0.0) * scale
         parts.append(f'<text class="label" x="0" y="{y - 4:.1f}">{escape(bar.label)}</text>')
         parts.append(f'<rect class="track" x="0" y="{y:.1f}" width="{end * scale:.1f}" height="14" rx="4"/>')
         strong = "bar" if bar.strong else "bar weak"
@@ -65,8 +64,7 @@ def bar_chart(bars: Sequence[Bar], *, title: str, percent: bool = True, caption:
             left, right, middle = bar.low * scale, bar.high * scale, y + 7
             parts.append(f'<path class="whisker" d="M{left:.1f} {middle:.1f}H{right:.1f}"/>')
             parts += [f'<path class="whisker" d="M{x:.1f} {middle - 4:.1f}v8"/>' for x in (left, right)]
-        inside = end * scale + 8
-        parts.append(f'<text class="value" x="{max(inside, reach + 8):.1f}" y="{y + 11.5:.1f}">{shown}</text>')
+        parts.append(f'<text class="value" x="{end * scale + 8:.1f}" y="{y + 11.5:.1f}">{shown}</text>')
     return Chart(_svg("".join(parts), len(bars) * row, title), title, caption)
 
 

@@ -89,7 +89,8 @@ class Result:
     def write(self, path: Path) -> None:
         """Write `to_json` to a file. Raises `UserError` where the file cannot be written."""
         try:
-            path.write_text(json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+            text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+            path.write_bytes(f"{text}\n".encode("utf-8", "replace"))
         except OSError as error:
             raise UserError(
                 f"{path}: the results cannot be written: {error.strerror}; give a path in an existing folder"

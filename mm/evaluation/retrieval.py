@@ -55,7 +55,7 @@ class _Tally:
     """The score that every query's right answer has, and how many items have been seen that stand before it."""
 
     def __init__(self, images: Tensor, texts: Tensor, owner: Tensor) -> None:
-        self.images, self.texts, self.owner = images, texts, owner
+        self.owner = owner
         self.image_index = torch.arange(len(images), device=images.device)
         self.text_bar = texts.new_zeros(len(texts))
         self.image_bar = images.new_full((len(images),), torch.inf)

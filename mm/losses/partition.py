@@ -22,10 +22,10 @@ from mm.losses.precision import full_precision
 DENSE_LIMIT = 1 << 21
 """Largest number of logits that the automatic choice keeps whole (8 MiB in fp32); from here on tiles are not slower."""
 
-TILE_LIMIT = 1 << 23
-"""Largest number of logits of a tile of the automatic choice (32 MiB in fp32)."""
+TILE_LIMIT = 1 << 24
+"""Largest number of logits of a tile of the automatic choice (64 MiB in fp32)."""
 
-MIN_TILE_ROWS, MAX_TILE_ROWS = 128, 512
+MIN_TILE_ROWS, MAX_TILE_ROWS = 128, 1024
 """Below, products are memory-bound, however many columns there are; above, more rows gain nothing (measured at D = 512)."""
 
 LOWEST, HIGHEST = -40.0, 80.0

@@ -3,10 +3,12 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
+from torch.testing import assert_close
 
-from mm.encoders.image import ImageEncoder, ImageEncoderConfig, build_image_encoder
+from mm.encoders.image import PYRAMID_SIDE, ImageEncoder, ImageEncoderConfig, build_image_encoder
 from mm.errors import UserError
 from mm.types import System
 
@@ -70,17 +72,25 @@ def test_tokens_are_row_by_row(kind: str) -> None:
     assert torch.equal(tokens[:, columns], position)
 
 
-def test_concatenated_tokens_are_the_pooled_vector() -> None:
-    model = encoder("convnext", pool="concat", image_size=64)
-    encoded = model(pictures(size=64))
-    assert encoded.tokens.shape[1] > 1
+@pytest.mark.parametrize("kind", ["resnet", "convnext", "vit"])
+def test_pyramid_holds_pixels_and_every_stage(kind: str) -> None:
+    model = encoder(kind, pool="pyramid", image_size=64)
+    image = pictures(size=64)
+    encoded = model(image)
+    size = 3 * PYRAMID_SIDE**2
+    cells = F.adaptive_avg_pool2d(image.float() / 127.5 - 1, PYRAMID_SIDE).flatten(1)
+    assert_close(encoded.pooled[:, :size], F.layer_norm(cells, (size,)), rtol=1e-4, atol=1e-4)
     assert encoded.pooled.shape == (2, model.width)
-    assert torch.equal(encoded.pooled.view_as(encoded.tokens), encoded.tokens)
+    assert_close(encoded.tokens, encoder(kind, image_size=64)(image).tokens)
+    model.train()
+    objective(model(image).pooled).backward()
+    silent = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not silent, "what is not pooled must not be trainable"
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"pool": "concat", "patch_dropout": 0.5}, "needs every patch"), ({"std": [0.5, 0, 0.5]}, "above 0")],
+    [({"pool": "pyramid", "patch_dropout": 0.5}, "needs every patch"), ({"std": [0.5, 0, 0.5]}, "above 0")],
 )
 def test_impossible_configurations_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):

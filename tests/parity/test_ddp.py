@@ -28,13 +28,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "one", folder / "two"
 
 
-@pytest.mark.parametrize("name", ["clip", "clip-accumulated", "regression", "poisoned"])
+def tolerance(name: str) -> float:
+    """A softmax ignores the bias of its keys, whose gradient is rounding alone, which Adam scales up to its step size."""
+    return 1e-4 if name.endswith("key_value.bias") else 2e-6
+
+
+@pytest.mark.parametrize("name", ["clip", "clip-accumulated", "regression", "poisoned", "tiny-clip", "tiny-clip-accumulated"])
 def test_weights_and_story_are_equal(runs: tuple[Path, Path], name: str) -> None:
     one, two = weights(runs[0] / name), weights(runs[1] / name)
     for stem in one:
         assert one[stem].keys() == two[stem].keys()
         for key, tensor in one[stem].items():
-            assert torch.allclose(tensor, two[stem][key], rtol=1e-4, atol=2e-6), (stem, key)
+            assert torch.allclose(tensor, two[stem][key], rtol=1e-4, atol=tolerance(key)), (stem, key)
     assert lines(runs[0] / name / "ids.jsonl") == lines(runs[1] / name / "ids.jsonl")
     for first, second in zip(lines(runs[0] / name / "metrics.jsonl"), lines(runs[1] / name / "metrics.jsonl"), strict=True):
         assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
@@ -43,8 +48,10 @@ def test_weights_and_story_are_equal(runs: tuple[Path, Path], name: str) -> None
 
 def test_exact_accumulation_equals_the_whole_batch(runs: tuple[Path, Path]) -> None:
     for folder in runs:
-        for key, tensor in weights(folder / "clip")["model"].items():
-            assert torch.allclose(tensor, weights(folder / "clip-accumulated")["model"][key], rtol=1e-4, atol=2e-6), key
+        for name in ("clip", "tiny-clip"):
+            accumulated = weights(folder / f"{name}-accumulated")["model"]
+            for key, tensor in weights(folder / name)["model"].items():
+                assert torch.allclose(tensor, accumulated[key], rtol=1e-4, atol=tolerance(key)), (name, key)
 
 
 def test_resume_is_exact_with_two_processes(runs: tuple[Path, Path]) -> None:
