@@ -39,8 +39,8 @@ bench: setup
 	for name in contrastive retrieval input_pipeline; do \
 	    $(BIN)/python bench/$$name.py --json bench/results/$$name.json || exit 1; done
 
-demo: setup
-	$(BIN)/python demos/zero_shot_imagefolder.py
+demo: setup quickstart
+	$(BIN)/python demos/zero_shot.py runs/quickstart/pictures "animal,face,fruit,vehicle,tool"
 
 clean:
 	rm -rf .venv dist .pytest_cache .ruff_cache .hypothesis

@@ -1,5 +1,6 @@
 """Seeds are pure functions of their parts, on every platform and in every process."""
 
+import os
 import subprocess
 import sys
 
@@ -20,7 +21,8 @@ def test_different_parts_give_different_seeds(first: list[int | str], second: li
 
 def test_seed_is_the_same_in_another_process() -> None:
     code = "from mm.seeding import derive_seed; print(derive_seed(7, 'crop', 'ünï'))"
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "1"})
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert int(printed.stdout) == derive_seed(7, "crop", "ünï")
 
 

@@ -22,13 +22,15 @@ from mm.hub import ASSETS, Model
 from mm.run.evaluation import evaluate_retrieval, evaluate_zero_shot
 
 SUMMARY = "CLIP that knows emoji-like pictures by name, in English and nine other languages"
-LIMITS = """- It knows drawings of the kind of emoji, cut to their content on a plain background; photographs are outside what it has seen.
-- 1,287 concepts were seen in training. Names of other concepts are understood only as far as their words occurred in seen names
-  (`top1_compositional`); concepts whose words are new (`top1_novel`) are mostly missed.
+LIMITS = """- It knows drawings of the kind of emoji, cut to their content on a plain background; photographs are outside what it
+  has seen.
+- 1,287 concepts were seen in training. Names of other concepts are understood only as far as their words occurred in seen
+  names (`top1_compositional`); concepts whose words are new (`top1_novel`) are mostly missed.
 - Other languages were a tenth of the captions: searching with words of seen names works, accuracy was not measured.
 - Text of more than 24 tokens is cut."""
-LICENCES = """The weights learned from art under Apache-2.0 (Noto), CC-BY-4.0 (Twemoji), MIT (Fluent Emoji, flat) and CC-BY-SA-4.0 (OpenMoji),
-and from names under Unicode-3.0 (CLDR); credits in ATTRIBUTION.md. The weights are given under CC-BY-SA-4.0, the strictest of these."""
+LICENCES = """The weights learned from art under Apache-2.0 (Noto), CC-BY-4.0 (Twemoji), MIT (Fluent Emoji, flat) and
+CC-BY-SA-4.0 (OpenMoji), and from names under Unicode-3.0 (CLDR); credits in ATTRIBUTION.md. The weights are given under CC-BY-SA-4.0, the
+strictest of these."""
 
 
 def main() -> None:
@@ -40,7 +42,8 @@ def main() -> None:
     validation = [evaluate_zero_shot(model, "emoji:validation", baseline="none") for model in models]
     order = sorted(range(len(models)), key=lambda seed: validation[seed].metrics["top1"].value)
     chosen = order[(len(order) - 1) // 2]
-    zero_shot = [evaluate_zero_shot(model, "emoji:test", baseline=None if i == chosen else "none") for i, model in enumerate(models)]
+    baselines = [None if seed == chosen else "none" for seed in range(len(models))]
+    zero_shot = [evaluate_zero_shot(m, "emoji:test", baseline=b) for m, b in zip(models, baselines, strict=True)]
     retrieval = [evaluate_retrieval(model, "emoji:test/core") for model in models]
     card = {
         "summary": SUMMARY,
@@ -86,11 +89,13 @@ def _seeds(measured: dict[str, list[Result]]) -> dict[str, dict[str, Any]]:
     return table
 
 
-def _page(name: str, card: dict[str, Any], model: Model, validation: Result, zero_shot: Result, retrieval: Result) -> str:
-    def table(result: Result) -> str:
-        rows = [f"| `{metric}` | {value} | {interval} |" for metric, i in result.metrics.items() for value, interval in [i.show()]]
-        return "\n".join(["| figure | value | 95 % interval |", "|---|---|---|", *rows, "", result.stamp()])
+def _table(measured: Result) -> str:
+    """Figures with their intervals as a Markdown table, the protocol beneath."""
+    rows = [f"| `{name}` | {' | '.join(interval.show())} |" for name, interval in measured.metrics.items()]
+    return "\n".join(["| figure | value | 95 % interval |", "|---|---|---|", *rows, "", measured.stamp()])
 
+
+def _page(name: str, card: dict[str, Any], model: Model, validation: Result, zero_shot: Result, retrieval: Result) -> str:
     seeds = "\n".join(
         f"| `{figure}` | {', '.join(f'{100 * v:.1f}' for v in entry['values'])} | {100 * entry['median']:.1f} |"
         for figure, entry in card["seeds"].items()
@@ -99,9 +104,11 @@ def _page(name: str, card: dict[str, Any], model: Model, validation: Result, zer
 
 {card["summary"]}. {model.parameters()["total"]:,} parameters, {model.processor.image_spec.size} px, bf16 weights.
 
-- Trained by `{card["command"]}` on {card["data"]} (fingerprint `{card["data_fingerprint"][:16]}`), {card["training_seconds"] / 60:.0f} minutes,
-  {card["hardware"]}, torch {card["versions"]["torch"]}.
-- Configuration: `configs/clip.yaml`; chosen on the validation artist fxemoji. Shipped: the seed whose validation top-1 is the median.
+- Trained by `{card["command"]}` on {card["data"]}
+  (fingerprint `{card["data_fingerprint"][:16]}`), {card["training_seconds"] / 60:.0f} minutes, {card["hardware"]},
+  torch {card["versions"]["torch"]}.
+- Configuration: `configs/clip.yaml`; chosen on the validation artist fxemoji. Shipped: the seed whose validation top-1 is the
+  median.
 
 ## Seeds, %
 
@@ -113,11 +120,11 @@ def _page(name: str, card: dict[str, Any], model: Model, validation: Result, zer
 
 `mm eval zero-shot {name} --data emoji:test`
 
-{table(zero_shot)}
+{_table(zero_shot)}
 
 `mm eval retrieval {name} --data emoji:test/core`
 
-{table(retrieval)}
+{_table(retrieval)}
 
 Rounding to bf16 for shipping gives top-1 {100 * card["test_as_shipped"]["value"]:.1f} %.
 
@@ -125,7 +132,7 @@ Rounding to bf16 for shipping gives top-1 {100 * card["test_as_shipped"]["value"
 
 `mm eval zero-shot {name} --data emoji:validation`
 
-{table(validation)}
+{_table(validation)}
 
 ## Limits
 

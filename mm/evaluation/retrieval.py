@@ -5,26 +5,31 @@ captions among the first K captions. Text to image: share of captions whose pict
 
 Instead of sorting, count: the rank of a right answer is the number of items that stand before it. Pictures are cut into blocks,
 captions into the blocks of their pictures, so all right answers lie in the diagonal tiles of the score matrix. These come first
-and give every bar; each other tile then adds to the counts of its rows and of its columns and is forgotten.
+and give every bar; each other tile then adds to the counts of its rows and of its columns and is forgotten. Tiles are few and
+large, because every call on several cores ends in waiting for the slowest of them.
 
 Shapes: N pictures, M captions, D width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mm.evaluation.metrics import RESAMPLES, Interval, Result, Statistic, bootstrap, median, selections, share, subset_sizes
-from mm.evaluation.scores import checked, checked_index, count_ahead, exact_fp32, pad_rows
+from mm.evaluation.scores import BLOCK, checked, checked_index, count_ahead, exact_fp32, whole_blocks
 
-BLOCK_IMAGES = 960
-BLOCK_TEXTS = 2880
-"""Largest block of pictures and of captions (more only if one picture has more): a tile has at most 11 MB of fp32 scores."""
+BLOCK_IMAGES = 1920
+BLOCK_TEXTS = 5760
+"""Largest block of pictures and of captions (more only if one picture has more)."""
+
+TILE = 12_000_000
+"""Scores held at once off the diagonal: 46 MiB of fp32, and as much for their comparison."""
 
 DEFAULT_KS = (1, 5, 10)
 
@@ -43,7 +48,7 @@ class Ranks:
     text_to_image: Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _Block:
     """Consecutive pictures and the indices of all their captions."""
 
@@ -55,13 +60,25 @@ class _Tally:
     """The score that every query's right answer has, and how many items have been seen that stand before it."""
 
     def __init__(self, images: Tensor, texts: Tensor, owner: Tensor) -> None:
-        self.owner = owner
+        self.texts, self.owner = texts, owner
+        self.images = F.pad(images, (0, 0, 0, BLOCK))
         self.image_index = torch.arange(len(images), device=images.device)
         self.text_bar = texts.new_zeros(len(texts))
         self.image_bar = images.new_full((len(images),), torch.inf)
         self.best_text = torch.full_like(self.image_index, len(texts))
         self.text_ahead = torch.zeros_like(owner)
         self.image_ahead = torch.zeros_like(self.image_index)
+
+    def rows(self, block: _Block) -> Tensor:
+        """Vectors of a block's captions, the last repeated up to whole blocks."""
+        index = torch.arange(whole_blocks(len(block.texts)), device=block.texts.device).clamp(max=len(block.texts) - 1)
+        return self.texts[block.texts[index]]
+
+    def scores(self, rows: Tensor, block: _Block, images: slice) -> Tensor:
+        """Tile of scores ``(captions of the block, pictures)``; the pictures that pad it to whole blocks are cut off again."""
+        width = images.stop - images.start
+        columns = self.images[images.start : images.start + whole_blocks(width)]
+        return (rows @ columns.T)[: len(block.texts), :width]
 
     def set_bars(self, scores: Tensor, block: _Block) -> None:
         """Read the right answers' scores from a diagonal tile: each caption's picture, each picture's best caption."""
@@ -93,39 +110,41 @@ def ranks(image_vectors: Float[Tensor, "n d"], text_vectors: Float[Tensor, "m d"
     images, texts = checked(image_vectors, "image vectors"), checked(text_vectors, "text vectors", image_vectors.shape[-1])
     owner = checked_index(text_to_image, len(texts), len(images), "picture of each caption").to(images.device)
     texts = texts.to(images.device)
-    blocks, tally = _blocks(owner, len(images)), _Tally(images, texts, owner)
-    asking = [block for block in blocks if len(block.texts)]
+    tally = _Tally(images, texts, owner)
+    blocks = _blocks(owner, len(images))
     with exact_fp32(images.device):
-        columns = {block: pad_rows(images[block.images]).T for block in blocks}
-        for block in asking:
-            scores = _tile(pad_rows(texts[block.texts]) @ columns[block], block, block)
+        for block in blocks:
+            scores = tally.scores(tally.rows(block), block, block.images)
             tally.set_bars(scores, block)
             tally.count(scores, block.texts, block.images)
-        for block in asking:
-            rows = pad_rows(texts[block.texts])
-            for other in blocks:
-                if other is not block:
-                    tally.count(_tile(rows @ columns[other], block, other), block.texts, other.images)
+        for block in blocks:
+            rows = tally.rows(block)
+            for strip in _strips_around(block, len(images)):
+                tally.count(tally.scores(rows, block, strip), block.texts, strip)
     image_to_text = torch.where(tally.image_bar.isinf(), len(texts), tally.image_ahead)
     return Ranks(image_to_text.cpu(), tally.text_ahead.cpu())
 
 
-def _tile(padded: Tensor, rows: _Block, columns: _Block) -> Tensor:
-    """Scores ``(captions, pictures)`` without the padding."""
-    return padded[: len(rows.texts), : columns.images.stop - columns.images.start]
-
-
 def _blocks(owner: Tensor, num_images: int) -> list[_Block]:
-    """Cut the pictures into blocks that hold neither too many pictures nor too many captions."""
+    """Cut the pictures into blocks of neither too many pictures nor too many captions; those without captions fall away."""
     order = owner.argsort(stable=True)
     ends = [0, *owner.bincount(minlength=num_images).cumsum(0).tolist()]
     blocks, start = [], 0
     for image in range(1, num_images + 1):
         full = image - start == BLOCK_IMAGES or (image < num_images and ends[image + 1] - ends[start] > BLOCK_TEXTS)
         if full or image == num_images:
-            blocks.append(_Block(slice(start, image), order[ends[start] : ends[image]]))
+            if ends[image] > ends[start]:
+                blocks.append(_Block(slice(start, image), order[ends[start] : ends[image]]))
             start = image
     return blocks
+
+
+def _strips_around(block: _Block, num_images: int) -> Iterator[slice]:
+    """The pictures before and after a block, as wide as a tile may be."""
+    width = max(1, TILE // len(block.texts))
+    for start, stop in ((0, block.images.start), (block.images.stop, num_images)):
+        for left in range(start, stop, width):
+            yield slice(left, min(left + width, stop))
 
 
 def retrieval(

@@ -18,6 +18,9 @@ from mm.errors import UserError
 BLOCK = 96
 """Rows are padded to a multiple of this: whole register blocks of 6, 8, 12, 16, 24, 32 or 48 rows, as fp32 kernels have."""
 
+MAX_ENTRY = 1e15
+"""Products of larger entries could leave the range of fp32."""
+
 
 @contextmanager
 def exact_fp32(device: torch.device) -> Iterator[None]:
@@ -40,15 +43,15 @@ def checked(vectors: Tensor, what: str, width: int | None = None) -> Tensor:
             f"{what}: width {vectors.shape[1]} does not fit width {width} of the other side; use one model for both"
         )
     vectors = vectors.detach().float().contiguous()
-    finite = vectors.isfinite().all(dim=1)
-    if not bool(finite.all()):
-        bad = (~finite).nonzero().flatten()
+    largest = torch.linalg.vector_norm(vectors, ord=torch.inf, dim=1)  # one pass; NaN and infinity come through
+    bad = (~largest.isfinite()).nonzero().flatten()
+    if len(bad):
         raise UserError(
             f"{what}: {len(bad)} of {len(vectors)} vectors hold NaN or infinity (first at index {int(bad[0])}); "
             "no figure can be trusted, check the weights and the precision of the model"
         )
-    if float(vectors.abs().max()) > 1e15:
-        raise UserError(f"{what}: entries above 1e15 would overflow the scores; the vectors should have unit length")
+    if float(largest.max()) > MAX_ENTRY:
+        raise UserError(f"{what}: entries above {MAX_ENTRY:g} would overflow the scores; the vectors should have unit length")
     return vectors
 
 
@@ -62,9 +65,14 @@ def checked_index(index: Tensor, length: int, size: int, what: str) -> Tensor:
     return index
 
 
+def whole_blocks(rows: int) -> int:
+    """The number of rows rounded up to whole blocks."""
+    return -(-rows // BLOCK) * BLOCK
+
+
 def pad_rows(vectors: Tensor) -> Tensor:
     """Zero rows appended up to a whole number of blocks."""
-    return F.pad(vectors, (0, 0, 0, -len(vectors) % BLOCK))
+    return F.pad(vectors, (0, 0, 0, whole_blocks(len(vectors)) - len(vectors)))
 
 
 def count_ahead(scores: Tensor, bar: Tensor, position: Tensor, bar_position: Tensor, dim: int) -> Tensor:

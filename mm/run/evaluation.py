@@ -54,10 +54,7 @@ def evaluate(task: str, model: str | Path | Model, data: str | Source, **options
         UserError: An unknown task, or what the task's own function raises.
     """
     if task not in TASKS:
-        near = difflib.get_close_matches(task, TASKS, n=1)
-        raise UserError(
-            f"'{task}': no such evaluation; " + (f"did you mean '{near[0]}'?" if near else f"there are {', '.join(TASKS)}")
-        )
+        raise UserError(f"'{task}': no such evaluation; there are {', '.join(TASKS)}")
     return TASKS[task](model, data, **options)
 
 

@@ -87,10 +87,11 @@ def classify(
     vectors = model.embed_images(raws)
     order, _ = ranked(vectors, candidates, len(labels))
     probabilities = model.scores(vectors, candidates).softmax(1).gather(1, order)
+    names = list(labels)
     return [
         Prediction(
             image=str(raw) if isinstance(raw, str | Path) else f"picture {number}",
-            labels=tuple(labels[column] for column in order[number].tolist()),
+            labels=tuple(names[int(column)] for column in order[number]),
             probabilities=tuple(probabilities[number].tolist()),
         )
         for number, raw in enumerate(raws)

@@ -49,6 +49,7 @@ def test_ranks_equal_plain_loops_with_ties(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BLOCK_IMAGES", block[0])
         patch.setattr(module, "BLOCK_TEXTS", block[1])
+        patch.setattr(module, "TILE", 3 * block[1])
         found = ranks(images, texts, owner)
     image_to_text, text_to_image = loops(images, texts, owner)
     assert found.image_to_text.tolist() == image_to_text
@@ -68,6 +69,7 @@ def test_blocks_do_not_change_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = ranks(images, texts, owner)
     monkeypatch.setattr(module, "BLOCK_IMAGES", 96)
     monkeypatch.setattr(module, "BLOCK_TEXTS", 100)
+    monkeypatch.setattr(module, "TILE", 5000)
     tiled = ranks(images, texts, owner)
     assert torch.equal(whole.image_to_text, tiled.image_to_text)
     assert torch.equal(whole.text_to_image, tiled.text_to_image)
