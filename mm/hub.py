@@ -81,7 +81,7 @@ class Model:
             parts.append(self.embed_pixels(self.processor.images(images[start : start + batch_size])))
             if progress:
                 progress(min(start + batch_size, len(images)), len(images))
-        return torch.cat(parts) if parts else torch.empty(0, 0)
+        return torch.cat(parts) if parts else torch.empty(0, self.config.embed_dim)
 
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 256, progress: Progress | None = None) -> Tensor:
         """Texts to unit vectors ``(N, D)``, fp32. Texts of like length share a batch, so that little padding is computed."""
@@ -95,7 +95,7 @@ class Model:
                 if progress:
                     progress(min(start + batch_size, len(texts)), len(texts))
         if not vectors:
-            return torch.empty(0, 0)
+            return torch.empty(0, self.config.embed_dim)
         joined = torch.cat(vectors)
         result = torch.empty_like(joined)
         result[torch.tensor(order)] = joined

@@ -22,15 +22,14 @@ from mm.hub import ASSETS, Model
 from mm.run.evaluation import evaluate_retrieval, evaluate_zero_shot
 
 SUMMARY = "CLIP that knows emoji-like pictures by name, in English and nine other languages"
-LIMITS = """- It knows drawings of the kind of emoji, cut to their content on a plain background; photographs are outside what it
-  has seen.
+LIMITS = """- It knows drawings of the kind of emoji, cut to their content on a plain background, not photographs.
 - 1,287 concepts were seen in training. Names of other concepts are understood only as far as their words occurred in seen
   names (`top1_compositional`); concepts whose words are new (`top1_novel`) are mostly missed.
-- Other languages were a tenth of the captions: searching with words of seen names works, accuracy was not measured.
+- Other languages were a tenth of the captions: words of seen names are understood, how well was not measured.
 - Text of more than 24 tokens is cut."""
 LICENCES = """The weights learned from art under Apache-2.0 (Noto), CC-BY-4.0 (Twemoji), MIT (Fluent Emoji, flat) and
-CC-BY-SA-4.0 (OpenMoji), and from names under Unicode-3.0 (CLDR); credits in ATTRIBUTION.md. The weights are given under CC-BY-SA-4.0, the
-strictest of these."""
+CC-BY-SA-4.0 (OpenMoji), and from names under Unicode-3.0 (CLDR); credits in ATTRIBUTION.md. The weights are given under
+CC-BY-SA-4.0, the strictest of these."""
 
 
 def main() -> None:

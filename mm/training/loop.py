@@ -14,9 +14,10 @@ from rich.console import Console
 
 import mm
 from mm.config import to_dict
-from mm.errors import UserError
+from mm.errors import CheckpointError, UserError
 from mm.training.checkpoint import Checkpoint, SaveError, latest_checkpoint, open_checkpoint, save_checkpoint
 from mm.training.config import TrainConfig
+from mm.training.consumed import ConsumedIds, everyones_ids
 from mm.training.feed import Feed
 from mm.training.guard import FlatLoss, NonFinite, StopSignals
 from mm.training.lock import run_lock
@@ -29,6 +30,9 @@ from mm.types import BatchStream, CachesGradients, Embeds, System
 HABITS = {"checkpoint_every_steps", "checkpoint_every_minutes", "keep_last", "log_every", "validate_every", "max_nonfinite"}
 DECISIVE = frozenset(TrainConfig.model_fields) - HABITS - {"log_ids", "tensorboard"}
 """Settings whose change makes a resumed run differ from one that had them from the start."""
+
+FORMAT = 1
+"""Version of what ``state.json`` holds."""
 
 Validate = Callable[[System], Mapping[str, float]]
 ExtraFiles = Callable[[Path], None]
@@ -132,7 +136,7 @@ class _Trainer:
         self.flat = FlatLoss(config.warmup_steps) if coupled else None
         self.step = 0
         self.metrics: dict[str, float] = {}
-        self.pending_ids: list[tuple[str, ...]] = []
+        self.consumed = ConsumedIds(tracker.ids, world)
         self.earlier_seconds = 0.0
         self.started = self.last_save = time.monotonic()
         self.saved_step = -1
@@ -182,22 +186,21 @@ class _Trainer:
         self.step += 1
         self.nonfinite.record(report.finite)
         self.window.add(report, time.monotonic() - begun)
-        if self.config.log_ids:
-            self.pending_ids.append(batch.ids)
+        self.consumed.note(batch.ids)
         if not report.finite:
             self._skipped(batch.ids, report)
         elif self.flat is not None and (message := self.flat.message(self.step, report.loss, report.num_samples)):
             self.tracker.warn(self.step, message)
         stop, save = report.requests
         self._do_what_is_due(stop, save)
-        return stop
+        return stop and self.step < self.config.steps
 
     def _do_what_is_due(self, stop: bool, save: bool) -> None:
         """Log, validate and save, in this order, so that a checkpoint holds the figures of its own step."""
         config, last = self.config, self.step == self.config.steps
         self.tracker.advance(self.step)
         if self.step % config.log_every == 0 or last:
-            self._collect_ids()
+            self.consumed.collect(self.step)
             left = self.window.seconds / self.window.steps * (config.steps - self.step)
             self.tracker.log(self.step, self.window.record(self.step, self.stepper.lr(self.step - 1), self.seconds), left)
             self.window = Window()
@@ -221,32 +224,21 @@ class _Trainer:
 
     def _skipped(self, ids: tuple[str, ...], report: StepReport) -> None:
         """Write down the samples of a step whose loss or gradient is not finite; stop when there were too many in a row."""
-        everyone = [json.loads(part) for part in gather_bytes(json.dumps(ids).encode(), self.world)]
+        [everyone] = everyones_ids([ids], self.world)
         count = self.nonfinite.consecutive
         what = f"loss {report.loss}, gradient norm {report.grad_norm}"
-        self.tracker.nonfinite.append({"step": self.step, "problem": what, "ids": [name for part in everyone for name in part]})
+        self.tracker.nonfinite.append({"step": self.step, "problem": what, "ids": everyone})
         self.tracker.warn(self.step, f"step {self.step} was skipped: {what}; its samples are in {self.nonfinite_path}")
         if count >= self.config.max_nonfinite:
-            self._collect_ids()
+            self.consumed.collect(self.step)
             raise UserError(
                 f"step {self.step}: {count} steps in a row without a finite loss and gradient ({what}); their sample ids are "
                 f"in {self.nonfinite_path}; lower train.lr, use train.precision=fp32, or look at these samples"
             )
 
-    def _collect_ids(self) -> None:
-        """Move the ids of all processes to the log of the main one, in the order of the global batches."""
-        if self.tracker.ids is None or not self.pending_ids:
-            return
-        first = self.step - len(self.pending_ids) + 1
-        everyone = [json.loads(part) for part in gather_bytes(json.dumps(self.pending_ids).encode(), self.world)]
-        if self.world.is_main:
-            for offset, parts in enumerate(zip(*everyone, strict=True)):
-                self.tracker.ids.append({"step": first + offset, "ids": [name for part in parts for name in part]})
-        self.pending_ids.clear()
-
     def _save(self, final: bool) -> None:
         """Save on the main process. A failure costs a warning, except at the end, where all processes raise."""
-        self._collect_ids()
+        self.consumed.collect(self.step)
         stream_state = self._stream_state()
         problem: OSError | None = None
         if self.world.is_main:
@@ -284,6 +276,7 @@ class _Trainer:
 
     def _state(self, stream_state: Mapping[str, Any], logs: Mapping[str, int]) -> dict[str, Any]:
         return {
+            "format": FORMAT,
             "step": self.step,
             "stream": stream_state,
             "ema_updates": self.stepper.ema.num_updates if self.stepper.ema else 0,
@@ -309,6 +302,8 @@ class _Trainer:
             self.tracker.start(0, {})
             return
         state = found.state
+        if state.get("format") != FORMAT:
+            raise CheckpointError(f"{found.folder}: was written by another version of mm; start a new run folder")
         self.stepper.load(found)
         self.feed.restore(state["stream"])
         self.step = self.saved_step = int(state["step"])

@@ -1,7 +1,7 @@
 """One optimizer step on all processes, and the tensors that it changes."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -76,6 +76,7 @@ class Stepper:
         self.ema = Ema(system, config.ema_decay) if config.ema_decay else None
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._statistics = list(running_statistics(system).values())
+        self._statistics_before = [buffer.clone() for buffer in self._statistics]
         self._autocast = partial(autocast, world.device, self.dtype)
         self._strides_checked = False
 
@@ -96,6 +97,7 @@ class Stepper:
         """
         seed_everything(derive_seed(self._config.seed, "step", step, self._world.rank), self._world.device)
         set_lr(self.optimizer, self.lr(step))
+        _copy(self._statistics, self._statistics_before)
         self.optimizer.zero_grad(set_to_none=True)
         losses = backward(self.system, batch, step, self._config.accumulate, self._autocast)
         average_gradients(self._parameters, self._world)
@@ -105,6 +107,8 @@ class Stepper:
         report = self._agree(losses, norm, len(batch), requests)
         if report.finite:
             self._apply(step)
+        else:  # the forward pass has already spoiled the running statistics
+            _copy(self._statistics_before, self._statistics)
         return report
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -145,6 +149,12 @@ class Stepper:
         self.system.after_step(step)
         if self.ema is not None:
             self.ema.update()
+
+
+@torch.no_grad()
+def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
 
 
 def load_weights(system: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:

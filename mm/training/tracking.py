@@ -130,10 +130,10 @@ class Tracker:
     def log(self, step: int, record: Mapping[str, Any], seconds_left: float) -> None:
         """Record the training figures of the steps since the last call."""
         self._record("train/", step, record)
-        self._shown["samples/s"] = f"{record['samples_per_second']:.0f}"
-        self._shown["ETA"] = str(timedelta(seconds=round(seconds_left)))
+        self._shown["speed"] = f"{record['samples_per_second']:.0f} samples/s"
+        self._shown["left"] = f"ETA {timedelta(seconds=round(seconds_left))}"
         if record["loss"] is not None:
-            self._shown["loss"] = f"{record['loss']:.3f}"
+            self._shown["loss"] = f"loss {record['loss']:.3f}"
         self._show(step, urgent=step == self._steps)
         self.event("log", step, self._text(), record)
         if self._enabled:
@@ -144,7 +144,7 @@ class Tracker:
         self._record("", step, {"step": step, "validation": dict(metrics)})
         for name in ("r1", "image_to_text_r1", "top1"):
             if name in metrics:
-                self._shown["R@1" if name.endswith("r1") else name] = f"{metrics[name]:.3f}"
+                self._shown["score"] = f"{'R@1' if name.endswith('r1') else name} {metrics[name]:.3f}"
                 break
         self._show(step, urgent=True)
         self.event("validate", step, "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()), metrics)
@@ -173,7 +173,7 @@ class Tracker:
             self.say(f"step {step}/{self._steps}  {self._text()}")
 
     def _text(self) -> str:
-        return "  ".join(f"{name} {value}" for name, value in self._shown.items())
+        return "  ".join(self._shown.values())
 
     def _record(self, prefix: str, step: int, record: Mapping[str, Any]) -> None:
         if not self._enabled:

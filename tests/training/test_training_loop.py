@@ -1,5 +1,6 @@
 """The loop: exact resume, honest logs, no influence of what only watches."""
 
+import hashlib
 import io
 import json
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ import torch
 from rich.console import Console
 from toy_training import ToyClip, ToyRegression, ToyStream, assert_same_run, lines, make, newest, toy_config, weights
 
-from mm.errors import DataError, UserError
+from mm.errors import CheckpointError, DataError, UserError
 from mm.training.loop import TrainResult, train
 from mm.training.tracking import Event
 from mm.types import Batch, Losses, System
@@ -154,12 +155,12 @@ def test_extra_files_are_part_of_the_checkpoint(tmp_path: Path) -> None:
     assert any("tokenizer.json: its sha256 differs" in event.message for event in warnings)
 
 
-def test_non_finite_steps_are_skipped_and_counted(tmp_path: Path) -> None:
-    clean = make(ToyClip)
-    train(clean, ToyStream(), toy_config(steps=5), tmp_path / "clean", progress=False)
-    poisoned = make(ToyClip)
+@pytest.mark.parametrize(("kind", "accumulate"), [(ToyClip, 1), (ToyClip, 2), (ToyRegression, 1), (ToyRegression, 2)])
+def test_non_finite_steps_are_skipped_and_counted(tmp_path: Path, kind: type[System], accumulate: int) -> None:
+    """Weights, optimizer, average and running statistics are those before the bad steps."""
+    run_toy(tmp_path / "clean", kind, steps=5, accumulate=accumulate, schedule="constant")
     stream = ToyStream(poison=frozenset({5, 6}))
-    result = train(poisoned, stream, toy_config(steps=7), tmp_path / "poisoned", progress=False)
+    result = run_toy(tmp_path / "poisoned", kind, stream, steps=7, accumulate=accumulate, schedule="constant")
     assert result.skipped_steps == 2
     short, long = weights(tmp_path / "clean"), weights(tmp_path / "poisoned")
     for stem, tensors in short.items():
@@ -197,6 +198,18 @@ def test_flat_loss_is_told_once_with_its_remedy(tmp_path: Path) -> None:
     told.clear()
     run_toy(tmp_path / "learning", on_event=told.append, steps=160, warmup_steps=20)
     assert not [event for event in told if event.kind == "warning"]
+
+
+def test_state_of_another_version_is_refused(tmp_path: Path) -> None:
+    run_toy(tmp_path, steps=2)
+    folder = newest(tmp_path)
+    state, manifest = (json.loads((folder / name).read_text()) for name in ("state.json", "manifest.json"))
+    data = json.dumps(state | {"format": 99}).encode()
+    (folder / "state.json").write_bytes(data)
+    manifest["files"]["state.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="another version"):
+        run_toy(tmp_path)
 
 
 def test_changed_settings_are_told(tmp_path: Path) -> None:

@@ -1,0 +1,145 @@
+"""Models on disk: what is saved comes back equal, and what is damaged or foreign is refused in one line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import mm
+from mm.encoders.image import ImageEncoderConfig
+from mm.encoders.text import TextEncoderConfig
+from mm.errors import CheckpointError, ConfigError, UserError
+from mm.hub import Model
+from mm.media.image import ImageSpec
+from mm.processor import Processor
+from mm.systems import build
+from mm.systems.clip import ClipConfig
+from mm.tokenizers.text import TextTokenizer
+
+TEXTS = ["a red disc", "ein roter Kreis", "红色", "a blue square"]
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    tokenizer = TextTokenizer.train_bpe(TEXTS, 300)
+    config = ClipConfig(
+        image=ImageEncoderConfig(backbone="resnet18", image_size=32, options={"channels": [8, 8, 8, 8]}),
+        text=TextEncoderConfig(width=16, layers=1, heads=2, vocab_size=tokenizer.vocab_size),
+        embed_dim=16,
+    )
+    processor = Processor(image=ImageSpec(size=32), tokenizer=tokenizer, context_length=32, templates=("{}", "a {}"))
+    return Model(system=build(config).eval(), processor=processor, config=config, name="tiny", card={"summary": "tiny"})
+
+
+@pytest.fixture
+def pictures() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)) for _ in range(5)]
+
+
+def test_saved_model_comes_back_equal(model: Model, pictures: list[Image.Image], tmp_path: Path) -> None:
+    loaded = mm.load(mm.save(model, tmp_path / "model"), device="cpu")
+    assert torch.equal(loaded.embed_images(pictures), model.embed_images(pictures))
+    assert torch.equal(loaded.embed_texts(TEXTS), model.embed_texts(TEXTS))
+    assert loaded.fingerprint == model.fingerprint
+    assert loaded.config == model.config
+    assert loaded.card == {"summary": "tiny"}
+    assert loaded.processor.templates == ("{}", "a {}")
+
+
+def test_half_precision_is_half_the_size_and_close(model: Model, pictures: list[Image.Image], tmp_path: Path) -> None:
+    whole, half = mm.save(model, tmp_path / "whole"), mm.save(model, tmp_path / "half", dtype=torch.bfloat16)
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (whole, half)]
+    assert sizes[1] < 0.6 * sizes[0]
+    loaded = mm.load(half, device="cpu")
+    assert loaded.embed_images(pictures).dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(loaded.embed_texts(TEXTS), model.embed_texts(TEXTS)).min() > 0.999
+    assert loaded.fingerprint != model.fingerprint
+
+
+def test_order_and_batching_of_texts_do_not_matter(model: Model) -> None:
+    together = model.embed_texts(TEXTS)
+    apart = torch.cat([model.embed_texts([text]) for text in TEXTS])
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.embed_texts(TEXTS[::-1], batch_size=2), together.flip(0), rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_to_embed_gives_no_rows_of_the_right_width(model: Model) -> None:
+    assert model.embed_texts([]).shape == (0, 16)
+    assert model.embed_images([]).shape == (0, 16)
+
+
+def test_a_folder_with_a_model_is_not_overwritten(model: Model, tmp_path: Path) -> None:
+    mm.save(model, tmp_path)
+    with pytest.raises(UserError, match="already holds a model"):
+        mm.save(model, tmp_path)
+
+
+def test_unknown_names_get_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no model 'emoji-clop'; did you mean 'emoji-clip'"):
+        mm.load("emoji-clop")
+    with pytest.raises(CheckpointError, match="neither a model nor a complete checkpoint"):
+        mm.load(tmp_path)
+
+
+def _truncate(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def _forget_a_weight(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    state.pop(next(iter(state)))
+    save_file(state, folder / "model.safetensors")
+
+
+def _reshape_a_weight(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    name = next(name for name, tensor in state.items() if tensor.ndim == 2)
+    state[name] = state[name][:-1].clone()
+    save_file(state, folder / "model.safetensors")
+
+
+def _name_code(folder: Path) -> None:
+    (folder / "config.yaml").write_text("system: !!python/object/apply:os.system [true]\n")
+
+
+def _add_a_key(folder: Path) -> None:
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("embed_dim", "_target_: os.system\n  embed_dim"))
+
+
+def _break_the_processor(folder: Path) -> None:
+    values = json.loads((folder / "processor.json").read_text())
+    (folder / "processor.json").write_text(json.dumps(values | {"context_length": "long"}))
+
+
+def _drop_the_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (_truncate, "cannot be read as safetensors"),
+        (_forget_a_weight, "does not fit its configuration; missing"),
+        (_reshape_a_weight, "its configuration says"),
+        (_name_code, "not valid YAML"),
+        (_add_a_key, "unknown key '_target_'"),
+        (_break_the_processor, "'context_length'"),
+        (_drop_the_tokenizer, "tokenizer.json"),
+    ],
+)
+def test_damaged_folders_are_refused_in_one_line(model: Model, tmp_path: Path, damage: object, expected: str) -> None:
+    mm.save(model, tmp_path)
+    assert callable(damage)
+    damage(tmp_path)
+    with pytest.raises((CheckpointError, ConfigError, UserError)) as error:
+        mm.load(tmp_path, device="cpu")
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
