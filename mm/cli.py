@@ -67,8 +67,12 @@ def train(
     """Train a system. Called again with the same run folder, it resumes; works unchanged under torchrun."""
     from mm import show
     from mm.run.training import train as run_training
+    from mm.training.parallel import environment
 
-    show.trained(run_training(config, overrides or [], out=out))
+    outcome = run_training(config, overrides or [], out=out)
+    rank, _ = environment()
+    if rank == 0:
+        show.trained(outcome)
 
 
 @eval_app.command("zero-shot")
@@ -250,7 +254,7 @@ def info(
 
 
 def main() -> None:
-    """Entry point: a `UserError` is one line on stderr and exit code 2."""
+    """Entry point: a `UserError` is one line on stderr and its exit code, 2 unless it has its own."""
     debug = "--debug" in sys.argv[1:2]
     try:
         app()
@@ -258,7 +262,7 @@ def main() -> None:
         if debug:
             raise
         print(f"mm: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(getattr(error, "exit_code", 2))
     except BrokenPipeError:
         sys.exit(141)
 

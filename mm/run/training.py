@@ -20,7 +20,7 @@ from mm.run.preparation import TrainPreparation
 from mm.run.validation import Validator
 from mm.systems import build
 from mm.tokenizers.text import TextTokenizer
-from mm.training.devices import seed_everything
+from mm.training.devices import choose_device, seed_everything
 from mm.training.loop import TrainResult
 from mm.training.loop import train as train_loop
 from mm.training.parallel import environment
@@ -117,6 +117,7 @@ def assemble(config: RunConfig) -> Assembled:
         rank=rank,
         world_size=world_size,
         max_bad_fraction=config.data.max_bad_fraction,
+        pin_memory=choose_device(config.train.device).type == "cuda",
     )
     return Assembled(config, system, processor, stream, _validator(config, processor, image_size))
 
@@ -157,12 +158,22 @@ def _system(config: RunConfig, start: Model | None) -> System:
     seed_everything(config.train.seed, torch.device("cpu"))
     system = build(config.system)
     if start is not None:
-        if start.config != config.system:
-            raise ConfigError(
-                f"init_from: '{config.init_from}' is another network than 'system' describes; see `mm info --yaml`"
-            )
-        system.load_state_dict(start.system.state_dict())
+        _adopt(system, start.system, config.init_from or start.name)
     return system
+
+
+def _adopt(system: System, start: System, name: str) -> None:
+    """Take over all weights. Buffers that only the new objective has (a queue) start empty."""
+    state = start.state_dict()
+    own = system.state_dict()
+    needed = {key for key, _ in system.named_parameters()}
+    unfit = [key for key in state.keys() | needed if key not in state or key not in own or state[key].shape != own[key].shape]
+    if unfit:
+        raise ConfigError(
+            f"init_from: '{name}' is another network than 'system' describes (first difference: {min(unfit)}); "
+            "`mm info --yaml` prints its section"
+        )
+    system.load_state_dict(own | state)
 
 
 def _validator(config: RunConfig, processor: Processor, image_size: int) -> Validator | None:

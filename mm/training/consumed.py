@@ -29,8 +29,10 @@ class ConsumedIds:
         if self._log is None or not self._pending:
             return
         first = step - len(self._pending) + 1
-        for offset, ids in enumerate(everyones_ids(self._pending, self._world)):
-            self._log.append({"step": first + offset, "ids": ids})
+        everyone = everyones_ids(self._pending, self._world)
+        if self._world.is_main:
+            for offset, ids in enumerate(everyone):
+                self._log.append({"step": first + offset, "ids": ids})
         self._pending.clear()
 
 

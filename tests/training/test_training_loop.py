@@ -251,6 +251,7 @@ def test_ids_can_be_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own imports
 def test_compiled_training_learns_the_same(tmp_path: Path) -> None:
     run_toy(tmp_path / "eager", steps=5)
     run_toy(tmp_path / "compiled", steps=5, compile=True)
