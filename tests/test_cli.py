@@ -125,7 +125,8 @@ def test_classify_and_search(photos: Path, run: Path, tmp_path: Path) -> None:
     assert hits[0]["file"].endswith("000.png")
     assert hits[0]["score"] == pytest.approx(1, abs=1e-4)
     assert "3 files left out" in done.stderr
-    assert Image.open(tmp_path / "s.png").width > 100
+    with Image.open(tmp_path / "s.png") as sheet:
+        assert sheet.width > 100
 
 
 def test_training_again_finds_the_run_finished(photos: Path, run: Path) -> None:

@@ -59,9 +59,10 @@ class _Block:
 class _Tally:
     """The score that every query's right answer has, and how many items have been seen that stand before it."""
 
-    def __init__(self, images: Tensor, texts: Tensor, owner: Tensor) -> None:
+    def __init__(self, images: Tensor, texts: Tensor, owner: Tensor, largest_tile: int) -> None:
         self.texts, self.owner = texts, owner
         self.images = F.pad(images, (0, 0, 0, BLOCK))
+        self.room = images.new_empty(2, largest_tile)
         self.image_index = torch.arange(len(images), device=images.device)
         self.text_bar = texts.new_zeros(len(texts))
         self.image_bar = images.new_full((len(images),), torch.inf)
@@ -78,7 +79,8 @@ class _Tally:
         """Tile of scores ``(captions of the block, pictures)``; the pictures that pad it to whole blocks are cut off again."""
         width = images.stop - images.start
         columns = self.images[images.start : images.start + whole_blocks(width)]
-        return (rows @ columns.T)[: len(block.texts), :width]
+        tile = self.room[0, : len(rows) * len(columns)].view(len(rows), len(columns))
+        return torch.mm(rows, columns.T, out=tile)[: len(block.texts), :width]
 
     def set_bars(self, scores: Tensor, block: _Block) -> None:
         """Read the right answers' scores from a diagonal tile: each caption's picture, each picture's best caption."""
@@ -92,8 +94,10 @@ class _Tally:
     def count(self, scores: Tensor, texts: Tensor, images: slice) -> None:
         """Add a tile ``(captions, pictures)`` to the counts of both directions."""
         index = self.image_index[images]
-        self.text_ahead[texts] += count_ahead(scores, self.text_bar[texts], index, self.owner[texts], dim=1)
-        self.image_ahead[images] += count_ahead(scores, self.image_bar[images], texts, self.best_text[images], dim=0)
+        self.text_ahead[texts] += count_ahead(scores, self.text_bar[texts], index, self.owner[texts], dim=1, room=self.room[1])
+        self.image_ahead[images] += count_ahead(
+            scores, self.image_bar[images], texts, self.best_text[images], dim=0, room=self.room[1]
+        )
 
 
 def ranks(image_vectors: Float[Tensor, "n d"], text_vectors: Float[Tensor, "m d"], text_to_image: Int64[Tensor, " m"]) -> Ranks:
@@ -110,8 +114,8 @@ def ranks(image_vectors: Float[Tensor, "n d"], text_vectors: Float[Tensor, "m d"
     images, texts = checked(image_vectors, "image vectors"), checked(text_vectors, "text vectors", image_vectors.shape[-1])
     owner = checked_index(text_to_image, len(texts), len(images), "picture of each caption").to(images.device)
     texts = texts.to(images.device)
-    tally = _Tally(images, texts, owner)
     blocks = _blocks(owner, len(images))
+    tally = _Tally(images, texts, owner, max(_room(block, len(images)) for block in blocks))
     with exact_fp32(images.device):
         for block in blocks:
             scores = tally.scores(tally.rows(block), block, block.images)
@@ -137,6 +141,12 @@ def _blocks(owner: Tensor, num_images: int) -> list[_Block]:
                 blocks.append(_Block(slice(start, image), order[ends[start] : ends[image]]))
             start = image
     return blocks
+
+
+def _room(block: _Block, num_images: int) -> int:
+    """Scores of the largest tile of a block, with its padding."""
+    widths = [strip.stop - strip.start for strip in (block.images, *_strips_around(block, num_images))]
+    return whole_blocks(len(block.texts)) * whole_blocks(max(widths))
 
 
 def _strips_around(block: _Block, num_images: int) -> Iterator[slice]:

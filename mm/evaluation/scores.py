@@ -75,7 +75,7 @@ def pad_rows(vectors: Tensor) -> Tensor:
     return F.pad(vectors, (0, 0, 0, whole_blocks(len(vectors)) - len(vectors)))
 
 
-def count_ahead(scores: Tensor, bar: Tensor, position: Tensor, bar_position: Tensor, dim: int) -> Tensor:
+def count_ahead(scores: Tensor, bar: Tensor, position: Tensor, bar_position: Tensor, dim: int, room: Tensor) -> Tensor:
     """How many items stand before each bar: those with a greater score, or with an equal score and a lower position.
 
     Args:
@@ -84,13 +84,14 @@ def count_ahead(scores: Tensor, bar: Tensor, position: Tensor, bar_position: Ten
         position: Index of each item along ``dim``.
         bar_position: Index of the item that the bar belongs to.
         dim: Dimension of the items.
+        room: fp32 numbers to be overwritten, at least as many as the tile has: fresh memory would cost more than the counting.
 
     Returns:
         int64 counts, as long as ``bar``.
     """
     bar, items = bar.unsqueeze(dim), position.unsqueeze(1 - dim)
     # Written as 0.0 and 1.0, comparisons add up several times faster than booleans; exact below 2**24 items a tile.
-    beaten = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
+    beaten = room[: scores.numel()].view(scores.shape)
     if int(position.max()) < int(bar_position.min()):
         return torch.ge(scores, bar, out=beaten).sum(dim).long()
     counts = torch.gt(scores, bar, out=beaten).sum(dim).long()

@@ -80,10 +80,11 @@ def label_ranks(
     counts = []
     with exact_fp32(images.device):
         columns, index = pad_rows(classes.to(images.device)).T, torch.arange(len(classes), device=images.device)
+        room = images.new_empty(min(CHUNK, len(images)) * len(classes))
         for chunk, label in zip(images.split(CHUNK), labels.split(CHUNK), strict=True):
             scores = (pad_rows(chunk) @ columns)[: len(chunk), : len(classes)]
             right = scores.gather(1, label[:, None]).squeeze(1)
-            counts.append(count_ahead(scores, right, index, label, dim=1))
+            counts.append(count_ahead(scores, right, index, label, dim=1, room=room))
     return torch.cat(counts).cpu()
 
 
