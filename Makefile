@@ -40,7 +40,7 @@ bench: setup
 	    $(BIN)/python bench/$$name.py --json bench/results/$$name.json || exit 1; done
 
 demo: setup quickstart
-	$(BIN)/python demos/zero_shot.py runs/quickstart/pictures "animal,face,fruit,vehicle,tool"
+	$(BIN)/python demos/zero_shot.py runs/quickstart/pictures "dog face,pizza,automobile,crab,smiling face"
 
 clean:
 	rm -rf .venv dist .pytest_cache .ruff_cache .hypothesis

@@ -32,8 +32,11 @@ DRAWING_SIDE = 128
 
 CLASSIFIED = ("1f436", "1f355", "1f697", "1f33b", "1f3b8", "26bd", "1f480", "2708", "1f451", "1f40d", "1f4a3", "1f382")
 """Concepts whose pictures are classified, by code point."""
-LABELS = ("dog", "cat", "pizza", "car", "flower", "guitar", "football", "skull", "airplane", "crown", "snake", "bomb", "cake")
-QUERIES = ("red fruit", "animal with horns", "musical instrument", "angry face", "vehicle", "Musikinstrument", "动物")
+LABELS = (
+    *("dog face", "cat face", "pizza", "automobile", "sunflower", "guitar", "soccer ball"),
+    *("skull", "airplane", "crown", "snake", "bomb", "birthday cake"),
+)
+QUERIES = ("smiling face", "red heart", "police car", "flower", "clock face", "rotes Herz", "火车")
 SEARCHED = 400
 HITS = 8
 

@@ -10,6 +10,7 @@ import json
 import platform
 import shutil
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="finished second stages, by seed")
     parser.add_argument("--first-stages", nargs="+", type=Path, required=True, help="the runs that they start from")
     arguments = parser.parse_args()
-    models = [mm.load(run) for run in arguments.runs]
+    models = [replace(mm.load(run), name=arguments.name) for run in arguments.runs]
     validation = [evaluate_zero_shot(model, "emoji:validation", baseline="none") for model in models]
     chosen = max(range(len(models)), key=lambda seed: validation[seed].metrics["top1"].value)
     baselines = [None if seed == chosen else "none" for seed in range(len(models))]
