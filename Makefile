@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.mm-setup
 
-.PHONY: setup quickstart test test-all check format bench demo clean
+.PHONY: setup quickstart test test-all check format bench published demo clean
 
 setup: $(STAMP)
 
@@ -40,6 +40,9 @@ bench: setup
 	@mkdir -p bench/results
 	for name in contrastive retrieval input_pipeline; do \
 	    $(BIN)/python bench/$$name.py --json bench/results/$$name.json || exit 1; done
+
+published: setup
+	$(BIN)/python tools/published.py --write $(if $(DATA),--data $(DATA))
 
 demo: setup quickstart
 	$(BIN)/python demos/zero_shot.py runs/quickstart/pictures "dog face,pizza,automobile,crab,smiling face"

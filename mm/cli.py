@@ -22,7 +22,10 @@ app.add_typer(eval_app, name="eval")
 app.add_typer(data_app, name="data")
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A shipped name (see `mm list`), a run folder or a model folder.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A shipped name (see `mm list`), a run or model folder, ARCHITECTURE/TAG, OWNER/NAME."
+    ),
 ]
 DataOption = Annotated[
     str, typer.Option("--data", metavar="SRC", help="emoji:test, a folder, a CSV/JSONL file or a shard pattern.")
@@ -30,6 +33,9 @@ DataOption = Annotated[
 SourceArgument = Annotated[str, typer.Argument(metavar="SRC", help="A folder, a CSV/JSONL file, a shard pattern, emoji:test.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
+PrecisionOption = Annotated[
+    str, typer.Option("--precision", help="auto, fp32 or bf16; auto is bf16 where the hardware has matrix units for it.")
+]
 CacheOption = Annotated[bool, typer.Option("--cache/--no-cache", help="Remember the vectors of this model and source.")]
 
 
@@ -87,6 +93,7 @@ def eval_zero_shot(
     baseline: Annotated[str | None, typer.Option(metavar="SRC", help="Source of the pixel baseline, or 'none'.")] = None,
     json_file: JsonOption = None,
     device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
     cache: CacheOption = True,
 ) -> None:
     """Zero-shot classification: top-1, top-5, mean per class, beside nearest neighbour on pixels."""
@@ -103,6 +110,7 @@ def eval_zero_shot(
             templates=template,
             baseline=baseline,
             device=device,
+            precision=precision,
             cache=cache,
             progress=progress,
         )
@@ -115,6 +123,7 @@ def eval_retrieval(
     data: DataOption,
     json_file: JsonOption = None,
     device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
     cache: CacheOption = True,
 ) -> None:
     """Image-text retrieval both ways: R@1, R@5, R@10 and median rank, with all captions of a picture."""
@@ -122,7 +131,7 @@ def eval_retrieval(
     from mm.run.evaluation import evaluate_retrieval
 
     with show.progress_bar("encoding") as progress:
-        result = evaluate_retrieval(model, data, device=device, cache=cache, progress=progress)
+        result = evaluate_retrieval(model, data, device=device, precision=precision, cache=cache, progress=progress)
     show.result(result, f"retrieval: {model} on {data}", json_file)
 
 
@@ -133,13 +142,14 @@ def classify(
     labels: Annotated[str, typer.Option("--labels", help="Class names, separated by commas.")],
     json_file: JsonOption = None,
     device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
 ) -> None:
     """Classify pictures among your own labels."""
     from mm import show
     from mm.run.inference import classify as run_classify
 
     names = [name.strip() for name in labels.split(",") if name.strip()]
-    show.predictions(run_classify(model, images, names, device=device), json_file)
+    show.predictions(run_classify(model, images, names, device=device, precision=precision), json_file)
 
 
 @app.command()
@@ -152,13 +162,14 @@ def search(
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="PNG", help="Draw the hits on a contact sheet.")] = None,
     json_file: JsonOption = None,
     device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
 ) -> None:
     """Find pictures in a folder by words or by a picture: file names, scores and a contact sheet."""
     from mm import show
     from mm.run.inference import search as run_search
 
     with show.progress_bar("indexing") as progress:
-        found = run_search(model, index, text=text, image=image, k=k, device=device, progress=progress)
+        found = run_search(model, index, text=text, image=image, k=k, device=device, precision=precision, progress=progress)
     show.hits(found, out, json_file)
 
 
@@ -232,6 +243,25 @@ def list_everything() -> None:
     from mm.run.catalogue import catalogue
 
     show.catalogue(catalogue())
+
+
+@app.command()
+def convert(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Weights of open_clip or OpenAI's CLIP, pickled or safetensors.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="New model folder.")],
+    arch: Annotated[str | None, typer.Option(help="open_clip's architecture, e.g. ViT-B-32; OpenAI's files need none.")] = None,
+    trusted: Annotated[
+        bool, typer.Option("--i-trust-this-file", help="Read a pickled file, which can run whatever its writer put in.")
+    ] = False,
+) -> None:
+    """Turn a foreign weight file into a model folder: safetensors and JSON, read without running code from then on."""
+    from mm.hub import from_imported, save
+    from mm.published.convert import import_file
+
+    model = from_imported(import_file(file, architecture=arch, trusted=trusted), name=file.stem, device="cpu", precision="fp32")
+    typer.echo(save(model, out))
 
 
 @app.command()

@@ -20,6 +20,9 @@ from mm.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1 << 20
 
+TAG_PREFIX = "tag:"
+"""Tags of unions without a ``name`` field begin so; they are left out of messages."""
+
 
 class StrictConfig(BaseModel):
     """Base of every configuration class: unknown keys are errors, values are never changed after construction."""
@@ -128,8 +131,37 @@ def _deep_copy(value: Any) -> Any:
 
 
 def load_config(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
-    """Read ``path``, apply ``overrides`` and validate as ``cls``. Raises `ConfigError`."""
-    return validate(cls, apply_overrides(read_yaml(path), overrides), str(path))
+    """Read ``path`` on top of its ``base:``, apply ``overrides`` and validate as ``cls``. Raises `ConfigError`."""
+    return validate(cls, apply_overrides(read_layers(path), overrides), str(path))
+
+
+def read_layers(path: Path) -> dict[str, Any]:
+    """The values of a YAML file on top of those of the file beside it that ``base:`` names, if it names one.
+
+    Sections are merged key by key, everything else is replaced; null takes a key out again. Raises `ConfigError`.
+    """
+    values = read_yaml(path)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or Path(base).name != base:
+        raise ConfigError(f"{path}: 'base' is the name of a file in the same folder, got {base!r}")
+    below = read_yaml(path.parent / base)
+    if "base" in below:
+        raise ConfigError(f"{path}: its base {base} has a base itself; name that one, or copy what is needed")
+    return _merge(below, values)
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(below)
+    for key, value in above.items():
+        if value is None:
+            result.pop(key, None)
+        elif isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
+            result[key] = _merge(result[key], value)
+        else:
+            result[key] = value
+    return result
 
 
 def validate(cls: type[C], values: Mapping[str, Any], where: str) -> C:
@@ -144,7 +176,7 @@ def validate(cls: type[C], values: Mapping[str, Any], where: str) -> C:
 
 
 def _explain(cls: type[BaseModel], problem: Any) -> str:
-    location = [part for part in problem["loc"] if isinstance(part, int) or not part.startswith("function-")]
+    location = [part for part in problem["loc"] if isinstance(part, int) or not part.startswith(("function-", TAG_PREFIX))]
     key = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         known, unknown = _valid_keys(cls, location[:-1]), str(location[-1])

@@ -126,6 +126,10 @@ class System(nn.Module):
     def after_step(self, step: int) -> None:
         """Called after each optimizer step: momentum encoders, queues, clamps, schedules."""
 
+    def cast_(self, dtype: torch.dtype) -> None:
+        """Hold the weights in another floating type, cast once, for inference; what must stay in fp32 does."""
+        self.to(dtype)
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups: matrices decay; gains, biases and scales (``ndim < 2`` or a ``no_decay`` attribute) do not."""
         trainable = [p for p in self.parameters() if p.requires_grad]
@@ -160,6 +164,10 @@ class Embeds(Protocol):
 
     def scores(self, queries: Tensor, items: Tensor) -> Tensor:
         """Logits ``(Q, M)`` with the system's own scale and bias."""
+        ...
+
+    def encoders(self) -> Mapping[str, nn.Module]:
+        """The encoder of each modality, for what concerns encoders alone (compilation, adaptation, export)."""
         ...
 
 

@@ -15,4 +15,5 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MM_CACHE", str(folder))
+        patch.setenv("MM_PRECISION", "fp32")  # the same figures on machines with and without bf16 units
         yield folder

@@ -8,7 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from mm.config import StrictConfig, apply_overrides, differences, dump_yaml, load_config, parse_yaml, validate, write_yaml
+from mm.config import (
+    StrictConfig,
+    apply_overrides,
+    differences,
+    dump_yaml,
+    load_config,
+    parse_yaml,
+    read_layers,
+    validate,
+    write_yaml,
+)
 from mm.errors import ConfigError
 
 
@@ -115,3 +125,24 @@ def test_arbitrary_text_is_a_value_or_a_one_line_config_error(text: str) -> None
     except ConfigError as error:
         message = str(error)
     assert "\n" not in message
+
+
+def test_a_base_is_merged_section_by_section_and_null_takes_a_key_out(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("a: {x: 1, y: 2}\nb: [1, 2]\nc: 3\n")
+    (tmp_path / "run.yaml").write_text("base: base.yaml\na: {y: null, z: 4}\nb: [5]\n")
+    assert read_layers(tmp_path / "run.yaml") == {"a": {"x": 1, "z": 4}, "b": [5], "c": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: ../base.yaml", "in the same folder"),
+        ("base: [base.yaml]", "in the same folder"),
+        ("base: absent.yaml", "no such configuration file"),
+        ("base: run.yaml", "has a base itself"),
+    ],
+)
+def test_a_base_that_cannot_be_taken_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_layers(tmp_path / "run.yaml")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from mm.config import differences, load_config, read_yaml
+from mm.config import differences, load_config, read_layers, read_yaml
 from mm.media.image import ImageSpec
 from mm.run.config import CONFIGS, RunConfig
 from mm.systems import build
@@ -32,9 +32,16 @@ def test_header_names_command_time_and_result(path: Path) -> None:
 
 
 def test_file_lists_only_what_differs_from_the_defaults(path: Path) -> None:
-    written = read_yaml(path)
+    written = read_layers(path)
     needed = differences(load_config(RunConfig, path))
     assert not _superfluous(written, needed), f"these values are the defaults: {_superfluous(written, needed)}"
+
+
+def test_file_with_a_base_lists_only_what_differs_from_it(path: Path) -> None:
+    written = read_yaml(path)
+    base = written.pop("base", None)
+    repeated = [] if base is None else _repeated(written, read_yaml(path.parent / base))
+    assert not repeated, f"these values are the base's: {repeated}"
 
 
 def test_system_builds_and_every_parameter_learns(path: Path) -> None:
@@ -60,6 +67,17 @@ def test_system_builds_and_every_parameter_learns(path: Path) -> None:
 
 def _without_gradient(system: System) -> list[str]:
     return [name for name, p in system.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0)]
+
+
+def _repeated(written: dict[str, Any], base: dict[str, Any], prefix: str = "") -> list[str]:
+    """Keys of the file that have the same value in its base."""
+    found = []
+    for key, value in written.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            found += _repeated(value, base[key], f"{prefix}{key}.")
+        elif key in base and value == base[key]:
+            found.append(prefix + key)
+    return found
 
 
 def _superfluous(written: Any, needed: Any, prefix: str = "") -> list[str]:

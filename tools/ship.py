@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="finished second stages, by seed")
     parser.add_argument("--first-stages", nargs="+", type=Path, required=True, help="the runs that they start from")
     arguments = parser.parse_args()
-    models = [replace(mm.load(run), name=arguments.name) for run in arguments.runs]
+    models = [replace(mm.load(run, precision="fp32"), name=arguments.name) for run in arguments.runs]
     validation = [evaluate_zero_shot(model, "emoji:validation", baseline="none") for model in models]
     chosen = max(range(len(models)), key=lambda seed: validation[seed].metrics["top1"].value)
     baselines = [None if seed == chosen else "none" for seed in range(len(models))]
@@ -61,7 +61,7 @@ def main() -> None:
     folder = ASSETS / "models" / arguments.name
     shutil.rmtree(folder, ignore_errors=True)
     mm.save(models[chosen], folder, dtype=torch.bfloat16, card=card)
-    shipped = mm.load(arguments.name)
+    shipped = mm.load(arguments.name, precision="fp32")
     card["test_as_shipped"] = evaluate_zero_shot(shipped, "emoji:test", baseline="none").to_json()["metrics"]["top1"]
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     page = _page(arguments.name, card, shipped, validation[chosen], zero_shot[chosen], retrieval[chosen])

@@ -147,10 +147,14 @@ class ImageEncoder(nn.Module):
             pooled = self.trunk.forward_head(features, pre_logits=True)
         return Encoded(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device), pooled, extras)
 
+    def cast_(self, dtype: torch.dtype) -> None:
+        """Hold the network in another floating type, for inference; pixels are still normalised in fp32."""
+        self.trunk.to(dtype)
+
     def _normalise(self, image: Tensor) -> Tensor:
         white = 1.0 if image.is_floating_point() else 255.0
         pixels = (image.to(self.mean.dtype) - self.mean * white) / (self.std * white)
-        return pixels.contiguous(memory_format=torch.channels_last)
+        return pixels.to(next(self.trunk.parameters()).dtype, memory_format=torch.channels_last)
 
     def _flatten(self, features: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Feature maps of either layout, or tokens as they are, to ``(B, N, D)``."""

@@ -4,7 +4,7 @@ Shapes: B batch, T positions, D width.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -23,10 +23,13 @@ from mm.nn.masks import attention_mask
 from mm.nn.transformer import Block, FeedForward, QuickGELU, Transformer
 from mm.types import Encoded, TextBatch
 
-Pooling = Literal["last", "first", "mean"]
+Pooling = Literal["last", "first", "mean", "final"]
 
-ACTIVATIONS: Mapping[str, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
-
+ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "quick_gelu": QuickGELU,
+    "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
+}
 
 MIN_BUCKETED_ROWS = 32
 LENGTH_BUCKETS = 4
@@ -44,8 +47,13 @@ class TextEncoderConfig(StrictConfig):
         vocab_size: Number of token ids; at least that of the tokenizer.
         mlp_ratio: Hidden width of the feed-forward over ``width``.
         causal: Whether a token sees only what is before it.
-        pooling: Token that stands for the text: "last" (the end token), "first", or the "mean" of all.
-        activation: "gelu", or "quick_gelu" for weights that were trained with it (OpenAI's CLIP).
+        attend_padding: Whether padding is attended to like words, as in weights that were trained so (SigLIP). Every text is
+            then filled up to ``context_length`` with ``pad_id``, and may not be trimmed.
+        pad_id: Id of the padding, for ``attend_padding``.
+        pooling: Token that stands for the text: "last" (the end token), "first", the "mean" of all, or "final": the last
+            position of the context, whatever it holds, for ``attend_padding``.
+        activation: "gelu", or "quick_gelu" (OpenAI's CLIP) or "gelu_tanh" (SigLIP) for weights that were trained with it.
+        norm_eps: Added to the variance in the norms.
         dropout: Of each block's branches and of the embedding, in training.
         token_dropout: Probability of hiding a word (never start and end) in training.
         gradient_checkpointing: Trade time for memory.
@@ -58,8 +66,11 @@ class TextEncoderConfig(StrictConfig):
     vocab_size: int = Field(default=4096, ge=3)
     mlp_ratio: float = Field(default=4.0, gt=0)
     causal: bool = True
+    attend_padding: bool = False
+    pad_id: int = Field(default=0, ge=0)
     pooling: Pooling = "last"
-    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    activation: Literal["gelu", "quick_gelu", "gelu_tanh"] = "gelu"
+    norm_eps: float = Field(default=1e-5, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     token_dropout: float = Field(default=0.0, ge=0, lt=1)
     gradient_checkpointing: bool = False
@@ -70,6 +81,10 @@ class TextEncoderConfig(StrictConfig):
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
         if self.causal and self.pooling == "first":
             raise ValueError("with causal: true the first token sees nothing but itself; use pooling: last or mean")
+        if self.attend_padding and (self.causal or self.pooling == "mean"):
+            raise ValueError("attend_padding is for causal: false with pooling: last, first or final")
+        if self.pooling == "final" and not self.attend_padding:
+            raise ValueError("pooling: final takes a position that only attend_padding: true fills")
         return self
 
 
@@ -85,6 +100,7 @@ class TextEncoder(nn.Module):
         causal: See `TextEncoderConfig`.
         pooling: See `TextEncoderConfig`.
         context_length: Longest text that is accepted.
+        pad_id: Fills every text up to the context and is attended to; None where padding is masked.
         token_dropout: See `TextEncoderConfig`.
     """
 
@@ -96,6 +112,7 @@ class TextEncoder(nn.Module):
         causal: bool,
         pooling: Pooling,
         context_length: int,
+        pad_id: int | None = None,
         token_dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -104,12 +121,17 @@ class TextEncoder(nn.Module):
         self.causal = causal
         self.pooling: Pooling = pooling
         self.context_length = context_length
+        self.pad_id = pad_id
         self.token_dropout = token_dropout
 
     @property
     def width(self) -> int:
         """D, of the tokens and of the pooled vector."""
         return self.embedding.tokens.embedding_dim
+
+    def cast_(self, dtype: torch.dtype) -> None:
+        """Hold the network in another floating type, for inference."""
+        self.to(dtype)
 
     def forward(self, text: TextBatch) -> Encoded:
         """Encode texts. Raises `UserError` if they are longer than ``context_length``.
@@ -122,8 +144,10 @@ class TextEncoder(nn.Module):
                 f"text encoder: {length} tokens do not fit its context of {self.context_length}; "
                 f"tokenize with context_length={self.context_length}"
             )
-        small = text.ids.device.type != "cpu" or len(text) < MIN_BUCKETED_ROWS
-        if small or torch.compiler.is_compiling():  # a compiled graph must not depend on the lengths
+        if self.pad_id is not None:
+            return self._encode_padded(text, self.pad_id)
+        compiling = torch.compiler.is_compiling()  # a compiled graph must not depend on the lengths, nor on the batch size
+        if compiling or text.ids.device.type != "cpu" or len(text) < MIN_BUCKETED_ROWS:
             return self._encode(text)
         return self._encode_by_length(text)
 
@@ -146,15 +170,24 @@ class TextEncoder(nn.Module):
         )
         return Encoded(tokens, mask, pooled)
 
+    def _encode_padded(self, text: TextBatch, pad_id: int) -> Encoded:
+        """Padding takes part as if it were words: the whole context is computed for every text."""
+        inside = torch.arange(text.ids.shape[1], device=text.ids.device) < text.lengths[:, None]
+        ids = F.pad(text.ids.where(inside, pad_id), (0, self.context_length - text.ids.shape[1]), value=pad_id)
+        x = self.embedding(ids, keep=self._kept(TextBatch(ids, text.lengths)))
+        everything = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
+        tokens = self.transformer(x, mask=attention_mask(self.context_length, device=x.device))
+        return Encoded(tokens, everything, pool(tokens, text.lengths, everything, self.pooling))
+
     def _encode(self, text: TextBatch) -> Encoded:
         length = text.ids.shape[1]
         valid = torch.arange(length, device=text.ids.device) < text.lengths[:, None]
-        x = self.embedding(text.ids, keep=self._kept(text, valid))
+        x = self.embedding(text.ids, keep=self._kept(text))
         mask = attention_mask(length, causal=self.causal, keys=None if self.causal else valid, device=x.device)
         tokens = self.transformer(x, mask=mask)
         return Encoded(tokens, valid, pool(tokens, text.lengths, valid, self.pooling))
 
-    def _kept(self, text: TextBatch, valid: Tensor) -> Float[Tensor, "b t 1"] | None:
+    def _kept(self, text: TextBatch) -> Float[Tensor, "b t 1"] | None:
         """0 for the words hidden in this training step, 1 for the others; start and end stay."""
         if not self.training or self.token_dropout == 0:
             return None
@@ -165,17 +198,19 @@ class TextEncoder(nn.Module):
 
 
 def pool(tokens: Float[Tensor, "b t d"], lengths: Tensor, valid: Bool[Tensor, "b t"], pooling: Pooling) -> Float[Tensor, "b d"]:
-    """One vector a sequence: its first or last real token, or the mean of its real tokens."""
+    """One vector a sequence: its first or last real token, the mean of its real tokens, or the final position."""
     if pooling == "first":
         return tokens[:, 0]
+    if pooling == "final":
+        return tokens[:, -1]
     if pooling == "last":
-        return tokens[torch.arange(len(tokens), device=tokens.device), lengths - 1]
+        return tokens[torch.arange(tokens.shape[0], device=tokens.device), lengths - 1]
     return (tokens * valid[..., None]).sum(1) / lengths[:, None]
 
 
 def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
     """A CLIP-style text transformer with fresh weights: pre-norm blocks, learned positions."""
-    norm = functools.partial(nn.LayerNorm, config.width)
+    norm = functools.partial(nn.LayerNorm, config.width, eps=config.norm_eps)
 
     def make_block(_: int) -> Block:
         return Block(
@@ -198,6 +233,7 @@ def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
         causal=config.causal,
         pooling=config.pooling,
         context_length=config.context_length,
+        pad_id=config.pad_id if config.attend_padding else None,
         token_dropout=config.token_dropout,
     )
     initialise(encoder)

@@ -55,7 +55,12 @@ class DualTower(nn.Module):
 
     def embed(self, name: str, value: Any) -> Float[Tensor, "b d"]:
         """Unit vectors of a modality's input, fp32."""
-        return unit(self.projections[name](self.encoders[name](value).pooled))
+        return unit(self.projections[name](self.encoders[name](value).pooled.to(self.logit_scale.dtype)))
+
+    def cast_(self, dtype: torch.dtype) -> None:
+        """Hold the encoders in another floating type, cast once, for inference; projections and scores stay in fp32."""
+        for encoder in self.encoders.values():
+            encoder.cast_(dtype)  # pyright: ignore[reportCallIssue] - every encoder has it
 
     def scale(self) -> Float[Tensor, ""]:
         """The multiplier of cosines, in 1..100 after `clamp_`."""

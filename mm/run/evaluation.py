@@ -67,6 +67,7 @@ def evaluate_zero_shot(
     templates: Sequence[str] | None = None,
     baseline: str | None = None,
     device: str = "auto",
+    precision: str = "auto",
     cache: bool = True,
     progress: Progress | None = None,
 ) -> Result:
@@ -80,6 +81,7 @@ def evaluate_zero_shot(
         templates: Prompt ensemble; default: the processor's.
         baseline: Labelled source for nearest neighbour on pixels, ``none`` for no baseline; default: the source's own, if any.
         device: Where to compute; ``auto`` chooses.
+        precision: See `mm.hub.load`.
         cache: Remember the vectors of this model on this source in the cache folder.
         progress: Called with (done, total) while encoding.
 
@@ -89,7 +91,7 @@ def evaluate_zero_shot(
     Raises:
         UserError: When labels, classes or templates do not fit the source.
     """
-    model = loaded(model, device)
+    model = loaded(model, device, precision)
     source = opened(data, model)
     task = label_task(source, label=label, classes=classes)
     encoded = encode(model, source, cache=cache, progress=progress)
@@ -115,6 +117,7 @@ def evaluate_retrieval(
     data: str | Source,
     *,
     device: str = "auto",
+    precision: str = "auto",
     cache: bool = True,
     progress: Progress | None = None,
 ) -> Result:
@@ -123,7 +126,7 @@ def evaluate_retrieval(
     Raises:
         UserError: When no sample of the source has a caption.
     """
-    model = loaded(model, device)
+    model = loaded(model, device, precision)
     source = opened(data, model)
     encoded = encode(model, source, cache=cache, progress=progress)
     rows = [row for row, sample in enumerate(encoded.samples) if sample["captions"]]
@@ -171,9 +174,9 @@ def encode(model: Model, source: Source, *, cache: bool = True, progress: Progre
     return encoded
 
 
-def loaded(model: str | Path | Model, device: str) -> Model:
-    """The model itself, or the one that a MODEL reference names, on the chosen device."""
-    return model if isinstance(model, Model) else load(model, device=device)
+def loaded(model: str | Path | Model, device: str, precision: str = "auto") -> Model:
+    """The model itself, or the one that a MODEL reference names, on the chosen device and in the chosen precision."""
+    return model if isinstance(model, Model) else load(model, device=device, precision=precision)
 
 
 def opened(data: str | Source, model: Model) -> Source:

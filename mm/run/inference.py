@@ -64,6 +64,7 @@ def classify(
     *,
     templates: Sequence[str] | None = None,
     device: str = "auto",
+    precision: str = "auto",
 ) -> list[Prediction]:
     """Classify pictures among labels.
 
@@ -73,6 +74,7 @@ def classify(
         labels: Class names, at least two.
         templates: Prompt ensemble; default: the processor's.
         device: Where to compute; ``auto`` chooses.
+        precision: See `mm.hub.load`.
 
     Raises:
         UserError: No picture, fewer than two labels, a file that is no picture.
@@ -82,7 +84,7 @@ def classify(
     raws = [item for image in images for item in _expand(image)]
     if not raws:
         raise UserError("no pictures to classify")
-    model = loaded(model, device)
+    model = loaded(model, device, precision)
     candidates = class_vectors(model.embed_texts, labels, tuple(templates or model.processor.templates))
     vectors = model.embed_images(raws)
     order, _ = ranked(vectors, candidates, len(labels))
@@ -106,6 +108,7 @@ def search(
     image: Any = None,
     k: int = 12,
     device: str = "auto",
+    precision: str = "auto",
     progress: Progress | None = None,
 ) -> SearchResult:
     """Find the pictures of a folder that fit words or look like a picture.
@@ -117,7 +120,7 @@ def search(
     """
     if (text is None) == (image is None):
         raise UserError("give exactly one query: --text WORDS or --image FILE")
-    model = loaded(model, device)
+    model = loaded(model, device, precision)
     folder = Path(folder)
     query = model.embed_texts([text]) if text is not None else model.embed_images([image])
     paths, vectors, skipped = index_folder(model, folder, progress=progress)

@@ -96,7 +96,7 @@ def assemble(config: RunConfig) -> Assembled:
     """
     image_size = config.system.image.image_size
     source = open_training_source(config.data, image_size=image_size)
-    start = load(config.init_from) if config.init_from else None
+    start = load(config.init_from, precision="fp32") if config.init_from else None
     processor = _processor(config, source) if start is None else start.processor
     config = _with_vocabulary(config, processor)
     system = _system(config, start)

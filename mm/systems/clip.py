@@ -9,15 +9,22 @@ Deviations from the CLIP paper: a picture may have several positive captions and
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 
-from mm.config import StrictConfig
+from mm.config import TAG_PREFIX, StrictConfig
 from mm.encoders.image import ImageEncoderConfig, build_image_encoder
+from mm.encoders.library import (
+    LibraryImageConfig,
+    LibraryTextConfig,
+    build_library_image_encoder,
+    build_library_text_encoder,
+)
 from mm.encoders.text import TextEncoderConfig, build_text_encoder
+from mm.errors import ConfigError
 from mm.fusion.dual_tower import INITIAL_LOGIT_SCALE, DualTower
 from mm.losses.contrastive import info_nce, siglip, supervised_contrastive
 from mm.losses.gather import Gather, current_gather
@@ -32,6 +39,22 @@ SIGLIP_LOGIT_BIAS = -10.0
 """SigLIP's initial values: with them the many negatives of a fresh model cost next to nothing (section 3.2)."""
 
 
+OWN, LIBRARY = TAG_PREFIX + "own", TAG_PREFIX + "library"
+
+
+def _kind(value: Any) -> str:
+    """Whether a tower is of the suite's own parts or a published library's module: the latter names its ``library``."""
+    named = "library" in value if isinstance(value, Mapping) else hasattr(value, "library")
+    return LIBRARY if named else OWN
+
+
+ImageTower = Annotated[
+    Annotated[ImageEncoderConfig, Tag(OWN)] | Annotated[LibraryImageConfig, Tag(LIBRARY)], Discriminator(_kind)
+]
+TextTower = Annotated[Annotated[TextEncoderConfig, Tag(OWN)] | Annotated[LibraryTextConfig, Tag(LIBRARY)], Discriminator(_kind)]
+Projection = Literal["linear", "affine", "none"]
+
+
 class ClipConfig(StrictConfig):
     """CLIP with its two encoders.
 
@@ -39,6 +62,9 @@ class ClipConfig(StrictConfig):
         image: The picture encoder.
         text: The text encoder.
         embed_dim: Width of the shared space.
+        image_projection: From the picture encoder's pooled vector to the shared space: ``linear``, ``affine`` (with a bias) or
+            ``none`` where the encoder ends there.
+        text_projection: The same for the text encoder.
         loss: ``infonce`` (softmax over the global batch) or ``siglip`` (a sigmoid for each pair).
         chunk_size: Rows of the similarity matrix in memory at once; null chooses by size, 0 keeps all of it. Same loss.
         label_smoothing: Share of InfoNCE's target that is spread evenly over the batch, in 0..1.
@@ -49,9 +75,11 @@ class ClipConfig(StrictConfig):
     """
 
     name: Literal["clip"] = "clip"
-    image: ImageEncoderConfig = ImageEncoderConfig()
-    text: TextEncoderConfig = TextEncoderConfig()
+    image: ImageTower = ImageEncoderConfig()
+    text: TextTower = TextEncoderConfig()
     embed_dim: int = Field(default=512, ge=1)
+    image_projection: Projection = "linear"
+    text_projection: Projection = "linear"
     loss: Literal["infonce", "siglip"] = "infonce"
     chunk_size: int | None = Field(default=None, ge=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
@@ -136,6 +164,14 @@ class Clip(System):
         """Token ids to unit vectors ``(B, D)``, fp32."""
         return self.towers.embed("text", text)
 
+    def encoders(self) -> Mapping[str, nn.Module]:
+        """The ``image`` and ``text`` encoders."""
+        return dict(self.towers.encoders.items())
+
+    def cast_(self, dtype: torch.dtype) -> None:
+        """Hold the towers in another floating type, for inference."""
+        self.towers.cast_(dtype)
+
     def scores(self, queries: Tensor, items: Tensor) -> Tensor:
         """Logits ``(Q, M)`` of vectors from either tower."""
         return self.towers.scores(queries, items)
@@ -166,13 +202,14 @@ class Clip(System):
 def build(config: ClipConfig, parts: Mapping[str, Any] | None = None) -> Clip:
     """Build CLIP with fresh weights; ``parts`` may hold ready ``image`` and ``text`` encoders for the configured ones."""
     parts = parts or {}
-    encoders = {
-        "image": parts["image"] if "image" in parts else build_image_encoder(config.image),
-        "text": parts["text"] if "text" in parts else build_text_encoder(config.text),
-    }
+    image = parts["image"] if "image" in parts else _image_encoder(config.image)
+    text = parts["text"] if "text" in parts else _text_encoder(config.text)
     is_siglip = config.loss == "siglip"
     towers = DualTower(
-        {name: (encoder, _projection(encoder.width, config.embed_dim)) for name, encoder in encoders.items()},
+        {
+            "image": (image, _projection(config.image_projection, image.width, config.embed_dim, "image")),
+            "text": (text, _projection(config.text_projection, text.width, config.embed_dim, "text")),
+        },
         logit_scale=SIGLIP_LOGIT_SCALE if is_siglip else INITIAL_LOGIT_SCALE,
         logit_bias=SIGLIP_LOGIT_BIAS if is_siglip else None,
         locked=config.lock,
@@ -186,10 +223,24 @@ def build(config: ClipConfig, parts: Mapping[str, Any] | None = None) -> Clip:
     )
 
 
-def _projection(width: int, embed_dim: int) -> nn.Linear:
-    """CLIP's projection: no bias, standard deviation ``width ** -0.5``, which keeps the variance of its input."""
-    projection = nn.Linear(width, embed_dim, bias=False)
+def _image_encoder(config: ImageEncoderConfig | LibraryImageConfig) -> Any:
+    return build_library_image_encoder(config) if isinstance(config, LibraryImageConfig) else build_image_encoder(config)
+
+
+def _text_encoder(config: TextEncoderConfig | LibraryTextConfig) -> Any:
+    return build_library_text_encoder(config) if isinstance(config, LibraryTextConfig) else build_text_encoder(config)
+
+
+def _projection(kind: Projection, width: int, embed_dim: int, tower: str) -> nn.Module:
+    """CLIP's projection: standard deviation ``width ** -0.5``, which keeps the variance of its input."""
+    if kind == "none":
+        if width != embed_dim:
+            raise ConfigError(f"{tower}_projection: none needs an encoder that ends at embed_dim {embed_dim}, not at {width}")
+        return nn.Identity()
+    projection = nn.Linear(width, embed_dim, bias=kind == "affine")
     nn.init.normal_(projection.weight, std=width**-0.5)
+    if projection.bias is not None:
+        nn.init.zeros_(projection.bias)
     return projection
 
 

@@ -8,6 +8,7 @@ import html
 import importlib.util
 import json
 import os
+import string
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +29,8 @@ MAX_FILE_BYTES = 64 << 20
 PAD, START, END = "<pad>", "<start>", "<end>"
 NUM_BYTES = 256
 
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
 CLIP_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 CLIP_VOCAB_SIZE = 49408
 CLIP_WORD_END = "</w>"
@@ -44,17 +47,21 @@ class Cleaning:
         whitespace: Every run of whitespace becomes one space; none at the ends.
         lowercase: Unicode lower case.
         nfc: Compose characters, so that a letter has the same ids however it was typed.
+        punctuation: Keep ASCII punctuation; False deletes it, after underscores have become spaces (SigLIP).
     """
 
     repair: bool = False
     whitespace: bool = True
     lowercase: bool = True
     nfc: bool = True
+    punctuation: bool = True
 
     def __call__(self, text: str) -> str:
         text = text.encode("utf-8", "replace").decode()  # a lone surrogate has no UTF-8 form
         if self.repair:
             text = _repair(text)
+        if not self.punctuation:
+            text = text.replace("_", " ").translate(NO_PUNCTUATION)
         if self.whitespace:
             text = " ".join(text.split())
         if self.lowercase:
@@ -70,12 +77,12 @@ class TextTokenizer:
     Args:
         tokenizer: Splits cleaned text; adds no special tokens.
         cleaning: Done before.
-        start: Id put before a text.
-        end: Id put behind a text, also where it was cut.
+        start: Id put before a text, None for none.
+        end: Id put behind a text, also where it was cut; None for none.
         pad: Id that fills up a batch.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, cleaning: Cleaning, start: int, end: int, pad: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, cleaning: Cleaning, start: int | None, end: int | None, pad: int) -> None:
         self._tokenizer = tokenizer
         self._tokenizer.encode_special_tokens = True
         self.cleaning = cleaning
@@ -93,7 +100,7 @@ class TextTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The cleaned text that has these ids, up to the first end token; spaces at its ends are not kept."""
         ids = list(ids)
-        if self.end in ids:
+        if self.end is not None and self.end in ids:
             ids = ids[: ids.index(self.end)]
         return self._tokenizer.decode([i for i in ids if i != self.start], skip_special_tokens=False).strip()
 
@@ -107,7 +114,9 @@ class TextTokenizer:
         if context_length < 3:
             raise UserError(f"context_length {context_length} leaves no room between start and end; use at least 3")
         encoded = self._tokenizer.encode_batch_fast([self.cleaning(text) for text in texts], add_special_tokens=False)
-        rows = [[self.start, *row.ids[: context_length - 2], self.end] for row in encoded]
+        before, behind = ([] if i is None else [i] for i in (self.start, self.end))
+        room = context_length - len(before) - len(behind)
+        rows = [[*before, *row.ids[:room], *behind] for row in encoded]
         lengths = [len(row) for row in rows]
         ids = torch.full((len(rows), max(lengths, default=0)), self.pad, dtype=torch.int64)
         for row, values in zip(ids, rows, strict=True):
@@ -141,11 +150,45 @@ class TextTokenizer:
                 raise ValueError(f"its format is not {FORMAT}")
             tokenizer = Tokenizer.from_str(json.dumps(content["tokenizer"]))
             special = {name: content[name] for name in ("start", "end", "pad")}
-            if not all(isinstance(i, int) and 0 <= i < tokenizer.get_vocab_size() for i in special.values()):
+            if not all(_is_id(i, tokenizer) or (i is None and name != "pad") for name, i in special.items()):
                 raise ValueError(f"special ids {special} are not in the vocabulary")
             return cls(tokenizer, cleaning=Cleaning(**content["cleaning"]), **special)
         except Exception as error:  # the library raises plain Exception for a damaged vocabulary
             raise UserError(f"{path}: cannot be read as a text tokenizer: {error!r}; train or save the model again") from None
+
+    @classmethod
+    def from_file(cls, path: Path, *, pad: int, cleaning: Cleaning, end: int | None = None) -> "TextTokenizer":
+        """Take over a ``tokenizer.json`` of the tokenizers library, as Hugging Face checkpoints bring it.
+
+        Start and end are what the file itself puts around an empty text.
+
+        Args:
+            path: The file.
+            pad: Id that fills up a batch.
+            cleaning: What the checkpoint's publisher does to a text before this file's own normalisation.
+            end: Id to put behind a text instead of the file's own.
+
+        Raises:
+            UserError: Unreadable, or special tokens that are not at most one before and one behind a text.
+        """
+        try:
+            if path.stat().st_size > MAX_FILE_BYTES:
+                raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception for a damaged file
+            raise UserError(f"{path}: cannot be read as a tokenizer: {error}; download the checkpoint again") from None
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        probe = tokenizer.encode("a").ids
+        plain = tokenizer.encode("a", add_special_tokens=False).ids
+        places = [i for i in range(len(probe) - len(plain) + 1) if probe[i : i + len(plain)] == plain]
+        if not places or places[0] > 1 or len(probe) - len(plain) - places[0] > 1:
+            raise UserError(f"{path}: puts more than one special token before or behind a text; that is not supported")
+        before, behind = probe[: places[0]], probe[places[0] + len(plain) :]
+        own_end = behind[0] if behind else None
+        return cls(
+            tokenizer, cleaning=cleaning, start=before[0] if before else None, end=own_end if end is None else end, pad=pad
+        )
 
     @classmethod
     def train_bpe(cls, texts: Iterable[str], vocab_size: int, *, cleaning: Cleaning | None = None) -> "TextTokenizer":
@@ -198,7 +241,11 @@ class TextTokenizer:
         return _rebuild, (self._tokenizer.to_str(), self.cleaning, self.start, self.end, self.pad)
 
 
-def _rebuild(tokenizer: str, cleaning: Cleaning, start: int, end: int, pad: int) -> TextTokenizer:
+def _is_id(value: Any, tokenizer: Tokenizer) -> bool:
+    return isinstance(value, int) and 0 <= value < tokenizer.get_vocab_size()
+
+
+def _rebuild(tokenizer: str, cleaning: Cleaning, start: int | None, end: int | None, pad: int) -> TextTokenizer:
     return TextTokenizer(Tokenizer.from_str(tokenizer), cleaning=cleaning, start=start, end=end, pad=pad)
 
 
