@@ -33,6 +33,10 @@ DataOption = Annotated[
 SourceArgument = Annotated[str, typer.Argument(metavar="SRC", help="A folder, a CSV/JSONL file, a shard pattern, emoji:test.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
+ImageFieldOption = Annotated[str | None, typer.Option("--image-field", metavar="COLUMN", help="Column with the picture files.")]
+TextFieldOption = Annotated[
+    str | None, typer.Option("--text-field", metavar="COLUMN", help="Column or field with the captions.")
+]
 PrecisionOption = Annotated[
     str, typer.Option("--precision", help="auto, fp32 or bf16; auto is bf16 where the hardware has matrix units for it.")
 ]
@@ -90,6 +94,7 @@ def eval_zero_shot(
     ] = None,
     label: Annotated[str | None, typer.Option(metavar="FIELD", help="Field with the class: cls, txt or a JSON key.")] = None,
     template: Annotated[list[str] | None, typer.Option(help="Prompt with {} for the name; repeat for an ensemble.")] = None,
+    image_field: ImageFieldOption = None,
     baseline: Annotated[str | None, typer.Option(metavar="SRC", help="Source of the pixel baseline, or 'none'.")] = None,
     json_file: JsonOption = None,
     device: DeviceOption = "auto",
@@ -107,6 +112,7 @@ def eval_zero_shot(
             data,
             classes=read_classes(classes) if classes else None,
             label=label,
+            image_field=image_field,
             templates=template,
             baseline=baseline,
             device=device,
@@ -121,6 +127,8 @@ def eval_zero_shot(
 def eval_retrieval(
     model: ModelArgument,
     data: DataOption,
+    image_field: ImageFieldOption = None,
+    text_field: TextFieldOption = None,
     json_file: JsonOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
@@ -131,7 +139,16 @@ def eval_retrieval(
     from mm.run.evaluation import evaluate_retrieval
 
     with show.progress_bar("encoding") as progress:
-        result = evaluate_retrieval(model, data, device=device, precision=precision, cache=cache, progress=progress)
+        result = evaluate_retrieval(
+            model,
+            data,
+            image_field=image_field,
+            text_field=text_field,
+            device=device,
+            precision=precision,
+            cache=cache,
+            progress=progress,
+        )
     show.result(result, f"retrieval: {model} on {data}", json_file)
 
 
@@ -194,6 +211,8 @@ def data_pack(
     source: SourceArgument,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="New or empty folder for the shards.")],
     samples_per_shard: Annotated[int, typer.Option(min=1)] = 10_000,
+    image_field: ImageFieldOption = None,
+    text_field: TextFieldOption = None,
 ) -> None:
     """Pack any source into indexed webdataset shards."""
     from mm import show
@@ -201,19 +220,25 @@ def data_pack(
     from mm.data.write import pack
 
     with show.progress_bar("packing") as progress:
-        packed = pack(open_source(source), out, samples_per_shard=samples_per_shard, progress=progress)
+        opened = open_source(source, image_field=image_field, text_field=text_field)
+        packed = pack(opened, out, samples_per_shard=samples_per_shard, progress=progress)
     show.packed(packed, out)
 
 
 @data_app.command("check")
-def data_check(source: SourceArgument, json_file: JsonOption = None) -> None:
+def data_check(
+    source: SourceArgument,
+    image_field: ImageFieldOption = None,
+    text_field: TextFieldOption = None,
+    json_file: JsonOption = None,
+) -> None:
     """Read and decode every sample of a source; report what is unusable, by cause. Exit code 1 when anything is."""
     from mm import show
     from mm.data.check import check
     from mm.data.sources import open_source
 
     with show.progress_bar("reading") as progress:
-        report = check(open_source(source), progress=progress)
+        report = check(open_source(source, image_field=image_field, text_field=text_field), progress=progress)
     show.checked(report, json_file)
     if not report.ok:
         raise typer.Exit(1)

@@ -36,10 +36,19 @@ C = TypeVar("C", bound=StrictConfig)
 class _UniqueKeyLoader(yaml.SafeLoader):
     """Safe YAML that refuses a key written twice and reads ``1e-3`` as a number (YAML 1.1 alone reads it as text)."""
 
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for gigabytes
+            raise yaml.MarkedYAMLError(
+                problem="aliases (*name) are not read; write the value out", problem_mark=self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float | bool | None):
+                raise yaml.MarkedYAMLError(problem="a key is a word or a number", problem_mark=key_node.start_mark)
             if key in seen:
                 raise yaml.MarkedYAMLError(problem=f"key '{key}' is written twice", problem_mark=key_node.start_mark)
             seen.add(key)

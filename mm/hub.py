@@ -7,6 +7,7 @@ A model folder holds ``config.yaml`` (of which ``system:`` builds the network), 
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -70,8 +71,9 @@ class Model:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of weights and preparation: equal fingerprints give equal vectors."""
-        digest = hashlib.sha256(repr(self.processor.stamp()).encode() + self.processor.tokenizer.to_json().encode())
+        """Digest of network, weights and preparation: equal fingerprints give equal vectors."""
+        parts = (self.config.model_dump_json(), json.dumps(self.processor.to_dict()), self.processor.tokenizer.to_json())
+        digest = hashlib.sha256("\n".join(parts).encode())
         for name, tensor in sorted(self.system.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -186,7 +188,7 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
     system = build(config)
     _load_weights(system, _read_weights(weights), str(weights))
     card = folder / CARD_FILE
-    place = choose_device(device)
+    place = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     return Model(
         system=_placed(system, place, precision),
         processor=Processor.load(folder),
@@ -210,7 +212,7 @@ def from_imported(imported: Imported, *, name: str, device: str = "auto", precis
     """A model from what an importer returned. Raises `CheckpointError` when weights and configuration do not fit."""
     system = build(imported.config)
     _load_weights(system, imported.state, name)
-    place = choose_device(device)
+    place = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     return Model(
         system=_placed(system, place, precision),
         processor=imported.processor,

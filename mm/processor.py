@@ -88,10 +88,14 @@ class Processor:
         spec = self.image_spec
         return {"resize": f"{spec.fit} to {spec.size} px, {spec.interpolation}, antialiased", "templates": list(self.templates)}
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the tokenizer, JSON ready: the content of ``processor.json``."""
+        saved = SavedProcessor(image=self.image_spec, context_length=self.context_length, templates=self.templates)
+        return saved.model_dump(mode="json")
+
     def save(self, folder: Path) -> None:
         """Write ``processor.json`` and ``tokenizer.json`` into an existing folder."""
-        saved = SavedProcessor(image=self.image_spec, context_length=self.context_length, templates=self.templates)
-        (folder / PROCESSOR_FILE).write_text(json.dumps(saved.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+        (folder / PROCESSOR_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         self.tokenizer.save(folder / TOKENIZER_FILE)
 
     @classmethod

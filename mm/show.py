@@ -20,6 +20,7 @@ from mm.evaluation.sheet import contact_sheet
 from mm.media.image import open_image
 from mm.run.inference import Prediction, SearchResult
 from mm.training.loop import TrainResult
+from mm.training.parallel import environment
 
 SHOWN_LABELS = 5
 
@@ -48,7 +49,9 @@ def trained(outcome: TrainResult) -> None:
 
 
 def result(measured: Result, title: str, json_file: Path | None) -> None:
-    """A table of figures with intervals and protocol."""
+    """A table of figures with intervals and protocol; several processes have the same, and the first one shows it."""
+    if environment()[0] > 0:
+        return
     Console().print(measured.table(title))
     if json_file:
         measured.write(json_file)
@@ -169,17 +172,11 @@ def _outline(console: Console, values: Mapping[str, Any], depth: int) -> None:
             console.print(head + Text(body), soft_wrap=True)
 
 
-def _inline(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(_inline, value))
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
 def _write_json(path: Path | None, values: Mapping[str, Any]) -> None:
     if path is None:
         return
     try:
-        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="ascii")
     except OSError as error:
         raise UserError(f"{path}: the result cannot be written: {error.strerror}; give a path in an existing folder") from None
     print(f"written: {path}")

@@ -187,3 +187,27 @@ def test_list_and_info_name_what_is_shipped() -> None:
     shown = mm("info", "emoji-clip").stdout
     assert "embeds" in shown
     assert "fingerprint" in shown
+
+
+def test_unusual_columns_can_be_named_everywhere(photos: Path, run: Path, tmp_path: Path) -> None:
+    rows = [line.split(",") for line in (photos / "captions.csv").read_text().splitlines()[1:41]]
+    table = photos / "odd.csv"
+    table.write_text("src,alt,title\n" + "\n".join(f"{name},{caption},wrong" for name, caption, _ in rows))
+    columns = ("--image-field", "src", "--text-field", "alt")
+    assert "3" in mm("data", "check", table, *columns, check=False).stdout
+    mm("eval", "retrieval", run, "--data", table, *columns, "--json", tmp_path / "named.json", "--no-cache")
+    assert json.loads((tmp_path / "named.json").read_text())["metrics"]["text_to_image_r10"]["value"] > 0.3
+    table.unlink()
+
+
+def test_class_numbers_and_captions_serve_as_labels(photos: Path, run: Path, tmp_path: Path) -> None:
+    names = list(COLORS)
+    (tmp_path / "classes.txt").write_text("\n".join(names))
+    lines = [json.dumps({"file": str(photos / f"{n:03d}.png"), "caption": names[n % 4], "label": n % 4}) for n in range(20, 60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    figures = []
+    for label in ("label", "txt"):
+        options = ("--classes", tmp_path / "classes.txt", "--label", label, "--json", tmp_path / f"{label}.json")
+        mm("eval", "zero-shot", run, "--data", tmp_path / "rows.jsonl", *options)
+        figures.append(json.loads((tmp_path / f"{label}.json").read_text())["metrics"]["top1"]["value"])
+    assert figures[0] == figures[1] > 0.5

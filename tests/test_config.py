@@ -146,3 +146,13 @@ def test_a_base_that_cannot_be_taken_is_refused(text: str, message: str, tmp_pat
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_layers(tmp_path / "run.yaml")
+
+
+def test_aliases_that_could_stand_for_gigabytes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="aliases"):
+        parse_yaml("a: &a [1, 2]\nb: [*a, *a]", "file.yaml")
+
+
+def test_a_key_that_is_a_list_is_refused() -> None:
+    with pytest.raises(ConfigError, match="word or a number"):
+        parse_yaml("? [a, b]\n: 1", "file.yaml")

@@ -1,6 +1,7 @@
 """Models on disk: what is saved comes back equal, and what is damaged or foreign is refused in one line."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -143,3 +144,37 @@ def test_damaged_folders_are_refused_in_one_line(model: Model, tmp_path: Path, d
         mm.load(tmp_path, device="cpu")
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_whatever_changes_a_vector_changes_the_fingerprint(model: Model) -> None:
+    image, spec, tokenizer = model.config.image, model.processor.image_spec, model.processor.tokenizer
+    assert isinstance(image, ImageEncoderConfig)
+    other_mean = model.config.model_copy(update={"image": image.model_copy(update={"mean": (0.1, 0.2, 0.3)})})
+    other_margin = Processor(image=spec.model_copy(update={"margin": 0.1}), tokenizer=tokenizer, context_length=32)
+    other_length = Processor(image=spec, tokenizer=tokenizer, context_length=16, templates=("{}", "a {}"))
+    others = [replace(model, config=other_mean), replace(model, processor=other_margin), replace(model, processor=other_length)]
+    assert model.fingerprint == replace(model, name="another name").fingerprint
+    assert len({model.fingerprint, *(other.fingerprint for other in others)}) == 4
+
+
+def test_weights_cast_for_speed_are_not_saved_as_if_they_were_whole(model: Model, tmp_path: Path) -> None:
+    mm.save(model, tmp_path / "model")
+    fast = mm.load(tmp_path / "model", device="cpu", precision="bf16")
+    with pytest.raises(UserError, match="precision='fp32'"):
+        mm.save(fast, tmp_path / "again")
+    mm.save(fast, tmp_path / "half", dtype=torch.bfloat16)
+
+
+def test_bf16_vectors_are_close_to_fp32(model: Model, pictures: list[Image.Image], tmp_path: Path) -> None:
+    mm.save(model, tmp_path / "model")
+    exact, fast = (mm.load(tmp_path / "model", device="cpu", precision=name) for name in ("fp32", "bf16"))
+    assert {p.dtype for p in fast.system.encoders()["text"].parameters()} == {torch.bfloat16}
+    pairs = [(m.embed_images(pictures), m.embed_texts(TEXTS)) for m in (exact, fast)]
+    for ours, theirs in zip(*pairs, strict=True):
+        assert float((ours * theirs).sum(1).min()) > 0.999
+
+
+@pytest.mark.parametrize("precision", ["fp16", "float32"])
+def test_an_unknown_precision_is_refused(precision: str) -> None:
+    with pytest.raises(UserError, match="auto, fp32 and bf16"):
+        mm.load("emoji-clip", precision=precision)

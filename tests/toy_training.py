@@ -55,7 +55,7 @@ class ToyClip(System):
         there = nn.functional.cross_entropy(scale * left @ rights.T, targets)
         back = nn.functional.cross_entropy(scale * right @ lefts.T, targets)
         loss = (there + back) / 2
-        return Losses(loss, {"contrastive": loss.detach()})
+        return Losses(loss, {"contrastive": loss.detach(), "guessing": torch.tensor(len(rights)).log()})
 
     def loss(self, batch: Batch, step: int) -> Losses:
         return self.loss_from(self.represent(batch), batch, step)

@@ -35,7 +35,7 @@ CC-BY-SA-4.0, the strictest of these."""
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name")
+    parser.add_argument("name", choices=["emoji-clip"], help="the model whose summary, limits and licences are written above")
     parser.add_argument("runs", nargs="+", type=Path, help="finished second stages, by seed")
     parser.add_argument("--first-stages", nargs="+", type=Path, required=True, help="the runs that they start from")
     arguments = parser.parse_args()
@@ -116,7 +116,7 @@ def _page(name: str, card: dict[str, Any], model: Model, validation: Result, zer
 |---|---|---|
 {seeds}
 
-## Test artist emojione, read once
+## Test artist emojione, read once for each seed
 
 `mm eval zero-shot {name} --data emoji:test`
 

@@ -96,13 +96,6 @@ def corpus(sample: Sample, templates: Sequence[CaptionTemplate]) -> Iterator[str
             yield from (content,) if kind == "literal" else _all_values(content, sample)
 
 
-def first_caption(sample: Sample) -> str:
-    """The caption that evaluation uses: the sample's first one. Raises `BadSample` ("missing text") when it has none."""
-    if not sample.texts or not sample.texts[0].strip():
-        raise BadSample("missing text", sample.id)
-    return sample.texts[0]
-
-
 def look_up(fields: Mapping[str, Any], name: str) -> Any:
     """The value of a dotted field name, or None. A key that itself contains dots is found first."""
     if name in fields:

@@ -95,9 +95,7 @@ def index_shard(path: str | Path, damaged: Damaged = "refuse", rebuild: bool = F
                 return index
         body = _scan(shard, damaged)
     except TarError as damage:
-        raise DataError(
-            f"{shard}: {damage}; restore the shard from its source, or open it with damaged='skip' to use what is left"
-        ) from None
+        raise DataError(f"{shard}: {damage}; restore the shard from its source, or take it out of the folder") from None
     except FileNotFoundError:
         raise DataError(f"{shard}: no such shard") from None
     except OSError as error:

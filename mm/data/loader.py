@@ -96,11 +96,6 @@ class Loader:
         return self._epoch
 
     @property
-    def batches_per_epoch(self) -> int:
-        """Number of global batches in the current epoch."""
-        return len(self._order(self._epoch))
-
-    @property
     def total(self) -> Accounting:
         """Counts of all epochs so far, the current one included."""
         total = Accounting()
@@ -126,7 +121,7 @@ class Loader:
             "seed": self.seed,
             "batch_size": self.batch_size,
             "fingerprint": self.source.fingerprint,
-            "order": self._order(self._epoch).digest(),
+            "order": self._order(self._epoch).digest,
             "accounting": self.accounting.to_dict(),
             "finished": self._finished.to_dict(),
         }
@@ -147,7 +142,7 @@ class Loader:
                 )
         epoch, cursor = int(state["epoch"]), int(state["cursor"])
         order = self._order(epoch)
-        if state["order"] != order.digest() or not 0 <= cursor <= len(order):
+        if state["order"] != order.digest or not 0 <= cursor <= len(order):
             raise UserError(
                 f"{self.source.name}: cannot resume, epoch {epoch} would come in another order than the checkpoint's; "
                 "restore the former sampling and mixture settings (and NumPy version) or start a new run folder"
@@ -229,5 +224,5 @@ class Loader:
             raise DataError(
                 f"{self.source.name}: too many samples cannot be used: {counts.describe()}; "
                 f"for example {'; '.join(f'{cause}: {where}' for cause, where in counts.examples.items())}. "
-                "Run `mm data check` on it, or raise data.max_bad_fraction"
+                "Run `mm data check` on it; training takes more with data.max_bad_fraction"
             )

@@ -8,6 +8,7 @@ Any process can compute the order of any epoch again, which is what makes resumi
 3. cut into batches; what does not fill a batch is the tail: dropped, or delivered in short batches at the end.
 """
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class EpochOrder:
         """The slots of global batch number ``batch``."""
         return slice(int(self.offsets[batch]), int(self.offsets[batch + 1]))
 
+    @functools.cached_property
     def digest(self) -> str:
         """Hex digest of the whole order, to notice that a resumed run would see other batches."""
         content = hashlib.blake2b(digest_size=16)

@@ -4,6 +4,7 @@ import contextlib
 import glob
 import hashlib
 import itertools
+import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -64,7 +65,7 @@ def open_source(
         raise UserError(
             f"{spec}: only local files are read; download it first (img2dataset makes tar shards of a list of addresses)"
         )
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))
     if path.is_dir():
         return _open_folder(path, spec, columns, progress)
     suffix = path.suffix.lower()
@@ -273,6 +274,38 @@ class FieldView:
     def _relabelled(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
         value = None if self._label_field is None else look_up(fields, self._label_field)
         return fields if value is None else {**fields, "cls": value}
+
+
+class CaptionAsField:
+    """A source whose samples have their first caption as a field, a `mm.types.Source`; reading fields reads the sample.
+
+    Args:
+        source: What to read.
+        field: Name of the field.
+    """
+
+    def __init__(self, source: Source, field: str) -> None:
+        self.source, self._field = source, field
+        self.name = source.name
+        self.fingerprint = _digest("caption as field", source.fingerprint, field)
+
+    @property
+    def revision(self) -> str:
+        """As the source's."""
+        return _digest(revision(self.source), self.fingerprint)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def key(self, index: int) -> str:
+        return self.source.key(index)
+
+    def fields(self, index: int) -> Mapping[str, Any]:
+        return self.read(index).fields
+
+    def read(self, index: int) -> Sample:
+        sample = self.source.read(index)
+        return replace(sample, fields={**sample.fields, self._field: sample.texts[0]}) if sample.texts else sample
 
 
 def _readable_fields(source: Source) -> Iterator[Mapping[str, Any]]:

@@ -102,6 +102,9 @@ def pack(
             except BadSample as error:
                 packed.bad[error.cause] += 1
                 continue
+            if "image" in sample.media and image_format(sample.media["image"]) is None:  # a table can name any file
+                packed.bad["unknown format"] += 1
+                continue
             packed.samples += 1
             yield sample
 
@@ -121,7 +124,8 @@ def _up_to(count: int, first: Sample, rest: Iterator[Sample]) -> Iterator[Sample
 def _add(archive: tarfile.TarFile, sample: Sample) -> None:
     folder, slash, base = sample.id.rpartition("/")
     key = folder + slash + base.replace(".", "_")  # a dot would end the key when it is read back
-    if not base or "\0" in sample.id or sample.id.startswith("/"):
+    key = "/".join("_" if part == ".." else part for part in key.strip("/").split("/"))  # no name leads out of a folder
+    if not base or "\0" in sample.id:
         raise DataError(f"sample id '{sample.id}' cannot be a file name in a shard")
     for modality, data in sample.media.items():
         _add_member(archive, f"{key}.{_extension(sample.id, modality, data)}", data)

@@ -17,6 +17,7 @@ from mm.encoders.library_towers import (
     image_features,
     open_clip_image_tower,
     open_clip_text_tower,
+    takes_any_length,
     text_features,
     transformers_tower,
 )
@@ -25,7 +26,16 @@ from mm.types import Encoded, TextBatch
 
 Library = Literal["open_clip", "transformers"]
 
-TOWER_FAILURES = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError, ImportError)
+TOWER_FAILURES = (
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    AssertionError,
+    ArithmeticError,
+    ImportError,
+)
 """What the libraries raise for sizes and options that a tower cannot have."""
 
 
@@ -213,7 +223,7 @@ def build_library_text_encoder(config: LibraryTextConfig) -> LibraryTextEncoder:
     try:
         if config.library == "open_clip":
             tower, width = open_clip_text_tower(config.config)
-            attend_padding, fill = False, True  # its masks are made for the whole context
+            attend_padding, fill = False, not takes_any_length(config.config)
         else:
             tower, width = transformers_tower(config.architecture, config.config, "text")
             attend_padding = fill = bool(config.config.get("attend_padding", False))
@@ -235,7 +245,7 @@ def _unbuildable(kind: str, library: str, architecture: str, error: Exception) -
     if isinstance(error, UserError):
         return error
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    return UserError(f"{kind} tower '{architecture}' of {library} cannot be built: {reason}; its configuration is not complete")
+    return UserError(f"{kind} tower '{architecture}' of {library} cannot be built: {reason}; correct its config")
 
 
 def _separate(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:

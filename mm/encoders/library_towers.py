@@ -56,12 +56,17 @@ def open_clip_text_tower(values: Mapping[str, Any]) -> tuple[nn.Module, int]:
 
     text, width = dict(values["text_cfg"]), int(values["embed_dim"])
     CLIPTextCfg(**text)
-    if text.get("hf_model_name"):
+    if takes_any_length(values):
         tower: Any = _hugging_face_text(text, values.get("hf_config"), width)
     else:
         tower = _build_text_tower(width, cast(Any, text), bool(values.get("quick_gelu", False)))
     tower.output_tokens = True
     return tower, width
+
+
+def takes_any_length(values: Mapping[str, Any]) -> bool:
+    """Whether open_clip's text tower masks padding itself; its own transformers have masks for the whole context only."""
+    return bool(values["text_cfg"].get("hf_model_name"))
 
 
 def _hugging_face_text(text: Mapping[str, Any], hf_config: Mapping[str, Any] | None, width: int) -> nn.Module:

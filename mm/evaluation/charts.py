@@ -143,16 +143,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def points_of(rows: Sequence[Mapping[str, Any]], key: str, x: str = "step") -> list[tuple[float, float]]:
-    """Points ``(row[x], row[key])`` of the rows that hold both as numbers; the later where a step was logged again."""
-    points = {row[x]: row[key] for row in rows if _is_number(row.get(x)) and _is_number(row.get(key))}
-    return sorted((float(at), float(value)) for at, value in points.items())
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """At most `MAX_POINTS` points: groups of neighbours are averaged."""
     group = -(-len(points) // MAX_POINTS)

@@ -63,10 +63,6 @@ class Result:
         """Both sets of figures; where both protocols state a key, this one's statement stays."""
         return Result({**self.metrics, **other.metrics}, {**other.protocol, **self.protocol})
 
-    def stamped(self, **protocol: Any) -> "Result":
-        """The same figures with more facts on the protocol stamp."""
-        return Result(self.metrics, {**self.protocol, **protocol})
-
     def stamp(self) -> str:
         """The protocol in one line of text."""
         return "; ".join(f"{key.replace('_', ' ')}: {_plain(value)}" for key, value in self.protocol.items())

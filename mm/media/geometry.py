@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import torch
 from jaxtyping import UInt8
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -34,6 +34,8 @@ class ImageSpec(StrictConfig):
         interpolation: Filter, always antialiased.
         background: What shows through transparent pixels.
         margin: Free space on each side of the content, as a fraction of the side; used by ``content``.
+        resize_to: Side that ``crop`` and ``squash`` resize to before the centre of ``size`` is cut out; ``size`` if None.
+        centre: Where the cut falls between two pixels: ``nearest`` is torchvision's rounding, ``down`` that of transformers.
     """
 
     size: int = Field(ge=8, le=4096)
@@ -41,6 +43,14 @@ class ImageSpec(StrictConfig):
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     background: tuple[Channel, Channel, Channel] = (255, 255, 255)
     margin: float = Field(default=0.04, ge=0, lt=0.5)
+    resize_to: int | None = Field(default=None, ge=8, le=8192)
+    centre: Literal["nearest", "down"] = "nearest"
+
+    @model_validator(mode="after")
+    def _possible(self) -> "ImageSpec":
+        if self.resize_to is not None and (self.resize_to < self.size or self.fit == "content"):
+            raise ValueError(f"resize_to {self.resize_to} must be at least size {self.size}, with fit: crop or squash")
+        return self
 
 
 def fit_image(image: UInt8[Tensor, "c h w"], spec: ImageSpec, keep_alpha: bool = False) -> UInt8[Tensor, "k s s"]:
@@ -81,16 +91,16 @@ def composite(image: UInt8[Tensor, "4 h w"], background: tuple[int, int, int]) -
 
 def _place(image: Tensor, spec: ImageSpec, fill: Tensor) -> Tensor:
     """Resize (C, H, W) into (C, S, S) by the manner of the spec; ``fill`` (C,) is the colour around content."""
-    size = spec.size
+    size, side = spec.size, spec.resize_to or spec.size
     if spec.fit == "squash":
-        return _resize(image, size, size, spec)
+        return _centre(_resize(image, side, side, spec), spec)
     height, width = image.shape[-2:]
     if spec.fit == "crop":
         short = min(height, width)
         image = F.center_crop(image, [min(height, short * MAX_ASPECT), min(width, short * MAX_ASPECT)])
         height, width = image.shape[-2:]
-        image = _resize(image, max(size, size * height // short), max(size, size * width // short), spec)
-        return F.center_crop(image, [size, size])
+        image = _resize(image, max(side, side * height // short), max(side, side * width // short), spec)
+        return _centre(image, spec)
     inner = max(1, round(size * (1 - 2 * spec.margin)))
     scale = inner / max(height, width)
     new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
@@ -98,6 +108,15 @@ def _place(image: Tensor, spec: ImageSpec, fill: Tensor) -> Tensor:
     top, left = (size - new_height) // 2, (size - new_width) // 2
     canvas[:, top : top + new_height, left : left + new_width] = _resize(image, new_height, new_width, spec)
     return canvas
+
+
+def _centre(image: Tensor, spec: ImageSpec) -> Tensor:
+    """The square of ``spec.size`` in the middle of a picture that is at least as large."""
+    size = spec.size
+    if spec.centre == "nearest":
+        return F.center_crop(image, [size, size])
+    top, left = ((side - size) // 2 for side in image.shape[-2:])
+    return image[..., top : top + size, left : left + size]
 
 
 def _resize(image: Tensor, height: int, width: int, spec: ImageSpec) -> Tensor:

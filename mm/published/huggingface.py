@@ -100,7 +100,7 @@ def import_huggingface(folder: Path) -> Imported:
     tokenizer, limit = read_tokenizer(folder, siglip=architecture == SIGLIP)
     try:
         image = image_tower(architecture, config, state, pixels)
-        text = text_tower(architecture, config, state, tokenizer)
+        text = text_tower(architecture, config, state, tokenizer, str(folder))
     except KeyError as error:
         raise CheckpointError(f"{folder}: its weights have no {error}; download the checkpoint again") from None
     if architecture == SIGLIP and limit < text.config.context_length:

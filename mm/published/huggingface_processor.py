@@ -27,6 +27,9 @@ FILTERS: Mapping[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicu
 UNCHANGED = Cleaning(repair=False, whitespace=False, lowercase=False, nfc=False)
 """Everything that is done to a text is in the checkpoint's ``tokenizer.json``."""
 
+VOCABULARIES = ("vocab.txt", "vocab.json", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model")
+"""Where older checkpoints, which have no ``tokenizer.json``, keep their vocabulary."""
+
 UNLIMITED = 1 << 20
 """transformers writes an absurdly large ``model_max_length`` where there is none."""
 
@@ -83,17 +86,24 @@ def _spec(processor: Any, image_size: int, folder: Path) -> ImageSpec:
         raise refuse(f"resamples by filter {processor.resample}, not by bilinear (2) or bicubic (3)")
     size, crop = processor.size, processor.crop_size if getattr(processor, "do_center_crop", None) else None
     if size.shortest_edge and not size.longest_edge:
-        fit, sides = "crop", {size.shortest_edge}
-    elif size.height and size.width:
-        fit, sides = "squash", {size.height, size.width}
+        fit, side = "crop", size.shortest_edge
+    elif size.height and size.height == size.width:
+        fit, side = "squash", size.height
     else:
         raise refuse(f"resizes to {size}")
     if fit == "crop" and crop is None:
         raise refuse("keeps the aspect ratio and cuts no square")
-    sides |= set() if crop is None else {crop.height, crop.width}
-    if sides != {image_size}:
-        raise refuse(f"goes through sides of {', '.join(map(str, sorted(sides)))} px to a tower of {image_size} px")
-    return ImageSpec(size=image_size, fit=fit, interpolation=FILTERS[processor.resample], background=(0, 0, 0))
+    ends = (side, side) if crop is None else (crop.height, crop.width)
+    if ends != (image_size, image_size) or side < image_size:
+        raise refuse(f"makes {ends[0]} x {ends[1]} px of {side} px for a tower of {image_size} px")
+    return ImageSpec(
+        size=image_size,
+        fit=fit,
+        interpolation=FILTERS[processor.resample],
+        background=(0, 0, 0),
+        resize_to=None if side == image_size else side,
+        centre="down",
+    )
 
 
 def _normalisation(processor: Any) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
@@ -125,6 +135,8 @@ def read_tokenizer(folder: Path, *, siglip: bool) -> tuple[TextTokenizer, int]:
     path = folder / "tokenizer.json"
     if path.is_file():
         return _from_file(path, settings, siglip), limit
+    if not any((folder / name).is_file() for name in VOCABULARIES):  # transformers would make up an empty one
+        raise CheckpointError(f"{folder}: no tokenizer.json; its texts cannot be split without it, download it too")
     with tempfile.TemporaryDirectory() as place:
         converted = Path(place) / "tokenizer.json"
         _convert(folder, converted)

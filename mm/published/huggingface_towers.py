@@ -26,7 +26,7 @@ OWN_NAMES = (*CLIP_FAMILY, SIGLIP)
 """Architectures whose files name the weights as the modules do; the others' need transformers' renaming."""
 
 LEGACY_END = 2
-"""The ``eos_token_id`` that CLIP's first configurations hold by mistake: the vector is then taken at the largest id."""
+"""The ``eos_token_id`` that CLIP's first configurations hold by mistake: the text's vector is then that of its largest id."""
 
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 SIGLIP_BACKBONE = "vit_base_patch16_siglip_224"
@@ -61,6 +61,11 @@ class Words:
 
 
 def image_tower(architecture: str, config: Any, state: Mapping[str, Tensor], pixels: Pixels) -> Picture:
+    """timm's transformer where it is the same network, else transformers' module; arguments as for `text_tower`.
+
+    Raises:
+        KeyError: A weight is missing.
+    """
     own = None
     if architecture in CLIP_FAMILY:
         own = _clip_vit(config.vision_config, state, pixels)
@@ -124,17 +129,32 @@ def _siglip_vit(vision: Any, state: Mapping[str, Tensor], pixels: Pixels) -> Pic
     return Picture(config, put(siglip_vit_weights(take(state, "vision_model.")), "encoders.image.trunk."), "none")
 
 
-def text_tower(architecture: str, config: Any, state: Mapping[str, Tensor], tokenizer: TextTokenizer) -> Words:
+def text_tower(architecture: str, config: Any, state: Mapping[str, Tensor], tokenizer: TextTokenizer, where: str) -> Words:
+    """The suite's text encoder where it is the same network, else transformers' module.
+
+    Args:
+        architecture: Model class of transformers.
+        config: Its configuration object.
+        state: All weights, under that class' names.
+        tokenizer: Of the same checkpoint.
+        where: Name for messages.
+
+    Raises:
+        CheckpointError: Tokenizer and tower do not belong together.
+        KeyError: A weight is missing.
+    """
     text, siglip = config.text_config, architecture == SIGLIP
     if tokenizer.vocab_size > text.vocab_size:
         raise CheckpointError(
-            f"its tokenizer has {tokenizer.vocab_size} ids, its text tower {text.vocab_size}; they do not belong together"
+            f"{where}: tokenizer ({tokenizer.vocab_size} ids) and text tower ({text.vocab_size}) do not belong together"
         )
-    if (
-        architecture not in OWN_NAMES
-        or text.hidden_act not in ACTIVATIONS
-        or not (siglip or _ends(architecture, text, tokenizer))
-    ):
+    legacy = architecture == "CLIPModel" and text.eos_token_id == LEGACY_END
+    if architecture in CLIP_FAMILY and not legacy and text.eos_token_id != tokenizer.end:
+        raise CheckpointError(
+            f"{where}: text tower (end token {text.eos_token_id}) and tokenizer ({tokenizer.end}) do not belong together"
+        )
+    at_end = siglip or not legacy or tokenizer.end == text.vocab_size - 1
+    if architecture not in OWN_NAMES or text.hidden_act not in ACTIVATIONS or not at_end:
         library = LibraryTextConfig(
             library="transformers",
             architecture=architecture,
@@ -162,13 +182,6 @@ def text_tower(architecture: str, config: Any, state: Mapping[str, Tensor], toke
     weights = put(from_open_clip(open_clip_names(take(state, "text_model."))), "encoders.text.")
     head = take(state, "text_model.head." if siglip else "text_projection.")
     return Words(own, weights | put(head, "projections.text."), "affine" if siglip else "linear")
-
-
-def _ends(architecture: str, text: Any, tokenizer: TextTokenizer) -> bool:
-    """Whether the token that stands for a text is the one that the tokenizer puts at its end."""
-    if architecture == "CLIPModel" and text.eos_token_id == LEGACY_END:
-        return tokenizer.end == text.vocab_size - 1
-    return tokenizer.end == text.eos_token_id
 
 
 def _positions(text: Any) -> int:

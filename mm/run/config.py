@@ -11,7 +11,9 @@ from mm.processor import ProcessorConfig
 from mm.systems import SystemConfig
 from mm.training.config import TrainConfig
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+_PACKAGE = Path(__file__).resolve().parents[1]
+CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+"""Inside an installed package, beside the package in a checkout."""
 
 
 class RunConfig(StrictConfig):

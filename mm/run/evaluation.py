@@ -2,20 +2,24 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save
 from torch import Tensor
 
+from mm.data.accounting import Accounting
 from mm.data.captions import look_up
 from mm.data.labels import LabelTask, label_of, label_task
 from mm.data.loader import Loader
-from mm.data.sources import open_source, revision
+from mm.data.sources import CaptionAsField, Subset, open_source, revision
 from mm.errors import BadSample, UserError
 from mm.evaluation.baseline import pixel_baseline, thumbnails
 from mm.evaluation.metrics import Result
@@ -25,11 +29,18 @@ from mm.hub import Model, load
 from mm.media.image import decode_image
 from mm.paths import cache_folder
 from mm.run.preparation import EvalPreparation
+from mm.training.parallel import World, gather_bytes, open_world
 from mm.types import Source
 
 Progress = Callable[[int, int], None]
 
 BATCH_SIZE = 64
+CAPTION_LABEL = "txt"
+"""What ``label`` is called where the first caption of a sample is the name of its class."""
+
+MAX_WORKERS = 8
+WORKERS_FROM = 1000
+"""Pictures from which on processes that decode beside the network are worth their start."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,7 @@ def evaluate_zero_shot(
     *,
     classes: Sequence[str] | None = None,
     label: str | None = None,
+    image_field: str | None = None,
     templates: Sequence[str] | None = None,
     baseline: str | None = None,
     device: str = "auto",
@@ -77,7 +89,8 @@ def evaluate_zero_shot(
         model: A loaded model or a MODEL reference.
         data: A source. Pictures whose label is not among the classes are left out, and the stamp says how many remain.
         classes: Candidate names; default: the source's own.
-        label: Field that holds the class name; default: the source's own.
+        label: Field that holds the class name, ``txt`` for the caption; default: the source's own.
+        image_field: Column of a table that holds the picture files, where its name is not a usual one.
         templates: Prompt ensemble; default: the processor's.
         baseline: Labelled source for nearest neighbour on pixels, ``none`` for no baseline; default: the source's own, if any.
         device: Where to compute; ``auto`` chooses.
@@ -92,13 +105,16 @@ def evaluate_zero_shot(
         UserError: When labels, classes or templates do not fit the source.
     """
     model = loaded(model, device, precision)
-    source = opened(data, model)
+    source = opened(data, model, image_field=image_field)
+    if label == CAPTION_LABEL:
+        source = CaptionAsField(source, CAPTION_LABEL)
     task = label_task(source, label=label, classes=classes)
-    encoded = encode(model, source, cache=cache, progress=progress)
+    prompts = tuple(templates or model.processor.templates)
+    with open_world(model.device.type) as world:
+        encoded = encode(model, source, cache=cache, progress=progress, world=world)
+        vectors = class_vectors(embed_texts_together(model, world), task.classes, prompts)
     fields = [sample["fields"] for sample in encoded.samples]
     rows, labels = _labelled(fields, task, source)
-    prompts = tuple(templates or model.processor.templates)
-    vectors = class_vectors(model.embed_texts, task.classes, prompts)
     result = zero_shot(
         encoded.images[rows],
         vectors,
@@ -116,6 +132,8 @@ def evaluate_retrieval(
     model: str | Path | Model,
     data: str | Source,
     *,
+    image_field: str | None = None,
+    text_field: str | None = None,
     device: str = "auto",
     precision: str = "auto",
     cache: bool = True,
@@ -123,20 +141,31 @@ def evaluate_retrieval(
 ) -> Result:
     """Image-text retrieval both ways among all pictures of a source and all their captions.
 
+    Args:
+        model: A loaded model or a MODEL reference.
+        data: A source.
+        image_field: Column of a table that holds the picture files, where its name is not a usual one.
+        text_field: Column or field that holds the captions, likewise.
+        device: Where to compute; ``auto`` chooses.
+        precision: See `mm.hub.load`.
+        cache: Remember the vectors of this model on this source in the cache folder.
+        progress: Called with (done, total) while encoding.
+
     Raises:
         UserError: When no sample of the source has a caption.
     """
     model = loaded(model, device, precision)
-    source = opened(data, model)
-    encoded = encode(model, source, cache=cache, progress=progress)
-    rows = [row for row, sample in enumerate(encoded.samples) if sample["captions"]]
-    if not rows:
-        raise UserError(
-            f"{source.name}: no sample has a caption; put a .txt beside each picture or a caption column in the table"
-        )
-    captions = [caption for row in rows for caption in encoded.samples[row]["captions"]]
+    source = opened(data, model, image_field=image_field, text_field=text_field)
+    with open_world(model.device.type) as world:
+        encoded = encode(model, source, cache=cache, progress=progress, world=world)
+        rows = [row for row, sample in enumerate(encoded.samples) if sample["captions"]]
+        if not rows:
+            raise UserError(
+                f"{source.name}: no sample has a caption; put a .txt beside each picture or a caption column in the table"
+            )
+        captions = [caption for row in rows for caption in encoded.samples[row]["captions"]]
+        texts = embed_texts_together(model, world)(captions)
     image_of = torch.tensor([position for position, row in enumerate(rows) for _ in encoded.samples[row]["captions"]])
-    texts = model.embed_texts(captions)
     return retrieval(encoded.images[rows], texts, image_of, protocol=_protocol(model, source, encoded))
 
 
@@ -144,19 +173,61 @@ TASKS: Mapping[str, Callable[..., Result]] = {"zero-shot": evaluate_zero_shot, "
 """Evaluations by the name that the command line and `evaluate` know them by."""
 
 
-def encode(model: Model, source: Source, *, cache: bool = True, progress: Progress | None = None) -> EncodedSource:
+def encode(
+    model: Model, source: Source, *, cache: bool = True, progress: Progress | None = None, world: World | None = None
+) -> EncodedSource:
     """Vectors of every picture of a source, from the cache where the same model has met the same source before.
+
+    Several processes share the work, each a stretch of the source; all of them return the whole.
 
     Raises:
         UserError: When no sample of the source can be used.
     """
     path = _cache_file(model, source)
     remembered = _recall(path) if cache else None
-    if remembered is not None:
+    world = world or World(0, 1, model.device)
+    if all(flag == b"1" for flag in gather_bytes(b"0" if remembered is None else b"1", world)) and remembered is not None:
         return remembered
+    first, last = _stretch(len(source), world)
+    stretch = source if world.size == 1 else Subset(source, range(first, last), name=source.name)
+    parts = [_unpack(part) for part in gather_bytes(_pack(*_encode_here(model, stretch, progress)), world)]
+    vectors = [part for part, _, _ in parts if len(part)]
+    accounting = parts[0][2]
+    for _, _, other in parts[1:]:
+        accounting.add(other)
+    if not vectors:
+        raise UserError(f"{source.name}: no sample can be used: {accounting.describe()}")
+    samples = tuple(sample for _, part, _ in parts for sample in part)
+    joined = torch.cat(vectors)
+    if cache and world.is_main:
+        _remember(path, _pack(joined, samples, accounting))
+    return EncodedSource(joined, samples, accounting.describe())
+
+
+def embed_texts_together(model: Model, world: World) -> Callable[[Sequence[str]], Tensor]:
+    """`Model.embed_texts` with the work shared among processes, each a stretch of the texts."""
+
+    def embed(texts: Sequence[str]) -> Tensor:
+        first, last = _stretch(len(texts), world)
+        parts = gather_bytes(save({"vectors": model.embed_texts(texts[first:last])}), world)
+        return torch.cat([load_tensors(part)["vectors"] for part in parts])
+
+    return embed
+
+
+def _encode_here(model: Model, source: Source, progress: Progress | None) -> tuple[Tensor, list[Mapping[str, Any]], Accounting]:
+    """What this process encodes: vectors, samples and counts. Pictures are decoded beside the network where it pays."""
     preparation = EvalPreparation(model.processor)
     loader = Loader(
-        source, preparation, preparation.collate, batch_size=BATCH_SIZE, seed=0, tail="short", shuffle=False, substitute=False
+        source,
+        preparation,
+        preparation.collate,
+        batch_size=BATCH_SIZE,
+        seed=0,
+        tail="short",
+        shuffle=False,
+        substitute=False,
+        workers=min(MAX_WORKERS, (os.cpu_count() or 1) // 2) if len(source) >= WORKERS_FROM else 0,
     )
     vectors: list[Tensor] = []
     samples: list[Mapping[str, Any]] = []
@@ -166,12 +237,23 @@ def encode(model: Model, source: Source, *, cache: bool = True, progress: Progre
         samples += [{"fields": f, "captions": c} for f, c in zip(batch.fields, batch.captions, strict=True)]
         if progress:
             progress(len(samples), len(source))
-    if not vectors:
-        raise UserError(f"{source.name}: no sample can be used: {loader.accounting.describe()}")
-    encoded = EncodedSource(torch.cat(vectors), tuple(samples), loader.accounting.describe())
-    if cache:
-        _remember(path, encoded)
-    return encoded
+    return torch.cat(vectors) if vectors else torch.empty(0, model.config.embed_dim), samples, loader.accounting
+
+
+def _stretch(length: int, world: World) -> tuple[int, int]:
+    """This process's part of ``length`` things."""
+    return length * world.rank // world.size, length * (world.rank + 1) // world.size
+
+
+def _pack(vectors: Tensor, samples: Sequence[Mapping[str, Any]], accounting: Accounting) -> bytes:
+    text = json.dumps({"samples": list(samples), "accounting": accounting.to_dict()}, default=str)
+    return save({"vectors": vectors.contiguous(), "text": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)})
+
+
+def _unpack(data: bytes) -> tuple[Tensor, list[Mapping[str, Any]], Accounting]:
+    tensors = load_tensors(data)
+    values = json.loads(tensors["text"].numpy().tobytes())
+    return tensors["vectors"], values["samples"], Accounting.from_dict(values["accounting"])
 
 
 def loaded(model: str | Path | Model, device: str, precision: str = "auto") -> Model:
@@ -179,15 +261,19 @@ def loaded(model: str | Path | Model, device: str, precision: str = "auto") -> M
     return model if isinstance(model, Model) else load(model, device=device, precision=precision)
 
 
-def opened(data: str | Source, model: Model) -> Source:
+def opened(data: str | Source, model: Model, *, image_field: str | None = None, text_field: str | None = None) -> Source:
     """The source itself, or the one that a SRC names, with vector art drawn at the model's size."""
-    return open_source(data, image_size=model.processor.image_spec.size) if isinstance(data, str) else data
+    if not isinstance(data, str):
+        return data
+    return open_source(data, image_field=image_field, text_field=text_field, image_size=model.processor.image_spec.size)
 
 
 def _labelled(fields: Sequence[Mapping[str, Any]], task: LabelTask, source: Source) -> tuple[list[int], Tensor]:
     """Rows whose label is among the classes, and its index."""
     index = {name: position for position, name in enumerate(task.classes)}
     labels = [label_of(entry, task.label) for entry in fields]
+    if not any(label in index for label in labels):  # class numbers, as webdataset's .cls files hold them
+        index = {str(position): position for position in range(len(task.classes))}
     rows = [row for row, label in enumerate(labels) if label in index]
     if not rows:
         example = next((label for label in labels if label is not None), None)
@@ -222,18 +308,22 @@ def _baseline(source: Source, reference: str, task: LabelTask, progress: Progres
 
 
 def _thumbnails_of(source: Source, progress: Progress | None) -> tuple[Tensor, list[Mapping[str, Any]]]:
-    """Thumbnails and fields of every picture of a source that can be used."""
-    pictures, fields = [], []
-    for index in range(len(source)):
-        try:
-            sample = source.read(index)
-            pictures.append(decode_image(sample.media["image"], where=sample.id))
+    """Thumbnails and fields of every picture of a source that can be used; no picture is kept at its full size."""
+    fields: list[Mapping[str, Any]] = []
+
+    def pictures() -> Iterator[Tensor]:
+        for index in range(len(source)):
+            try:
+                sample = source.read(index)
+                picture = decode_image(sample.media["image"], where=sample.id)
+            except (BadSample, KeyError):
+                continue
             fields.append(sample.fields)
-        except (BadSample, KeyError):
-            continue
-        if progress:
-            progress(index + 1, len(source))
-    return thumbnails(pictures), fields
+            if progress:
+                progress(index + 1, len(source))
+            yield picture
+
+    return thumbnails(pictures()), fields
 
 
 def _protocol(model: Model, source: Source, encoded: EncodedSource) -> dict[str, Any]:
@@ -250,7 +340,7 @@ def _protocol(model: Model, source: Source, encoded: EncodedSource) -> dict[str,
 
 
 def _cache_file(model: Model, source: Source) -> Path:
-    key = hashlib.sha256(f"1 {model.fingerprint} {revision(source)}".encode()).hexdigest()
+    key = hashlib.sha256(f"2 {model.fingerprint} {revision(source)}".encode()).hexdigest()
     return cache_folder() / "vectors" / f"{key[:32]}.safetensors"
 
 
@@ -259,17 +349,18 @@ def _recall(path: Path) -> EncodedSource | None:
     if not path.is_file():
         return None
     try:
-        with safe_open(path, "pt") as file:
-            metadata = json.loads(file.metadata()["samples"])
-            return EncodedSource(file.get_tensor("images"), tuple(metadata["samples"]), metadata["accounting"])
-    except (SafetensorError, KeyError, ValueError, TypeError):
-        path.unlink(missing_ok=True)
+        vectors, samples, accounting = _unpack(path.read_bytes())
+        return EncodedSource(vectors, tuple(samples), accounting.describe())
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError):
+        with suppress(OSError):
+            path.unlink()
         return None
 
 
-def _remember(path: Path, encoded: EncodedSource) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = json.dumps({"samples": [dict(sample) for sample in encoded.samples], "accounting": encoded.accounting})
-    temporary = path.with_suffix(f".{id(encoded):x}.tmp")
-    save_file({"images": encoded.images.contiguous()}, temporary, metadata={"samples": metadata})
-    temporary.replace(path)
+def _remember(path: Path, content: bytes) -> None:
+    """Keep what was encoded. A cache that cannot be written costs only the time of encoding again."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(path)

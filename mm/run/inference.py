@@ -2,14 +2,16 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from mm.errors import BadSample, UserError
@@ -20,6 +22,7 @@ from mm.run.evaluation import loaded
 
 Progress = Callable[[int, int], None]
 
+INDEXED_AT_ONCE = 32
 PICTURE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
 
 
@@ -144,14 +147,18 @@ def index_folder(model: Model, folder: Path, *, progress: Progress | None = None
     stamps = {name: f"{path.stat().st_mtime_ns} {path.stat().st_size}" for name, path in files.items()}
     vectors = {name: vector for name, (stamp, vector) in known.items() if stamps.get(name) == stamp}
     missing = [name for name in files if name not in vectors]
-    skipped = []
-    for done, name in enumerate(missing, start=1):
-        try:
-            vectors[name] = model.embed_images([files[name]])[0]
-        except (UserError, BadSample) as error:
-            skipped.append(str(error))
+    skipped: list[str] = []
+    for start in range(0, len(missing), INDEXED_AT_ONCE):
+        pixels: dict[str, Tensor] = {}
+        for name in missing[start : start + INDEXED_AT_ONCE]:
+            try:
+                pixels[name] = model.processor.image(files[name])
+            except (UserError, BadSample) as error:
+                skipped.append(str(error))
+        if pixels:
+            vectors |= dict(zip(pixels, model.embed_pixels(torch.stack(list(pixels.values()))), strict=True))
         if progress:
-            progress(done, len(missing))
+            progress(min(start + INDEXED_AT_ONCE, len(missing)), len(missing))
     if not vectors:
         reason = f" ({skipped[0]})" if skipped else ""
         raise UserError(f"{folder}: no readable picture in it{reason}; pictures are {', '.join(sorted(PICTURE_EXTENSIONS))}")
@@ -162,13 +169,19 @@ def index_folder(model: Model, folder: Path, *, progress: Progress | None = None
 
 
 def _nearest(vectors: Tensor, query: Tensor, k: int) -> tuple[list[float], list[int]]:
-    """Exact inner-product search."""
+    """Exact inner-product search; of equal scores the first file's name wins."""
     import faiss
 
     index = faiss.IndexFlatIP(vectors.shape[1])
     index.add(vectors.numpy())
-    scores, rows = index.search(query.numpy(), k)
-    return scores[0].tolist(), rows[0].tolist()
+    wanted = k
+    while True:
+        scores, rows = index.search(query.numpy(), wanted)
+        if wanted == len(vectors) or scores[0][-1] < scores[0][k - 1]:
+            break
+        wanted = min(2 * wanted, len(vectors))  # equal scores at the cut: all of them must be seen to choose the first
+    best = sorted(zip((-scores[0]).tolist(), rows[0].tolist(), strict=True))[:k]
+    return [-score for score, _ in best], [row for _, row in best]
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -200,8 +213,10 @@ def _recall(path: Path) -> dict[str, tuple[str, Tensor]]:
 
 
 def _remember(path: Path, entries: dict[str, tuple[str, Tensor]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Keep the index. A cache that cannot be written costs only the time of encoding again."""
     metadata = {"stamps": json.dumps([(name, stamp) for name, (stamp, _) in entries.items()])}
-    temporary = path.with_suffix(".tmp")
-    save_file({"vectors": torch.stack([vector for _, vector in entries.values()])}, temporary, metadata=metadata)
-    temporary.replace(path)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(save({"vectors": torch.stack([vector for _, vector in entries.values()])}, metadata=metadata))
+        temporary.replace(path)

@@ -20,6 +20,7 @@ from mm.run.preparation import TrainPreparation
 from mm.run.validation import Validator
 from mm.systems import build
 from mm.tokenizers.text import TextTokenizer
+from mm.training.checkpoint import find_checkpoint
 from mm.training.devices import choose_device, seed_everything
 from mm.training.loop import TrainResult
 from mm.training.loop import train as train_loop
@@ -51,12 +52,13 @@ def train(
     else:
         name = Path(config).stem
         resolved = load_config(RunConfig, Path(config), overrides)
-    run = assemble(resolved)
+    folder = Path(out) if out is not None else DEFAULT_RUNS / name
+    run = assemble(resolved, resume=find_checkpoint(folder, lambda _: None) if folder.is_dir() else None)
     return train_loop(
         run.system,
         run.stream,
         run.config.train,
-        Path(out) if out is not None else DEFAULT_RUNS / name,
+        folder,
         validate=run.validator,
         extra_files=run.write_files,
         merge_states=merge_states,
@@ -88,19 +90,30 @@ class Assembled:
         self.processor.save(folder)
 
 
-def assemble(config: RunConfig) -> Assembled:
+def assemble(config: RunConfig, *, resume: Path | None = None) -> Assembled:
     """Open the data and build everything that a configuration names.
+
+    Args:
+        config: The run.
+        resume: A checkpoint whose preparation is kept, its vocabulary above all: the weights know its ids.
 
     Raises:
         UserError: When data, model or their combination cannot be used.
     """
     image_size = config.system.image.image_size
     source = open_training_source(config.data, image_size=image_size)
-    start = load(config.init_from, precision="fp32") if config.init_from else None
-    processor = _processor(config, source) if start is None else start.processor
+    start = load(config.init_from, device="cpu", precision="fp32") if config.init_from else None
+    if resume is not None:
+        processor = _kept_processor(config, resume)
+    else:
+        processor = _processor(config, source) if start is None else start.processor
     config = _with_vocabulary(config, processor)
     system = _system(config, start)
     rank, world_size = environment()
+    if config.train.batch_size % world_size:
+        raise ConfigError(
+            f"train.batch_size {config.train.batch_size} is not a multiple of the {world_size} processes, which share it evenly"
+        )
     captioner = Captioner(config.data.captions)
     preparation = TrainPreparation(processor, captioner, config.data.augment, config.data.positives, config.train.seed)
     sampling = config.data.sampling
@@ -122,8 +135,19 @@ def assemble(config: RunConfig) -> Assembled:
     return Assembled(config, system, processor, stream, _validator(config, processor, image_size))
 
 
+def _kept_processor(config: RunConfig, checkpoint: Path) -> Processor:
+    """The preparation that a run began with. Raises `ConfigError` where the configuration asks for another by now."""
+    kept = Processor.load(checkpoint)
+    spec = config.processor.image_spec(config.system.image.image_size)
+    if config.init_from is None and (kept.image_spec, kept.templates) != (spec, config.processor.templates):
+        raise ConfigError(
+            f"{checkpoint}: this run began with another 'processor' section; put it back, or train into a new run folder"
+        )
+    return kept
+
+
 def _processor(config: RunConfig, source: Source) -> Processor:
-    """The preparation of a new model. The vocabulary is a pure function of the captions, so a resumed run finds the same."""
+    """The preparation of a new model."""
     settings = config.processor
     if settings.tokenizer == "clip":
         tokenizer = TextTokenizer.clip_bpe()
@@ -179,4 +203,15 @@ def _adopt(system: System, start: System, name: str) -> None:
 def _validator(config: RunConfig, processor: Processor, image_size: int) -> Validator | None:
     if config.data.validation is None:
         return None
-    return Validator(open_source(config.data.validation, image_size=image_size), processor, config.system)
+    data = config.data
+    source = open_source(
+        config.data.validation,
+        text_field=data.text_field,
+        label_field=data.label_field,
+        image_field=data.image_field,
+        image_size=image_size,
+    )
+    validator = Validator(source, processor, config.system)
+    if environment()[0] == 0:
+        validator.prepare()
+    return validator

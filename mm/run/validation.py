@@ -45,15 +45,22 @@ class Validator:
         self._source, self._processor, self._config = source, processor, config
         self._held: _Held | None = None
 
+    def prepare(self) -> None:
+        """Read and decode the pictures now, so that what cannot be used is told before any training.
+
+        Raises:
+            UserError: There is nothing to measure: no picture that can be used, or neither captions nor labels.
+        """
+        self._held = self._held or self._read()
+        if not any(self._held.captions) and self._labels(self._held) is None:
+            raise UserError(f"{self._source.name}: has neither captions nor labels to validate with; leave data.validation out")
+
     def __call__(self, system: System) -> dict[str, float]:
         held = self._held = self._held or self._read()
         device = next(system.parameters()).device
         model = Model(system=system, processor=self._processor, config=self._config, name="validation", device=device)
         vectors = torch.cat([model.embed_pixels(pixels) for pixels in held.pixels])
-        figures = self._retrieval(model, vectors, held) | self._zero_shot(model, vectors, held)
-        if not figures:
-            raise UserError(f"{self._source.name}: has neither captions nor labels to validate with; leave data.validation out")
-        return figures
+        return self._retrieval(model, vectors, held) | self._zero_shot(model, vectors, held)
 
     def _read(self) -> _Held:
         preparation = EvalPreparation(self._processor)
@@ -72,6 +79,8 @@ class Validator:
             batches.append(batch)
             if sum(map(len, batches)) >= MAX_SAMPLES:
                 break
+        if not batches:
+            raise UserError(f"{self._source.name}: no picture can be used: {loader.accounting.describe()}")
         return _Held(
             tuple(batch.image for batch in batches if batch.image is not None),
             tuple(captions for batch in batches for captions in batch.captions),
@@ -93,15 +102,23 @@ class Validator:
         }
 
     def _zero_shot(self, model: Model, vectors: Tensor, held: _Held) -> dict[str, float]:
+        labelled = self._labels(held)
+        if labelled is None:
+            return {}
+        classes, rows, labels = labelled
+        candidates = class_vectors(model.embed_texts, classes, self._processor.templates)
+        found = label_ranks(vectors[rows], candidates, torch.tensor(labels))
+        return {"top1": (found < 1).float().mean().item()}
+
+    def _labels(self, held: _Held) -> tuple[tuple[str, ...], list[int], list[int]] | None:
+        """Candidate classes, the labelled rows and their labels; None where captions alone are to be validated with."""
         try:
             task = label_task(self._source)
-        except UserError:  # captions alone are enough to validate with
-            return {}
+        except UserError:
+            return None
         index = {name: position for position, name in enumerate(task.classes)}
-        labels = [index.get(label_of(fields, task.label) or "") for fields in held.fields]
-        rows = [row for row, label in enumerate(labels) if label is not None]
-        if len(index) < 2 or not rows:
-            return {}
-        candidates = class_vectors(model.embed_texts, task.classes, self._processor.templates)
-        found = label_ranks(vectors[rows], candidates, torch.tensor([labels[row] for row in rows]))
-        return {"top1": (found < 1).float().mean().item()}
+        found = [(row, index.get(label_of(fields, task.label) or "")) for row, fields in enumerate(held.fields)]
+        pairs = [(row, label) for row, label in found if label is not None]
+        if len(index) < 2 or not pairs:
+            return None
+        return task.classes, [row for row, _ in pairs], [label for _, label in pairs]

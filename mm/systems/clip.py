@@ -135,6 +135,8 @@ class Clip(System):
         scale, gather = self.towers.scale(), current_gather()
         total = contrastive = self._contrastive(representations, batch, scale, gather)
         parts = {"contrastive": contrastive, "logit_scale": scale}
+        if self.towers.logit_bias is None:
+            parts["guessing"] = torch.tensor(math.log(self._candidates(len(batch), gather)), device=scale.device)
         if self.image_image_weight:
             groups = _things(batch, scale.device) if batch.groups is None else batch.groups
             parts["image_image"] = supervised_contrastive(
@@ -175,6 +177,11 @@ class Clip(System):
     def scores(self, queries: Tensor, items: Tensor) -> Tensor:
         """Logits ``(Q, M)`` of vectors from either tower."""
         return self.towers.scores(queries, items)
+
+    def _candidates(self, rows: int, gather: Gather | None) -> int:
+        """How many the right one is sought among: the global batch and the queue."""
+        queued = len(self._queues["image"]) if self._queues else 0
+        return rows * (1 if gather is None else gather.world_size) + queued
 
     def _contrastive(self, representations: Mapping[str, Tensor], batch: Batch, scale: Tensor, gather: Gather | None) -> Tensor:
         image, text = representations["image"], representations["text"]

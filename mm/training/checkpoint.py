@@ -106,6 +106,8 @@ def save_checkpoint(
     temporary.rename(final)
     _sync(folder)
     _point(folder, final.name)
+    for later in (path for path in _candidates(folder) if path.name > final.name):  # damaged ones of a longer history
+        later.rename(folder / f".old-{later.name}")
     prune(folder, keep_last)
     return final
 

@@ -40,7 +40,7 @@ class StopSignals:
 
 
 class FlatLoss:
-    """Notices that a contrastive loss stays at ``ln(batch size)``, that of guessing.
+    """Notices that a loss stays at that of guessing.
 
     Args:
         warmup_steps: Steps of the learning rate's warm-up, in which a flat loss is normal.
@@ -51,10 +51,17 @@ class FlatLoss:
         self._recent: deque[float] = deque(maxlen=FLAT_STEPS)
         self._told = False
 
-    def message(self, step: int, loss: float, batch_size: int) -> str | None:
-        """Record a step's loss; the text of the warning the first time that it is due, otherwise None."""
-        self._recent.append(loss)
-        guess = math.log(batch_size) if batch_size > 1 else 0.0
+    def message(self, step: int, parts: Mapping[str, float]) -> str | None:
+        """Record a step's loss; the text of the warning the first time that it is due, otherwise None.
+
+        Args:
+            step: Number of the step.
+            parts: Named parts of the loss; ``contrastive`` and ``guessing``, what it costs to guess, are looked at.
+        """
+        if "guessing" not in parts or "contrastive" not in parts:
+            return None
+        self._recent.append(parts["contrastive"])
+        guess = parts["guessing"]
         full = len(self._recent) == FLAT_STEPS
         if self._told or not guess or not full or step < self._first_step:
             return None
@@ -63,7 +70,7 @@ class FlatLoss:
             return None
         self._told = True
         return (
-            f"after {step} steps the contrastive loss is {mean:.3f}, still ln({batch_size}) = {guess:.3f}, that of guessing: "
+            f"after {step} steps the contrastive loss is {mean:.3f}, that of guessing among {math.exp(guess):.0f} candidates: "
             "lower train.lr or lengthen train.warmup_steps, and see with `mm data check` whether captions differ and fit"
         )
 

@@ -20,7 +20,7 @@ class JsonLines:
 
     def append(self, record: Any) -> None:
         """Add one line; it reaches the file at the next `flush`."""
-        self._buffer.append(json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n")
+        self._buffer.append(json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n")
 
     def flush(self, sync: bool = False) -> None:
         """Write the buffer, with ``sync`` force it to disk. After an OSError the file is as before and the buffer is kept."""

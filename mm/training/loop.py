@@ -14,7 +14,7 @@ from rich.console import Console
 
 import mm
 from mm.config import to_dict
-from mm.errors import CheckpointError, UserError
+from mm.errors import BadSample, CheckpointError, UserError
 from mm.training.checkpoint import Checkpoint, SaveError, latest_checkpoint, open_checkpoint, save_checkpoint
 from mm.training.config import TrainConfig
 from mm.training.consumed import ConsumedIds, everyones_ids
@@ -25,7 +25,7 @@ from mm.training.parallel import World, gather_bytes, open_world, sum_over_ranks
 from mm.training.step import Stepper, StepReport, compile_parts
 from mm.training.tracking import OnEvent, Tracker
 from mm.training.window import Window
-from mm.types import BatchStream, CachesGradients, Embeds, System
+from mm.types import BatchStream, System
 
 HABITS = {"checkpoint_every_steps", "checkpoint_every_minutes", "keep_last", "log_every", "validate_every", "max_nonfinite"}
 DECISIVE = frozenset(TrainConfig.model_fields) - HABITS - {"log_ids", "tensorboard"}
@@ -132,8 +132,7 @@ class _Trainer:
         self.signals, self.tracker = signals, tracker
         self.folder, self.nonfinite_path = run / "checkpoints", run / "nonfinite.jsonl"
         self.nonfinite, self.window = NonFinite(), Window()
-        coupled = isinstance(stepper.system, Embeds) and isinstance(stepper.system, CachesGradients)
-        self.flat = FlatLoss(config.warmup_steps) if coupled else None
+        self.flat = FlatLoss(config.warmup_steps)
         self.step = 0
         self.metrics: dict[str, float] = {}
         self.consumed = ConsumedIds(tracker.ids, world)
@@ -189,7 +188,7 @@ class _Trainer:
         self.consumed.note(batch.ids)
         if not report.finite:
             self._skipped(batch.ids, report)
-        elif self.flat is not None and (message := self.flat.message(self.step, report.loss, report.num_samples)):
+        elif message := self.flat.message(self.step, report.parts):
             self.tracker.warn(self.step, message)
         stop, save = report.requests
         self._do_what_is_due(stop, save)
@@ -216,9 +215,15 @@ class _Trainer:
         modes = [(module, module.training) for module in system.modules()]
         system.eval()
         with torch.no_grad(), self.stepper.ema.swapped() if self.stepper.ema else nullcontext():
-            figures = self.validate(system)
+            try:
+                figures = self.validate(system)
+            except (UserError, BadSample) as error:  # training must not be lost to what it is measured with
+                self.tracker.warn(self.step, f"no validation at step {self.step}: {error}")
+                figures = None
         for module, training in modes:
             module.training = training
+        if figures is None:
+            return
         self.metrics = {name: float(value) for name, value in figures.items()}
         self.tracker.validated(self.step, self.metrics)
 

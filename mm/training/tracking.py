@@ -93,7 +93,7 @@ class Tracker:
         if self._with_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._run / "tensorboard"), purge_step=step + 1 if step else None)
+            self._writer = SummaryWriter(str(self._run / "tensorboard"), purge_step=step + 1)
         if self._console is not None and self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("[bold]train"),

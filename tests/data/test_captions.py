@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 
 from mm.config import validate
-from mm.data.captions import Captioner, CaptionTemplate, first_caption, look_up, parse_template
+from mm.data.captions import Captioner, CaptionTemplate, look_up, parse_template
 from mm.errors import BadSample, ConfigError
 from mm.seeding import generator
 from mm.types import Sample
@@ -67,9 +67,6 @@ def test_nothing_to_fill_in(template):
 def test_sample_without_texts():
     with pytest.raises(BadSample, match="missing text"):
         draw("{text}", Sample("b", {}, ("", " ")))
-    with pytest.raises(BadSample, match="missing text"):
-        first_caption(Sample("b", {}))
-    assert first_caption(SAMPLE) == "a cat"
 
 
 @pytest.mark.parametrize("template", ["{", "}", "a {name", "name}", "{}", "{a b}", "{a..b}", "{name!r} {"])

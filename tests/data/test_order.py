@@ -30,9 +30,9 @@ def test_plain_visits_every_sample_once():
 
 def test_same_arguments_same_order_and_each_argument_matters():
     order = epoch_order(50, 5, **FIXED)
-    assert order.digest() == epoch_order(50, 5, **FIXED).digest()
+    assert order.digest == epoch_order(50, 5, **FIXED).digest
     for change in ({"seed": 4}, {"epoch": 3}, {"fingerprint": "abd"}):
-        assert order.digest() != epoch_order(50, 5, **{**FIXED, **change}).digest()
+        assert order.digest != epoch_order(50, 5, **{**FIXED, **change}).digest
     assert not np.array_equal(order.indices, np.arange(50))
 
 

@@ -18,6 +18,7 @@ from mm.data import index as index_module
 from mm.data.check import check
 from mm.data.index import index_shard, sidecar_path
 from mm.data.shards import ShardSource
+from mm.data.sources import open_source
 from mm.data.write import pack, write_shards
 from mm.errors import BadSample, DataError
 from mm.types import Sample
@@ -328,3 +329,17 @@ def test_limits_on_text_members(tmp_path: Path) -> None:
         with pytest.raises(BadSample) as caught:
             source.read(index)
         assert caught.value.cause == cause
+
+
+def test_no_packed_name_leads_out_of_a_folder(tmp_path: Path) -> None:
+    write_shards([Sample("../../a", {"image": png()}), Sample("/somewhere/b", {"image": png("blue")})], tmp_path)
+    with tarfile.open(tmp_path / "000000.tar") as archive:
+        assert archive.getnames() == ["_/_/a.png", "somewhere/b.png"]
+
+
+def test_only_pictures_are_packed_as_pictures(tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("not a picture")
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "rows.csv").write_text("file,caption\nsecret.txt,x\na.png,y\n")
+    packed = pack(open_source(str(tmp_path / "rows.csv")), tmp_path / "shards")
+    assert (packed.samples, packed.bad) == (1, {"unknown format": 1})

@@ -255,7 +255,8 @@ def test_mixture_of_a_configuration(pictures, tmp_path):
 
 
 def test_hugging_face_folders(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
     data = [save_picture(tmp_path / "p" / f"{i}.png", i).read_bytes() for i in range(4)]

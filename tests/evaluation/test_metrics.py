@@ -81,7 +81,7 @@ def test_nothing_to_evaluate_and_wrong_subsets_are_refused() -> None:
 def test_result_writes_the_stable_json(tmp_path) -> None:
     result = Result({"top1": Interval(0.5, 0.4, 0.6)}, {"split": "emoji:test", "templates": ["{}", "an emoji of {}"]})
     other = Result({"baseline_top1": Interval(0.3, 0.2, 0.4)}, {"split": "ignored", "index": "train artists"})
-    joint = (result | other).stamped(seed=1)
+    joint = result | Result(other.metrics, {**other.protocol, "seed": 1})
     joint.write(tmp_path / "out.json")
     assert json.loads((tmp_path / "out.json").read_text()) == {
         "metrics": {"top1": {"value": 0.5, "low": 0.4, "high": 0.6}, "baseline_top1": {"value": 0.3, "low": 0.2, "high": 0.4}},

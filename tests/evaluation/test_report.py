@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mm.errors import UserError
-from mm.evaluation.charts import MAX_POINTS, Bar, bar_chart, curve_chart, points_of, read_metrics
+from mm.evaluation.charts import MAX_POINTS, Bar, bar_chart, curve_chart, read_metrics
 from mm.evaluation.metrics import Interval, Result
 from mm.evaluation.report import (
     Charts,
@@ -163,6 +163,4 @@ def test_metrics_log_is_read_up_to_where_a_kill_cut_it(tmp_path: Path) -> None:
     rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5, "r1": 0.1}, {"step": 3, "loss": None}, {"step": 2, "loss": 2.4}]
     log.write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 4, "lo')
     assert read_metrics(log) == rows
-    assert points_of(rows, "loss") == [(1.0, 3.0), (2.0, 2.4)]
-    assert points_of(rows, "r1") == [(2.0, 0.1)]
     assert read_metrics(tmp_path / "missing.jsonl") == []

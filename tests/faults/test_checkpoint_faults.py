@@ -267,3 +267,12 @@ def test_second_trainer_is_refused(tmp_path: Path) -> None:
         assert done.returncode != 0
         assert f"another trainer is at work here (process {os.getpid()} on " in done.stderr
     run_toy(tmp_path, steps=2)
+
+
+def test_a_newer_damaged_checkpoint_does_not_push_out_the_one_just_written(tmp_path: Path) -> None:
+    save(tmp_path, 200)
+    flip_byte(save(tmp_path, 300) / "model.safetensors")
+    written = save(tmp_path, 250, keep_last=1)
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.folder == written

@@ -137,3 +137,21 @@ def test_a_plain_colour_stays_that_colour(value: int, fit: str) -> None:
     image = torch.full((3, 61, 37), value, dtype=torch.uint8)
     fitted = fit_image(image, ImageSpec(size=20, fit=fit))
     assert fitted.unique().tolist() == [value]
+
+
+def test_the_centre_is_cut_out_of_a_larger_resize() -> None:
+    picture = torch.arange(3 * 40 * 40).remainder(251).to(torch.uint8).view(3, 40, 40)
+    for fit in ("crop", "squash"):
+        cut = fit_image(picture, ImageSpec(size=32, fit=fit, resize_to=40))
+        assert torch.equal(cut, picture[:, 4:36, 4:36])
+
+
+def test_a_centre_between_two_pixels_is_torchvisions_or_rounded_down() -> None:
+    picture = torch.arange(3 * 32 * 35).remainder(251).to(torch.uint8).view(3, 32, 35)
+    assert torch.equal(fit_image(picture, ImageSpec(size=32)), picture[:, :, 2:34])
+    assert torch.equal(fit_image(picture, ImageSpec(size=32, centre="down")), picture[:, :, 1:33])
+
+
+def test_a_cut_larger_than_the_resize_is_refused() -> None:
+    with pytest.raises(ValueError, match="resize_to 16"):
+        ImageSpec(size=32, resize_to=16)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -17,8 +18,6 @@ from mm.encoders.text import TextEncoderConfig
 from mm.errors import CheckpointError
 from mm.hub import from_imported
 from mm.published.openai import import_openai
-
-open_clip = pytest.importorskip("open_clip")
 
 TOLERANCE = 1e-4
 TEXTS = ["a dog", "A photo of two  cats &amp; a cup, on the grass!", "x", "tree " * 100]

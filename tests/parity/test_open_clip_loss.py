@@ -1,5 +1,6 @@
 """The losses of one process against open_clip's."""
 
+import open_clip.loss as open_clip_loss
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,8 +9,6 @@ from torch import Tensor
 from mm.losses.contrastive import info_nce, siglip
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
-open_clip_loss = pytest.importorskip("open_clip.loss")
 
 
 def inputs() -> list[Tensor]:

@@ -1,0 +1,91 @@
+"""A resumed run keeps the preparation that its weights know, whatever became of the data."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import mm
+from mm.errors import ConfigError
+
+TINY = [
+    "system.image.backbone=resnet18",
+    "system.image.options={channels: [8, 8, 8, 8]}",
+    "system.image.image_size=32",
+    "system.text={width: 16, layers: 1, heads: 2, vocab_size: 262}",
+    "system.embed_dim=8",
+    "train.batch_size=4",
+    "train.tensorboard=false",
+]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    from PIL import Image
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(8):
+        Image.new("RGB", (32, 32), (number * 30, 0, 0)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("abab abab")
+    return folder
+
+
+def test_the_vocabulary_stays_when_captions_change(pictures: Path, tmp_path: Path) -> None:
+    source = f"data.train={pictures}"
+    first = mm.train("configs/own.yaml", [*TINY, source, "train.steps=2"], out=tmp_path / "run")
+    assert first.checkpoint is not None
+    kept = tmp_path / "tokenizer.json"
+    shutil.copy(first.checkpoint / "tokenizer.json", kept)
+    for file in pictures.glob("*.txt"):
+        file.write_text("xyxy xyxy")
+    second = mm.train("configs/own.yaml", [*TINY, source, "train.steps=4"], out=tmp_path / "run")
+    assert second.checkpoint is not None
+    assert (second.checkpoint / "tokenizer.json").read_text() == kept.read_text()
+    fresh = mm.train("configs/own.yaml", [*TINY, source, "train.steps=2"], out=tmp_path / "fresh")
+    assert fresh.checkpoint is not None
+    assert (fresh.checkpoint / "tokenizer.json").read_text() != kept.read_text()
+
+
+def test_another_preparation_needs_another_run(pictures: Path, tmp_path: Path) -> None:
+    source = f"data.train={pictures}"
+    mm.train("configs/own.yaml", [*TINY, source, "train.steps=2"], out=tmp_path / "run")
+    with pytest.raises(ConfigError, match="another 'processor' section"):
+        mm.train("configs/own.yaml", [*TINY, source, "train.steps=4", "processor.fit=squash"], out=tmp_path / "run")
+
+
+def test_validation_data_that_cannot_be_used_stops_before_training(pictures: Path, tmp_path: Path) -> None:
+    from mm.errors import UserError
+
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(pictures / "0.png", bare / "0.png")
+    with pytest.raises(UserError, match="neither captions nor labels"):
+        mm.train("configs/own.yaml", [*TINY, f"data.train={pictures}", f"data.validation={bare}"], out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_uses_the_same_columns_as_training(pictures: Path, tmp_path: Path) -> None:
+    from mm.config import load_config
+    from mm.run.config import RunConfig
+    from mm.run.training import assemble
+
+    table = tmp_path / "rows.csv"
+    rows = "\n".join(f"{pictures / f'{n}.png'},right {n},wrong" for n in range(8))
+    table.write_text(f"src,alt,title\n{rows}\n")
+    columns = [f"data.train={table}", f"data.validation={table}", "data.image_field=src", "data.text_field=alt"]
+    run = assemble(load_config(RunConfig, Path("configs/own.yaml"), [*TINY, *columns]))
+    assert run.validator is not None
+    held = run.validator._held
+    assert held is not None
+    assert held.captions[3] == ("right 3",)
+
+
+def test_a_batch_that_processes_cannot_share_evenly_is_refused(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mm.config import load_config
+    from mm.run.config import RunConfig
+    from mm.run.training import assemble
+
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="not a multiple of the 3 processes"):
+        assemble(load_config(RunConfig, Path("configs/own.yaml"), [*TINY, f"data.train={pictures}"]))
