@@ -289,6 +289,19 @@ def convert(
     typer.echo(save(model, out))
 
 
+@app.command("export")
+def export_model(
+    model: ModelArgument,
+    to: Annotated[str, typer.Option("--to", help="onnx, torch (torch.export), open_clip or hf (transformers).")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="New or empty folder.")],
+) -> None:
+    """Write a model for other runtimes and libraries; what is written is loaded again and compared before it appears."""
+    from mm.export import export
+    from mm.hub import load
+
+    typer.echo(export(load(model, device="cpu", precision="fp32"), out, to={"hf": "huggingface"}.get(to, to)))
+
+
 @app.command()
 def info(
     model: ModelArgument,
