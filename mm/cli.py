@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -40,6 +40,7 @@ TextFieldOption = Annotated[
 PrecisionOption = Annotated[
     str, typer.Option("--precision", help="auto, fp32 or bf16; auto is bf16 where the hardware has matrix units for it.")
 ]
+ExportFormat = Literal["onnx", "torch", "open_clip", "hf"]
 CacheOption = Annotated[bool, typer.Option("--cache/--no-cache", help="Remember the vectors of this model and source.")]
 
 
@@ -150,6 +151,70 @@ def eval_retrieval(
             progress=progress,
         )
     show.result(result, f"retrieval: {model} on {data}", json_file)
+
+
+@eval_app.command("compositional")
+def eval_compositional(
+    model: ModelArgument,
+    data: Annotated[str, typer.Option("--data", metavar="SRC", help="winoground:FOLDER or sugarcrepe:FOLDER.")],
+    json_file: JsonOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    cache: CacheOption = True,
+) -> None:
+    """Captions that differ in the order or in one of their words: Winoground's scores, SugarCrepe's accuracies."""
+    from mm import show
+    from mm.run.evaluation import evaluate_compositional
+
+    with show.progress_bar("encoding") as progress:
+        result = evaluate_compositional(model, data, device=device, precision=precision, cache=cache, progress=progress)
+    show.result(result, f"compositional: {model} on {data}", json_file)
+
+
+@eval_app.command("probe")
+def eval_probe(
+    model: ModelArgument,
+    train: Annotated[str, typer.Option("--train", metavar="SRC", help="Labelled examples.")],
+    data: DataOption,
+    method: Annotated[str, typer.Option(help="linear, knn, or tip (class names and examples together).")] = "linear",
+    label: Annotated[str | None, typer.Option(metavar="FIELD", help="Field with the class.")] = None,
+    json_file: JsonOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    cache: CacheOption = True,
+) -> None:
+    """A classifier on the model's vectors, taught by examples: how good are the vectors for this task?"""
+    from mm import show
+    from mm.run.adaptation import evaluate_probe
+
+    with show.progress_bar("encoding") as progress:
+        result = evaluate_probe(
+            model,
+            train,
+            data,
+            method=method,
+            label=label,
+            device=device,
+            precision=precision,
+            cache=cache,
+            progress=progress,
+        )
+    show.result(result, f"{method} probe: {model} on {data}", json_file)
+
+
+@app.command()
+def interpolate(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model that was fine-tuned.")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="What became of it.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="New model folder.")],
+    alpha: Annotated[float, typer.Option(min=0, max=1, help="Share of the tuned weights.")] = 0.5,
+) -> None:
+    """Average a model and its fine-tuning: it learns the new and forgets less of the old (WiSE-FT)."""
+    from mm.hub import load, save
+    from mm.run.adaptation import interpolate as between
+
+    models = [load(model, device="cpu", precision="fp32") for model in (base, tuned)]
+    typer.echo(save(between(models[0], models[1], alpha), out))
 
 
 @app.command()
@@ -292,14 +357,14 @@ def convert(
 @app.command("export")
 def export_model(
     model: ModelArgument,
-    to: Annotated[str, typer.Option("--to", help="onnx, torch (torch.export), open_clip or hf (transformers).")],
+    to: Annotated[ExportFormat, typer.Option("--to", help="torch is torch.export, hf is transformers.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="New or empty folder.")],
 ) -> None:
     """Write a model for other runtimes and libraries; what is written is loaded again and compared before it appears."""
     from mm.export import export
     from mm.hub import load
 
-    typer.echo(export(load(model, device="cpu", precision="fp32"), out, to={"hf": "huggingface"}.get(to, to)))
+    typer.echo(export(load(model, device="cpu", precision="fp32"), out, to="huggingface" if to == "hf" else to))
 
 
 @app.command()

@@ -158,16 +158,17 @@ def read_layers(path: Path) -> dict[str, Any]:
     below = read_yaml(path.parent / base)
     if "base" in below:
         raise ConfigError(f"{path}: its base {base} has a base itself; name that one, or copy what is needed")
-    return _merge(below, values)
+    return merge(below, values)
 
 
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``below`` with the values of ``above``, sections merged key by key; null takes a key out."""
     result = dict(below)
     for key, value in above.items():
         if value is None:
             result.pop(key, None)
         elif isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
-            result[key] = _merge(result[key], value)
+            result[key] = merge(result[key], value)
         else:
             result[key] = value
     return result

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mm.config import read_json, read_yaml, validate
 from mm.errors import CheckpointError, UserError
+from mm.nn.lora import LoraConfig, add_lora, merge_lora
 from mm.processor import Processor
 from mm.published.imported import Imported
 from mm.published.resolve import import_model
@@ -186,7 +187,10 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
         raise CheckpointError(f"{config_path}: has no 'system' section; is this a model folder written by mm?")
     config = validate(SystemConfig, values["system"], f"{config_path} (system)")
     system = build(config)
+    if values.get("tune"):
+        add_lora(system, validate(LoraConfig, values["tune"], f"{config_path} (tune)"))
     _load_weights(system, _read_weights(weights), str(weights))
+    merge_lora(system)
     card = folder / CARD_FILE
     place = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     return Model(

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mm.data.benchmarks import is_benchmark, open_benchmark
 from mm.data.captions import look_up
 from mm.data.config import DataConfig
 from mm.data.emoji import open_emoji
@@ -28,7 +29,7 @@ PROBED_SAMPLES = 50
 
 EXPECTED = (
     "a source is emoji:train (or :validation, :test), a folder of pictures, a CSV, TSV or JSONL table, "
-    "tar shards such as 'shards/{000..010}.tar', or a Hugging Face datasets folder"
+    "tar shards such as 'shards/{000..010}.tar', a Hugging Face datasets folder, or an evaluation set such as imagenet:FOLDER"
 )
 
 
@@ -61,6 +62,8 @@ def open_source(
         if spec == "emoji":
             raise UserError("emoji: choose emoji:train, emoji:validation, emoji:test or emoji:all")
         return _with_fields(open_emoji(spec, image_size, progress=progress), **columns)
+    if is_benchmark(spec):
+        return _with_fields(open_benchmark(spec), **columns)
     if "://" in spec or spec.startswith("pipe:"):
         raise UserError(
             f"{spec}: only local files are read; download it first (img2dataset makes tar shards of a list of addresses)"
@@ -150,6 +153,16 @@ class Subset:
     def task(self) -> Any:
         """The classification task of the source, if it brings one."""
         return getattr(self.source, "task", None)
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The source's published prompts, if it brings any."""
+        return getattr(self.source, "templates", ())
+
+    @property
+    def evaluation(self) -> str | None:
+        """What figures of the source are published for, if it is a published set."""
+        return getattr(self.source, "evaluation", None)
 
     @property
     def revision(self) -> str:
@@ -245,6 +258,16 @@ class FieldView:
     def task(self) -> Any:
         """The classification task of the source, if it brings one and its class is not replaced."""
         return getattr(self.source, "task", None) if self._label_field is None else None
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The source's published prompts, if it brings any and its class is not replaced."""
+        return getattr(self.source, "templates", ()) if self._label_field is None else ()
+
+    @property
+    def evaluation(self) -> str | None:
+        """What figures of the source are published for, if it is a published set."""
+        return getattr(self.source, "evaluation", None)
 
     @property
     def revision(self) -> str:

@@ -179,13 +179,23 @@ class TextEncoder(nn.Module):
         tokens = self.transformer(x, mask=attention_mask(self.context_length, device=x.device))
         return Encoded(tokens, everything, pool(tokens, text.lengths, everything, self.pooling))
 
+    def encode_vectors(self, vectors: Float[Tensor, "b t d"], lengths: Tensor) -> Encoded:
+        """Encode token vectors instead of ids, learned ones for instance; positions are added here.
+
+        Args:
+            vectors: One for each position.
+            lengths: Number of real positions of each row.
+        """
+        return self._encode_placed(self.embedding.place(vectors), lengths)
+
     def _encode(self, text: TextBatch) -> Encoded:
-        length = text.ids.shape[1]
-        valid = torch.arange(length, device=text.ids.device) < text.lengths[:, None]
-        x = self.embedding(text.ids, keep=self._kept(text))
-        mask = attention_mask(length, causal=self.causal, keys=None if self.causal else valid, device=x.device)
+        return self._encode_placed(self.embedding(text.ids, keep=self._kept(text)), text.lengths)
+
+    def _encode_placed(self, x: Tensor, lengths: Tensor) -> Encoded:
+        valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        mask = attention_mask(x.shape[1], causal=self.causal, keys=None if self.causal else valid, device=x.device)
         tokens = self.transformer(x, mask=mask)
-        return Encoded(tokens, valid, pool(tokens, text.lengths, valid, self.pooling))
+        return Encoded(tokens, valid, pool(tokens, lengths, valid, self.pooling))
 
     def _kept(self, text: TextBatch) -> Float[Tensor, "b t 1"] | None:
         """0 for the words hidden in this training step, 1 for the others; start and end stay."""

@@ -116,8 +116,10 @@ class TokenEmbedding(nn.Module):
     ) -> Float[Tensor, "b t d"]:
         """Embed ``ids`` from position ``offset`` on; ``keep`` scales the token vectors (0 hides a word, not its place)."""
         x = self.tokens(ids)
-        if keep is not None:
-            x = x * keep
+        return self.place(x if keep is None else x * keep, offset)
+
+    def place(self, vectors: Float[Tensor, "b t d"], offset: int = 0) -> Float[Tensor, "b t d"]:
+        """What `forward` makes of token vectors, for vectors that are no token's: positions, norm, dropout."""
         if self.positions is not None:
-            x = x + self.positions(ids.shape[1], offset)
-        return self.dropout(self.norm(x))
+            vectors = vectors + self.positions(vectors.shape[1], offset)
+        return self.dropout(self.norm(vectors))

@@ -7,6 +7,7 @@ from pydantic import model_validator
 
 from mm.config import StrictConfig
 from mm.data.config import DataConfig
+from mm.nn.lora import LoraConfig
 from mm.processor import ProcessorConfig
 from mm.systems import SystemConfig
 from mm.training.config import TrainConfig
@@ -24,7 +25,9 @@ class RunConfig(StrictConfig):
         processor: Preparation of raw pictures and texts.
         data: Sources, captions, augmentation, order.
         train: Optimisation, precision, checkpoints.
-        init_from: A MODEL whose weights and preparation the run starts from; its network must be the one configured.
+        init_from: A MODEL whose weights and preparation the run starts from; its network must be the one configured. Without a
+            ``system`` section the network is the model's own.
+        tune: Train thin corrections of the weights instead of the weights; `mm.load` folds them in.
     """
 
     system: SystemConfig
@@ -32,6 +35,7 @@ class RunConfig(StrictConfig):
     processor: ProcessorConfig = ProcessorConfig()
     train: TrainConfig = TrainConfig()
     init_from: str | None = None
+    tune: LoraConfig | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -22,6 +22,7 @@ from mm.data.loader import Loader
 from mm.data.sources import CaptionAsField, Subset, open_source, revision
 from mm.errors import BadSample, UserError
 from mm.evaluation.baseline import pixel_baseline, thumbnails
+from mm.evaluation.compositional import pair_scores, sugarcrepe, winoground
 from mm.evaluation.metrics import Result
 from mm.evaluation.retrieval import retrieval
 from mm.evaluation.zero_shot import class_vectors, zero_shot
@@ -91,7 +92,7 @@ def evaluate_zero_shot(
         classes: Candidate names; default: the source's own.
         label: Field that holds the class name, ``txt`` for the caption; default: the source's own.
         image_field: Column of a table that holds the picture files, where its name is not a usual one.
-        templates: Prompt ensemble; default: the processor's.
+        templates: Prompt ensemble; default: the one published for the data set, else the processor's.
         baseline: Labelled source for nearest neighbour on pixels, ``none`` for no baseline; default: the source's own, if any.
         device: Where to compute; ``auto`` chooses.
         precision: See `mm.hub.load`.
@@ -109,12 +110,12 @@ def evaluate_zero_shot(
     if label == CAPTION_LABEL:
         source = CaptionAsField(source, CAPTION_LABEL)
     task = label_task(source, label=label, classes=classes)
-    prompts = tuple(templates or model.processor.templates)
+    prompts = tuple(templates or getattr(source, "templates", ()) or model.processor.templates)
     with open_world(model.device.type) as world:
         encoded = encode(model, source, cache=cache, progress=progress, world=world)
         vectors = class_vectors(embed_texts_together(model, world), task.classes, prompts)
     fields = [sample["fields"] for sample in encoded.samples]
-    rows, labels = _labelled(fields, task, source)
+    rows, labels = labelled(fields, task, source)
     result = zero_shot(
         encoded.images[rows],
         vectors,
@@ -169,7 +170,45 @@ def evaluate_retrieval(
     return retrieval(encoded.images[rows], texts, image_of, protocol=_protocol(model, source, encoded))
 
 
-TASKS: Mapping[str, Callable[..., Result]] = {"zero-shot": evaluate_zero_shot, "retrieval": evaluate_retrieval}
+def evaluate_compositional(
+    model: str | Path | Model,
+    data: str | Source,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    cache: bool = True,
+    progress: Progress | None = None,
+) -> Result:
+    """Winoground's scores or SugarCrepe's accuracies, as the source asks for.
+
+    Raises:
+        UserError: The source is neither of them, or a picture of it cannot be used: no example may be left out.
+    """
+    model = loaded(model, device, precision)
+    source = opened(data, model)
+    kind = getattr(source, "evaluation", None)
+    if kind not in ("winoground", "sugarcrepe"):
+        raise UserError(f"{source.name}: not a compositional set; give winoground:FOLDER or sugarcrepe:FOLDER")
+    with open_world(model.device.type) as world:
+        encoded = encode(model, source, cache=cache, progress=progress, world=world)
+        if len(encoded.samples) != len(source):
+            raise UserError(f"{source.name}: pictures that cannot be used: {encoded.accounting}; complete the copy")
+        fields = [sample["fields"] for sample in encoded.samples]
+        right = [sample["captions"][0] for sample in encoded.samples]
+        embed = embed_texts_together(model, world)
+        texts = embed(right if kind == "winoground" else [*right, *(entry["negative"] for entry in fields)])
+    protocol = _protocol(model, source, encoded)
+    if kind == "winoground":
+        return winoground(pair_scores(encoded.images.unflatten(0, (-1, 2)), texts.unflatten(0, (-1, 2))), protocol=protocol)
+    scores = pair_scores(encoded.images[:, None], texts.unflatten(0, (2, -1)).transpose(0, 1))[:, 0]
+    return sugarcrepe(scores, [entry["category"] for entry in fields], protocol=protocol)
+
+
+TASKS: Mapping[str, Callable[..., Result]] = {
+    "zero-shot": evaluate_zero_shot,
+    "retrieval": evaluate_retrieval,
+    "compositional": evaluate_compositional,
+}
 """Evaluations by the name that the command line and `evaluate` know them by."""
 
 
@@ -268,9 +307,9 @@ def opened(data: str | Source, model: Model, *, image_field: str | None = None, 
     return open_source(data, image_field=image_field, text_field=text_field, image_size=model.processor.image_spec.size)
 
 
-def _labelled(fields: Sequence[Mapping[str, Any]], task: LabelTask, source: Source) -> tuple[list[int], Tensor]:
-    """Rows whose label is among the classes, and its index."""
-    index = {name: position for position, name in enumerate(task.classes)}
+def labelled(fields: Sequence[Mapping[str, Any]], task: LabelTask, source: Source) -> tuple[list[int], Tensor]:
+    """Rows whose label is among the classes, and its index. Raises `UserError` where there is none."""
+    index = task.index()
     labels = [label_of(entry, task.label) for entry in fields]
     if not any(label in index for label in labels):  # class numbers, as webdataset's .cls files hold them
         index = {str(position): position for position in range(len(task.classes))}
@@ -294,7 +333,7 @@ def _baseline(source: Source, reference: str, task: LabelTask, progress: Progres
     sides = []
     for side in (open_source(reference), source):
         pictures, fields = _thumbnails_of(side, progress)
-        rows, labels = _labelled(fields, task, side)
+        rows, labels = labelled(fields, task, side)
         sides.append((pictures[rows], labels.tolist(), [fields[row] for row in rows]))
     (index, index_labels, _), (queries, query_labels, query_fields) = sides
     return pixel_baseline(

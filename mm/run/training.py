@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from mm.config import apply_overrides, load_config, to_dict, validate, write_yaml
+from mm.config import apply_overrides, merge, read_layers, to_dict, validate, write_yaml
 from mm.data.accounting import merge_states
 from mm.data.captions import Captioner, corpus
 from mm.data.loader import Loader
 from mm.data.sources import open_source, open_training_source
 from mm.errors import BadSample, ConfigError
 from mm.hub import CONFIG_FILE, Model, load
+from mm.nn.lora import add_lora
 from mm.processor import Processor
 from mm.run.config import RunConfig
 from mm.run.preparation import TrainPreparation
@@ -51,7 +52,7 @@ def train(
         resolved = validate(RunConfig, apply_overrides(to_dict(config), overrides), "configuration")
     else:
         name = Path(config).stem
-        resolved = load_config(RunConfig, Path(config), overrides)
+        resolved = load_run_config(Path(config), overrides)
     folder = Path(out) if out is not None else DEFAULT_RUNS / name
     run = assemble(resolved, resume=find_checkpoint(folder, lambda _: None) if folder.is_dir() else None)
     return train_loop(
@@ -64,6 +65,20 @@ def train(
         merge_states=merge_states,
         **loop_options,
     )
+
+
+def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read the configuration of a run. A ``system`` section without a ``name`` lists changes to the network of ``init_from``.
+
+    Raises:
+        UserError: The file, a key or a value cannot be used, or there is no such model.
+    """
+    values = apply_overrides(read_layers(path), overrides)
+    changes = values.get("system") or {}
+    if values.get("init_from") and isinstance(changes, dict) and "name" not in changes:
+        own = to_dict(load(str(values["init_from"]), device="cpu", precision="fp32").config)
+        values["system"] = merge(own, changes)
+    return validate(RunConfig, values, str(path))
 
 
 @dataclass(frozen=True)
@@ -183,21 +198,23 @@ def _system(config: RunConfig, start: Model | None) -> System:
     system = build(config.system)
     if start is not None:
         _adopt(system, start.system, config.init_from or start.name)
+    if config.tune is not None:
+        add_lora(system, config.tune)
     return system
 
 
 def _adopt(system: System, start: System, name: str) -> None:
-    """Take over all weights. Buffers that only the new objective has (a queue) start empty."""
-    state = start.state_dict()
-    own = system.state_dict()
-    needed = {key for key, _ in system.named_parameters()}
-    unfit = [key for key in state.keys() | needed if key not in state or key not in own or state[key].shape != own[key].shape]
+    """Take over all parameters, and the buffers that fit: a queue that only one of the two has is left as it is."""
+    state, own = start.state_dict(), system.state_dict()
+    parameters = {key for network in (start, system) for key, _ in network.named_parameters()}
+    unfit = [key for key in parameters if key not in state or key not in own or state[key].shape != own[key].shape]
     if unfit:
         raise ConfigError(
             f"init_from: '{name}' is another network than 'system' describes (first difference: {min(unfit)}); "
             "`mm info --yaml` prints its section"
         )
-    system.load_state_dict(own | state)
+    fit = {key: value for key, value in state.items() if key in own and value.shape == own[key].shape}
+    system.load_state_dict(own | fit)
 
 
 def _validator(config: RunConfig, processor: Processor, image_size: int) -> Validator | None:

@@ -106,7 +106,8 @@ class Validator:
         if labelled is None:
             return {}
         classes, rows, labels = labelled
-        candidates = class_vectors(model.embed_texts, classes, self._processor.templates)
+        prompts = getattr(self._source, "templates", ()) or self._processor.templates
+        candidates = class_vectors(model.embed_texts, classes, prompts)
         found = label_ranks(vectors[rows], candidates, torch.tensor(labels))
         return {"top1": (found < 1).float().mean().item()}
 
@@ -116,7 +117,7 @@ class Validator:
             task = label_task(self._source)
         except UserError:
             return None
-        index = {name: position for position, name in enumerate(task.classes)}
+        index = task.index()
         found = [(row, index.get(label_of(fields, task.label) or "")) for row, fields in enumerate(held.fields)]
         pairs = [(row, label) for row, label in found if label is not None]
         if len(index) < 2 or not pairs:

@@ -1,0 +1,128 @@
+"""Low-rank adaptation: train a thin correction of frozen weights, fold it in afterwards (https://arxiv.org/abs/2106.09685).
+
+A correction is a parametrization of the weight itself, so it works wherever a weight is used: linear layers, convolutions, and
+attention that calls its weights without calling their layers. Shapes: O outputs, I inputs of a flattened weight, R rank.
+"""
+
+import difflib
+import fnmatch
+import math
+from collections.abc import Iterator
+from types import MethodType
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from mm.config import StrictConfig
+from mm.errors import UserError
+
+WEIGHTS = ("weight", "in_proj_weight")
+"""Matrices that a correction is made for, by the name that torch's layers give them."""
+
+
+class LoraConfig(StrictConfig):
+    """Which weights are corrected, and how thinly.
+
+    Args:
+        method: Low-rank corrections are the only one so far.
+        rank: R; the corrections of an ``O x I`` weight have ``R (O + I)`` parameters.
+        alpha: The correction is scaled by ``alpha / rank``.
+        targets: Glob patterns of the qualified names of layers, e.g. "*.attn.qkv"; each must match one.
+        train: Glob patterns of parameters that are trained whole beside the corrections.
+    """
+
+    method: Literal["lora"] = "lora"
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    targets: tuple[str, ...] = Field(default=("*",), min_length=1)
+    train: tuple[str, ...] = ("*logit_scale", "*logit_bias")
+
+
+class Correction(nn.Module):
+    """Adds ``scale * up @ down`` to a weight. ``up`` begins at zero, so that nothing changes at first.
+
+    Args:
+        weight: The weight to be corrected, ``(O, ...)``.
+        rank: R.
+        scale: Multiplier of the correction.
+    """
+
+    def __init__(self, weight: Tensor, *, rank: int, scale: float) -> None:
+        super().__init__()
+        outputs, inputs = weight.shape[0], weight[0].numel()
+        self.scale = scale
+        self.up = nn.Parameter(weight.new_zeros(outputs, rank))
+        self.down = nn.Parameter(torch.empty(rank, inputs, dtype=weight.dtype, device=weight.device))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.scale * (self.up @ self.down).view_as(weight)
+
+
+def add_lora(module: nn.Module, config: LoraConfig) -> list[str]:
+    """Freeze a module and give the layers that ``targets`` name a trainable correction, in place.
+
+    Running statistics of batch normalization stay as they are, in training too: they belong to the frozen weights.
+
+    Returns:
+        Names of the corrected weights.
+
+    Raises:
+        UserError: A pattern matches no layer with a weight matrix.
+    """
+    layers = dict(_layers(module))
+    for pattern in config.targets:
+        if not fnmatch.filter(layers, pattern):
+            near = difflib.get_close_matches(pattern.strip("*."), layers, n=3, cutoff=0.2)
+            raise UserError(
+                f"tune.targets: '{pattern}' matches no layer; there are such as {', '.join(near or list(layers)[:3])}"
+            )
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(any(fnmatch.fnmatch(name, pattern) for pattern in config.train))
+    for part in module.modules():
+        if isinstance(part, _BatchNorm):
+            _keep_statistics(part)
+    corrected = []
+    for name, layer in layers.items():
+        if any(fnmatch.fnmatch(name, pattern) for pattern in config.targets):
+            for weight in _matrices(layer):
+                correction = Correction(getattr(layer, weight), rank=config.rank, scale=config.alpha / config.rank)
+                parametrize.register_parametrization(layer, weight, correction)
+                corrected.append(f"{name}.{weight}")
+    return corrected
+
+
+def merge_lora(module: nn.Module) -> None:
+    """Fold all corrections into their weights, in place; names are those of the module before `add_lora`."""
+    for part in list(module.modules()):
+        if parametrize.is_parametrized(part):
+            for weight in list(part.parametrizations):  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]
+                if parametrize.is_parametrized(part, weight):
+                    parametrize.remove_parametrizations(part, weight, leave_parametrized=True)
+
+
+def trainable(module: nn.Module) -> tuple[int, int]:
+    """Number of parameters that are trained, and of all."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear | nn.Conv2d | nn.MultiheadAttention) and _matrices(part):
+            yield name, part
+
+
+def _matrices(layer: nn.Module) -> list[str]:
+    found = [(name, getattr(layer, name, None)) for name in WEIGHTS]
+    return [name for name, weight in found if isinstance(weight, Tensor) and weight.ndim > 1]
+
+
+def _keep_statistics(norm: _BatchNorm) -> None:
+    """Hold a batch normalization in evaluation mode, whatever mode its owners are put in."""
+    norm.eval()
+    norm.train = MethodType(lambda self, mode=True: self, norm)

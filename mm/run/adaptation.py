@@ -1,0 +1,180 @@
+"""Using a model on data of one's own kind: probes on its vectors, averages of weights, learned prompts.
+
+Sources: WiSE-FT https://arxiv.org/abs/2109.01903, CoOp https://arxiv.org/abs/2109.01134.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mm.data.labels import LabelTask, label_task
+from mm.encoders.text import TextEncoder
+from mm.errors import UserError
+from mm.evaluation.metrics import Result
+from mm.evaluation.probe import linear_probe, nearest_neighbours, tip_adapter
+from mm.evaluation.zero_shot import class_vectors
+from mm.fusion.dual_tower import unit
+from mm.hub import Model
+from mm.run.evaluation import Progress, encode, labelled, loaded, opened
+from mm.seeding import derive_seed
+from mm.systems.clip import Clip
+from mm.types import Source
+
+CLASSIFIERS = {"linear": linear_probe, "knn": nearest_neighbours}
+PROBES = (*CLASSIFIERS, "tip")
+
+
+def evaluate_probe(
+    model: str | Path | Model,
+    train: str | Source,
+    data: str | Source,
+    *,
+    method: str = "linear",
+    label: str | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    cache: bool = True,
+    progress: Progress | None = None,
+) -> Result:
+    """Teach a classifier on a model's vectors of one labelled source and measure it on another.
+
+    Args:
+        model: A loaded model or a MODEL reference.
+        train: The examples. Settings are chosen on a fifth of them, never on ``data``.
+        data: What is measured; its classes that have no example stay candidates that are never right for ``linear``.
+        method: ``linear`` (logistic regression), ``knn`` or ``tip`` (Tip-Adapter: names and examples together).
+        label: Field that holds the class name; default: the source's own.
+        device: Where to compute; ``auto`` chooses.
+        precision: See `mm.hub.load`.
+        cache: Remember the vectors in the cache folder.
+        progress: Called with (done, total) while encoding.
+
+    Raises:
+        UserError: An unknown method, or labels that the two sources do not share.
+    """
+    if method not in PROBES:
+        raise UserError(f"'{method}': no such probe; there are {', '.join(PROBES)}")
+    model = loaded(model, device, precision)
+    sources = [opened(source, model) for source in (train, data)]
+    task = _common_task(sources, label)
+    sides: list[tuple[Tensor, Tensor]] = []
+    for source in sources:
+        encoded = encode(model, source, cache=cache, progress=progress)
+        rows, labels = labelled([sample["fields"] for sample in encoded.samples], task, source)
+        sides.append((encoded.images[rows], labels))
+    protocol = {"model": model.name, "examples_from": sources[0].name, "data": sources[1].name, "label": task.label}
+    (examples, example_labels), (images, labels) = sides
+    if method in CLASSIFIERS:
+        fit = CLASSIFIERS[method]
+        return fit(examples, example_labels, images, labels, num_classes=len(task.classes), protocol=protocol)
+    names = class_vectors(model.embed_texts, task.classes, model.processor.templates)
+    protocol |= {"templates": list(model.processor.templates)}
+    return tip_adapter(examples, example_labels, images, labels, names, protocol=protocol)
+
+
+def interpolate(base: Model, tuned: Model, alpha: float) -> Model:
+    """The model between two: weights ``(1 - alpha) * base + alpha * tuned`` (WiSE-FT). It often keeps what ``base`` knew.
+
+    Args:
+        base: The model that was fine-tuned.
+        tuned: What became of it.
+        alpha: 0 gives ``base``, 1 gives ``tuned``, both to the bit.
+
+    Raises:
+        UserError: Alpha outside 0..1, or models of different networks or vocabularies.
+    """
+    if not 0 <= alpha <= 1:
+        raise UserError(f"alpha {alpha} is not between 0 (the first model) and 1 (the second)")
+    if base.processor.tokenizer.to_json() != tuned.processor.tokenizer.to_json():
+        raise UserError(
+            f"{base.name} and {tuned.name} have different vocabularies; only a model and its own fine-tuning can be averaged"
+        )
+    first, second = base.system.state_dict(), tuned.system.state_dict()
+    parameters = [name for name, _ in tuned.system.named_parameters()]
+    unfit = [name for name in parameters if name not in first or first[name].shape != second[name].shape]
+    if unfit:
+        raise UserError(f"{base.name} and {tuned.name} are different networks (first difference: {unfit[0]})")
+    mixed = {name: _between(first.get(name, value), value, alpha) for name, value in second.items()}
+    system = copy.deepcopy(tuned.system)
+    system.load_state_dict(mixed)
+    return replace(tuned, system=system, name=f"{base.name} and {tuned.name} at {alpha}", card={})
+
+
+def learn_prompt(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    names: Sequence[str],
+    *,
+    length: int = 4,
+    steps: int = 200,
+    lr: float = 0.02,
+    seed: int = 0,
+) -> tuple[Tensor, Callable[[Sequence[str]], Tensor]]:
+    """Learn the words around a class name, as vectors; the model itself stays as it is (CoOp, one context for all classes).
+
+    Args:
+        model: A dual tower with the suite's own text encoder.
+        images: Unit vectors of the examples, ``(N, D)``.
+        labels: Class of each example, ``(N,)``.
+        names: Class names.
+        length: Number of learned vectors, which stand before the name.
+        steps: Steps over all examples.
+        lr: Peak learning rate of Adam; it falls along a cosine.
+        seed: Of the first vectors.
+
+    Returns:
+        The context ``(length, width)`` and a function from class names to their unit vectors ``(C, D)``.
+
+    Raises:
+        UserError: Another kind of model, or a name that is too long.
+    """
+    system = model.system
+    encoder = system.encoders().get("text") if isinstance(system, Clip) else None
+    if not isinstance(system, Clip) or not isinstance(encoder, TextEncoder) or encoder.pad_id is not None:
+        raise UserError(f"{model.name}: prompts are learned for dual towers with mm's own text encoder")
+    width = encoder.width
+    context = nn.Parameter(
+        0.02 * torch.randn(length, width, generator=torch.Generator().manual_seed(derive_seed(seed, "prompt"))).to(model.device)
+    )
+
+    def vectors(texts: Sequence[str]) -> Tensor:
+        batch = model.processor.text(texts).to(model.device)
+        if batch.ids.shape[1] + length > encoder.context_length:
+            raise UserError(f"a class name of {batch.ids.shape[1]} tokens leaves no room for {length} learned ones")
+        words = encoder.embedding.tokens(batch.ids)
+        learned = context.to(words.dtype).expand(len(words), -1, -1)
+        pooled = encoder.encode_vectors(torch.cat([words[:, :1], learned, words[:, 1:]], 1), batch.lengths + length).pooled
+        return unit(system.towers.projections["text"](pooled.float()))
+
+    optimizer = torch.optim.Adam([context], lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    images, labels, scale = images.to(model.device), labels.to(model.device), system.towers.scale().detach()
+    with torch.enable_grad():
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(scale * images @ vectors(names).T, labels)
+            [context.grad] = torch.autograd.grad(loss, [context])
+            optimizer.step()
+            schedule.step()
+    return context.detach(), torch.no_grad()(vectors)
+
+
+def _common_task(sources: Sequence[Source], label: str | None) -> LabelTask:
+    """The classes of both sources, those of the measured one first."""
+    train, test = (label_task(source, label=label) for source in sources)
+    classes = dict.fromkeys([*test.classes, *train.classes])
+    if not set(train.classes) & set(test.classes):
+        raise UserError(f"{sources[0].name} and {sources[1].name} have no class in common; check --label")
+    return LabelTask(label=test.label, classes=tuple(classes))
+
+
+def _between(first: Tensor, second: Tensor, alpha: float) -> Tensor:
+    if alpha == 0 or not second.is_floating_point():
+        return first if alpha == 0 else second
+    return second if alpha == 1 else torch.lerp(first.to(second.device), second, alpha)
