@@ -18,6 +18,7 @@ from mm.evaluation.sheet import contact_sheet
 from mm.evaluation.zero_shot import class_vectors, ranked
 from mm.hub import Model, load
 from mm.media.image import decode_image
+from mm.run.adaptation import evaluate_probe
 from mm.run.config import CONFIGS
 from mm.run.evaluation import evaluate_retrieval, evaluate_zero_shot
 from mm.run.inference import classify, search
@@ -27,6 +28,8 @@ from mm.types import Source
 
 MODEL = "emoji-clip"
 TEST = "emoji:test/core"
+VALIDATION = "emoji:validation/core"
+EXAMPLES = "emoji:train/all-concepts/core/noto/twemoji"
 DRAWING_SIDE = 128
 """Pixels of the pictures that are shown; the model sees its own size."""
 
@@ -57,6 +60,7 @@ def tour(out: Path) -> Path:
         _classify(model, pictures, out, console),
         _search(model, pictures, out, console),
         _answers(model, pictures, out),
+        _examples(model, console),
         _train(out, console),
     ]
     seconds = time.monotonic() - started
@@ -96,6 +100,27 @@ def _measure(model: Model, console: Console) -> Section:
             Charts([_bars(zero_shot), _recall_bars(retrieval)]),
             result_table(zero_shot),
             result_table(retrieval),
+        ],
+    )
+
+
+def _examples(model: Model, console: Console) -> Section:
+    """Names beside examples: the same vectors, asked in two ways, on the validation artist."""
+    console.rule("examples instead of names")
+    zero_shot = evaluate_zero_shot(model, VALIDATION, baseline="none")
+    found = {"names alone (zero-shot)": zero_shot.metrics["top1"]}
+    with progress_bar("encoding") as progress:
+        neighbours = evaluate_probe(model, EXAMPLES, VALIDATION, method="knn", progress=progress)
+    result(neighbours, f"nearest neighbours: {MODEL}, examples by two artists, measured on a third", None)
+    found["examples alone (nearest neighbours)"] = neighbours.metrics["top1"]
+    bars = [Bar(label, figure.value, figure.low, figure.high) for label, figure in found.items()]
+    return Section(
+        "Names or examples",
+        [
+            Text(
+                "The model's vectors need no further training: examples by two artists of its training name a third artist's."
+            ),
+            Charts([bar_chart(bars, title="Top-1 on the validation artist")]),
         ],
     )
 

@@ -3,9 +3,9 @@
     python tools/finetune_experiment.py BASE [--seeds 0 1 2] [--out runs/finetune] [--json FILE]
 
 BASE is a model of the emoji's train artists without openmoji. Each seed draws its own 300 pairs of openmoji, trains on them with
-configs/finetune.yaml (all weights, or low-rank corrections) and averages the result with BASE. How much of the tuned weights the
-average takes is chosen once, on the first seed, with a fifth of its 300 pairs left out of training; the rest of the artist and
-the other artist (fxemoji) are only measured.
+configs/finetune.yaml (all weights, or low-rank corrections) and averages the result with BASE. How much of the tuned weights
+the average takes is chosen once, on the first seed, with a fifth of its 300 pairs left out of training; the rest of the artist
+and the other artist (fxemoji) are only measured.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from mm.types import Source
 
 ARTIST, OTHER = "emoji:train/core/openmoji", "emoji:validation/core"
 PAIRS, HELD = 300, 60
-METHODS = {"full": (), "lora": ("tune={rank: 8}", "train.lr=0.001")}
+METHODS = {"full": (), "text locked": ("system.lock=[text]",), "lora": ("tune={rank: 8}", "train.lr=0.001")}
 """Overrides of configs/finetune.yaml."""
 
 
@@ -58,7 +58,7 @@ def top1(model: Model, source: Source) -> float:
 def choose(base: Model, source: Source, seed: int, method: str, out: Path) -> float:
     """Share of the tuned weights that does best on a part of the pairs that was left out of training."""
     rows, _ = split(source, seed)
-    tuned = tune(base.name, source, rows[HELD:], METHODS[method], seed, out / f"{method}-choice")
+    tuned = tune(base.name, source, rows[HELD:], METHODS[method], seed, out / f"{method.replace(' ', '-')}-choice")
     return best_alpha(sweep(base, tuned, Subset(source, rows[:HELD])))
 
 
@@ -68,7 +68,7 @@ def measure(base: Model, source: Source, other: Source, seed: int, out: Path, al
     unseen = Subset(source, rest, name=f"{source.name}, the rest")
     found = [{"seed": seed, "method": "base", "artist": top1(base, unseen), "other": top1(base, other)}]
     for method, overrides in METHODS.items():
-        tuned = tune(base.name, source, rows, overrides, seed, out / f"{method}-{seed}")
+        tuned = tune(base.name, source, rows, overrides, seed, out / f"{method.replace(' ', '-')}-{seed}")
         for alpha in (1.0, alphas[method]):
             model = interpolate(base, tuned, alpha)
             name = method if alpha == 1 else f"{method}, alpha {alpha:g}"

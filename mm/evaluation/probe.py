@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mm.errors import UserError
 from mm.evaluation.metrics import RESAMPLES, Interval, Result, bootstrap, mean_per_class, share
-from mm.evaluation.scores import checked, checked_index, exact_fp32
+from mm.evaluation.scores import checked, checked_index, exact_fp32, pad_rows
 from mm.seeding import generator
 
 PENALTIES = tuple(10.0**power for power in range(-6, 3))
@@ -29,7 +29,9 @@ HELD_SHARE = 0.2
 ITERATIONS = 500
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
-CHUNK = 1024
+MAX_SCORES = 1 << 25
+"""Scores of queries with examples in memory at once: 128 MiB, whatever their numbers."""
+
 SHARPNESS = tuple(float(value) for value in (0.5, 1, 2, 4, 8))
 MIXTURE = tuple(float(value) for value in (0, 0.25, 0.5, 1, 2, 4))
 """Tip-Adapter's beta and alpha among which the held part chooses; alpha 0 is zero-shot classification."""
@@ -108,12 +110,17 @@ def nearest_neighbours(
     """
     train, train_labels, test, test_labels = _checked(train, train_labels, test, test_labels, num_classes)
     k = min(k, len(train))
-    keys, found = F.normalize(train, dim=1), []
+    columns, found = pad_rows(F.normalize(train, dim=1)).T, []
     with exact_fp32(train.device):
-        for chunk in F.normalize(test, dim=1).split(CHUNK):
-            near = (chunk @ keys.T).sort(dim=1, descending=True, stable=True)
-            weights = ((near.values[:, :k] - 1) / temperature).exp()
-            votes = torch.zeros(len(chunk), num_classes).scatter_add_(1, train_labels[near.indices[:, :k]], weights)
+        for chunk in F.normalize(test, dim=1).split(max(1, MAX_SCORES // columns.shape[1])):
+            cosines = (pad_rows(chunk) @ columns)[: len(chunk), : len(train)]
+            least = cosines.topk(k, dim=1).values[:, -1:]
+            room = k - (cosines > least).sum(1, keepdim=True)  # for those that are exactly as near as the k-th
+            level = cosines == least
+            chosen = (cosines > least) | (level & (level.cumsum(1) <= room))
+            rows, places = chosen.nonzero(as_tuple=True)
+            weights = ((cosines[rows, places] - 1) / temperature).exp()
+            votes = torch.zeros(len(chunk), num_classes).index_put_((rows, train_labels[places]), weights, accumulate=True)
             found.append(votes.argmax(1))
     stamp = {"classifier": f"{k} nearest neighbours, weights exp(cosine / {temperature})", "examples": len(train)}
     return _result(torch.cat(found), test_labels, stamp | dict(protocol or {}))

@@ -12,6 +12,7 @@ from types import MethodType
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,7 +21,7 @@ from torch.nn.utils import parametrize
 from mm.config import StrictConfig
 from mm.errors import UserError
 
-WEIGHTS = ("weight", "in_proj_weight")
+WEIGHTS = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 """Matrices that a correction is made for, by the name that torch's layers give them."""
 
 
@@ -31,13 +32,15 @@ class LoraConfig(StrictConfig):
         method: Low-rank corrections are the only one so far.
         rank: R; the corrections of an ``O x I`` weight have ``R (O + I)`` parameters.
         alpha: The correction is scaled by ``alpha / rank``.
-        targets: Glob patterns of the qualified names of layers, e.g. "*.attn.qkv"; each must match one.
+        dropout: Probability that the corrections do without an input in a training step, the same inputs for the whole batch.
+        targets: Glob patterns of the qualified names of layers, e.g. "*.attn.qkv"; each must match one that is not locked.
         train: Glob patterns of parameters that are trained whole beside the corrections.
     """
 
     method: Literal["lora"] = "lora"
     rank: int = Field(default=8, ge=1)
     alpha: float = Field(default=16.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: tuple[str, ...] = Field(default=("*",), min_length=1)
     train: tuple[str, ...] = ("*logit_scale", "*logit_bias")
 
@@ -49,24 +52,30 @@ class Correction(nn.Module):
         weight: The weight to be corrected, ``(O, ...)``.
         rank: R.
         scale: Multiplier of the correction.
+        dropout: See `LoraConfig`.
     """
 
-    def __init__(self, weight: Tensor, *, rank: int, scale: float) -> None:
+    def __init__(self, weight: Tensor, *, rank: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
         outputs, inputs = weight.shape[0], weight[0].numel()
         self.scale = scale
+        self.dropout = dropout
         self.up = nn.Parameter(weight.new_zeros(outputs, rank))
         self.down = nn.Parameter(torch.empty(rank, inputs, dtype=weight.dtype, device=weight.device))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.scale * (self.up @ self.down).view_as(weight)
+        down = self.down
+        if self.training and self.dropout:
+            down = down * F.dropout(torch.ones_like(down[:1]), self.dropout)
+        return weight + self.scale * (self.up @ down).view_as(weight)
 
 
 def add_lora(module: nn.Module, config: LoraConfig) -> list[str]:
     """Freeze a module and give the layers that ``targets`` name a trainable correction, in place.
 
-    Running statistics of batch normalization stay as they are, in training too: they belong to the frozen weights.
+    What was frozen before, such as the encoder of a locked tower, gets none. Running statistics of batch normalization stay as
+    they are, in training too: they belong to the frozen weights.
 
     Returns:
         Names of the corrected weights.
@@ -82,23 +91,30 @@ def add_lora(module: nn.Module, config: LoraConfig) -> list[str]:
                 f"tune.targets: '{pattern}' matches no layer; there are such as {', '.join(near or list(layers)[:3])}"
             )
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(any(fnmatch.fnmatch(name, pattern) for pattern in config.train))
+        chosen = any(fnmatch.fnmatch(name, pattern) for pattern in config.train)
+        parameter.requires_grad_(chosen and parameter.requires_grad)
     for part in module.modules():
         if isinstance(part, _BatchNorm):
             _keep_statistics(part)
-    corrected = []
-    for name, layer in layers.items():
+    scale, corrected = config.alpha / config.rank, []
+    for name, weights in layers.items():
         if any(fnmatch.fnmatch(name, pattern) for pattern in config.targets):
-            for weight in _matrices(layer):
-                correction = Correction(getattr(layer, weight), rank=config.rank, scale=config.alpha / config.rank)
+            layer = module.get_submodule(name)
+            for weight in weights:
+                correction = Correction(getattr(layer, weight), rank=config.rank, scale=scale, dropout=config.dropout)
                 parametrize.register_parametrization(layer, weight, correction)
                 corrected.append(f"{name}.{weight}")
     return corrected
 
 
 def merge_lora(module: nn.Module) -> None:
-    """Fold all corrections into their weights, in place; names are those of the module before `add_lora`."""
+    """Fold all corrections into their weights, in place; names are those of the module before `add_lora`.
+
+    What `add_lora` froze stays frozen, except for the running statistics of batch normalization.
+    """
     for part in list(module.modules()):
+        if isinstance(part, _BatchNorm):
+            part.__dict__.pop("train", None)
         if parametrize.is_parametrized(part):
             for weight in list(part.parametrizations):  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]
                 if parametrize.is_parametrized(part, weight):
@@ -111,15 +127,14 @@ def trainable(module: nn.Module) -> tuple[int, int]:
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
-def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _layers(module: nn.Module) -> Iterator[tuple[str, list[str]]]:
+    """Layers that can be corrected, with the names of their own weights that are trained."""
     for name, part in module.named_modules():
-        if isinstance(part, nn.Linear | nn.Conv2d | nn.MultiheadAttention) and _matrices(part):
-            yield name, part
-
-
-def _matrices(layer: nn.Module) -> list[str]:
-    found = [(name, getattr(layer, name, None)) for name in WEIGHTS]
-    return [name for name, weight in found if isinstance(weight, Tensor) and weight.ndim > 1]
+        if isinstance(part, nn.Linear | nn.Conv2d | nn.MultiheadAttention):
+            found = [(weight, getattr(part, weight, None)) for weight in WEIGHTS]
+            weights = [weight for weight, value in found if isinstance(value, Tensor) and value.requires_grad]
+            if weights:
+                yield name, weights
 
 
 def _keep_statistics(norm: _BatchNorm) -> None:

@@ -4,9 +4,10 @@ Sources: WiSE-FT https://arxiv.org/abs/2109.01903, CoOp https://arxiv.org/abs/21
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +21,16 @@ from mm.evaluation.probe import linear_probe, nearest_neighbours, tip_adapter
 from mm.evaluation.zero_shot import class_vectors
 from mm.fusion.dual_tower import unit
 from mm.hub import Model
-from mm.run.evaluation import Progress, encode, labelled, loaded, opened
+from mm.run.evaluation import Progress, encode, evaluate, labelled, loaded, opened
 from mm.seeding import derive_seed
 from mm.systems.clip import Clip
+from mm.training.statistics import running_statistics
 from mm.types import Source
 
 CLASSIFIERS = {"linear": linear_probe, "knn": nearest_neighbours}
 PROBES = (*CLASSIFIERS, "tip")
+ALPHAS = tuple(step / 10 for step in range(11))
+"""Shares of the tuned weights that `sweep` measures."""
 
 
 def evaluate_probe(
@@ -61,12 +65,13 @@ def evaluate_probe(
         raise UserError(f"'{method}': no such probe; there are {', '.join(PROBES)}")
     model = loaded(model, device, precision)
     sources = [opened(source, model) for source in (train, data)]
-    task = _common_task(sources, label)
+    tasks = _common_tasks(sources, label)
     sides: list[tuple[Tensor, Tensor]] = []
-    for source in sources:
+    for source, task in zip(sources, tasks, strict=True):
         encoded = encode(model, source, cache=cache, progress=progress)
         rows, labels = labelled([sample["fields"] for sample in encoded.samples], task, source)
         sides.append((encoded.images[rows], labels))
+    task = tasks[-1]
     protocol = {"model": model.name, "examples_from": sources[0].name, "data": sources[1].name, "label": task.label}
     (examples, example_labels), (images, labels) = sides
     if method in CLASSIFIERS:
@@ -86,7 +91,7 @@ def interpolate(base: Model, tuned: Model, alpha: float) -> Model:
         alpha: 0 gives ``base``, 1 gives ``tuned``, both to the bit.
 
     Raises:
-        UserError: Alpha outside 0..1, or models of different networks or vocabularies.
+        UserError: Alpha outside 0..1, or models of different networks, vocabularies or weight types.
     """
     if not 0 <= alpha <= 1:
         raise UserError(f"alpha {alpha} is not between 0 (the first model) and 1 (the second)")
@@ -94,15 +99,45 @@ def interpolate(base: Model, tuned: Model, alpha: float) -> Model:
         raise UserError(
             f"{base.name} and {tuned.name} have different vocabularies; only a model and its own fine-tuning can be averaged"
         )
-    first, second = base.system.state_dict(), tuned.system.state_dict()
-    parameters = [name for name, _ in tuned.system.named_parameters()]
-    unfit = [name for name in parameters if name not in first or first[name].shape != second[name].shape]
+    first, second = _averaged(base), _averaged(tuned)
+    unfit = [name for name in first.keys() | second.keys() if _kind(first.get(name)) != _kind(second.get(name))]
     if unfit:
-        raise UserError(f"{base.name} and {tuned.name} are different networks (first difference: {unfit[0]})")
-    mixed = {name: _between(first.get(name, value), value, alpha) for name, value in second.items()}
+        raise UserError(f"{base.name} and {tuned.name} are different networks (first difference: {min(unfit)})")
     system = copy.deepcopy(tuned.system)
-    system.load_state_dict(mixed)
-    return replace(tuned, system=system, name=f"{base.name} and {tuned.name} at {alpha}", card={})
+    mixed = {name: _between(first[name], tensor, alpha) for name, tensor in second.items()}
+    system.load_state_dict(tuned.system.state_dict() | mixed)
+    return replace(tuned, system=system, name=f"{base.name} and {tuned.name} at {alpha:g}", card={})
+
+
+def sweep(
+    base: Model,
+    tuned: Model,
+    data: str | Source,
+    *,
+    alphas: Sequence[float] = ALPHAS,
+    task: str = "zero-shot",
+    options: Mapping[str, Any] | None = None,
+) -> dict[float, Result]:
+    """Measure averages of two models, to choose one: on data that neither was trained on and that is not reported.
+
+    Args:
+        base: See `interpolate`.
+        tuned: See `interpolate`.
+        data: A source to choose by.
+        alphas: Shares of the tuned weights.
+        task: What to measure, see `mm.run.evaluation.evaluate`.
+        options: Of that evaluation.
+
+    Returns:
+        Figures by alpha.
+    """
+    fixed = {"cache": False} | ({"baseline": "none"} if task == "zero-shot" else {}) | dict(options or {})
+    return {alpha: evaluate(task, interpolate(base, tuned, alpha), data, **fixed) for alpha in alphas}
+
+
+def best_alpha(figures: Mapping[float, Result], metric: str = "top1") -> float:
+    """The alpha with the best figure of a `sweep`; of equals the smallest, which forgets least."""
+    return max(sorted(figures), key=lambda alpha: figures[alpha].metrics[metric].value)
 
 
 def learn_prompt(
@@ -165,16 +200,26 @@ def learn_prompt(
     return context.detach(), torch.no_grad()(vectors)
 
 
-def _common_task(sources: Sequence[Source], label: str | None) -> LabelTask:
-    """The classes of both sources, those of the measured one first."""
-    train, test = (label_task(source, label=label) for source in sources)
-    classes = dict.fromkeys([*test.classes, *train.classes])
-    if not set(train.classes) & set(test.classes):
+def _common_tasks(sources: Sequence[Source], label: str | None) -> list[LabelTask]:
+    """The task of each source with the classes of both, those of the measured one first, each under its own label field."""
+    train, test = tasks = [label_task(source, label=label) for source in sources]
+    if not train.index().keys() & test.index().keys():
         raise UserError(f"{sources[0].name} and {sources[1].name} have no class in common; check --label")
-    return LabelTask(label=test.label, classes=tuple(classes))
+    names = {value: task.classes[place] for task in (train, test) for value, place in task.index().items()}
+    values = tuple(dict.fromkeys([*test.index(), *train.index()]))
+    return [replace(task, classes=tuple(names[value] for value in values), values=values) for task in tasks]
+
+
+def _averaged(model: Model) -> dict[str, Tensor]:
+    """The weights and the statistics of normalisation that belong to them; queues and the like are no part of an average."""
+    return {name: weight.detach() for name, weight in model.system.named_parameters()} | running_statistics(model.system)
+
+
+def _kind(tensor: Tensor | None) -> tuple[torch.Size, torch.dtype] | None:
+    return None if tensor is None else (tensor.shape, tensor.dtype)
 
 
 def _between(first: Tensor, second: Tensor, alpha: float) -> Tensor:
-    if alpha == 0 or not second.is_floating_point():
-        return first if alpha == 0 else second
-    return second if alpha == 1 else torch.lerp(first.to(second.device), second, alpha)
+    if alpha in (0, 1) or not second.is_floating_point():
+        return second if alpha else first
+    return torch.lerp(first.to(second.device), second, alpha)

@@ -10,6 +10,8 @@ from torch import nn
 import mm
 from mm.errors import UserError
 from mm.nn.lora import LoraConfig, add_lora, merge_lora, trainable
+from mm.systems.clip import ClipConfig, build
+from mm.training.ema import Ema
 
 
 class Net(nn.Module):
@@ -82,6 +84,74 @@ def test_trainable_counts(net: Net) -> None:
 def test_a_pattern_without_a_layer_is_refused(net: Net) -> None:
     with pytest.raises(UserError, match=r"matches no layer; there are such as .*attention"):
         add_lora(net, LoraConfig(targets=("*.attentoin",)))
+
+
+def test_what_is_locked_stays_as_it_is(net: Net) -> None:
+    net.conv.requires_grad_(False)
+    corrected = add_lora(net, LoraConfig(rank=2))
+    assert not any(name.startswith("conv.") for name in corrected)
+    with pytest.raises(UserError, match=r"'conv' matches no layer"):
+        add_lora(net, LoraConfig(targets=("conv",)))
+
+
+def test_a_locked_tower_gets_no_correction() -> None:
+    small = {"width": 16, "layers": 1, "heads": 2, "vocab_size": 64}
+    image = {"backbone": "resnet18", "image_size": 32, "options": {"channels": [8, 8, 8, 8]}}
+    system = build(ClipConfig.model_validate({"image": image, "text": small, "embed_dim": 8, "lock": ["image"]}))
+    corrected = add_lora(system, LoraConfig(rank=2))
+    assert any("text" in name for name in corrected)
+    assert [name for name in corrected if "image" in name] == ["towers.projections.image.weight"]
+
+
+def test_dropout_acts_on_corrections_in_training_only(net: Net) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    add_lora(net, LoraConfig(rank=2, dropout=0.5))
+    steps(net, x)
+    assert torch.equal(net(x), net(x))
+    net.train()
+    assert not torch.equal(net(x), net(x))
+
+
+def test_folding_frees_the_running_statistics(net: Net) -> None:
+    add_lora(net, LoraConfig(rank=2))
+    assert not net.train().norm.training
+    merge_lora(net)
+    assert net.train().norm.training
+
+
+def test_under_autocast_nothing_changes_at_first_and_all_corrections_learn(net: Net) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = net.eval()(x)
+        add_lora(net, LoraConfig(rank=2))
+        assert torch.equal(net(x), before)
+        net(x).float().square().mean().backward()
+    ups = [parameter for name, parameter in net.named_parameters() if name.endswith(".up")]
+    assert len(ups) == 4
+    assert all(up.grad is not None and up.grad.dtype == torch.float32 and bool(up.grad.any()) for up in ups)
+
+
+def test_averages_follow_the_corrections_alone(net: Net) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    add_lora(net, LoraConfig(rank=2))
+    ema = Ema(net, 0.5)
+    steps(net, x, count=1)
+    ema.update()
+    live, averaged = net.state_dict(), ema.state_dict(net)
+    assert list(averaged) == list(live)
+    changed = {name for name in live if not torch.equal(live[name], averaged[name])}
+    assert changed
+    assert all(name.endswith((".up", ".down", "logit_scale")) for name in changed)
+
+
+def test_a_copy_has_its_own_corrections(net: Net) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    add_lora(net, LoraConfig(rank=2))
+    twin = copy.deepcopy(net)
+    before = twin.eval()(x)
+    steps(net, x)
+    assert torch.equal(twin(x), before)
+    assert not twin.train().norm.training
 
 
 TUNED = ["train.steps=4", "train.batch_size=4", "train.checkpoint_every_steps=2", "train.tensorboard=false", "tune={rank: 2}"]
