@@ -2,10 +2,10 @@
 
     python tools/finetune_experiment.py BASE [--seeds 0 1 2] [--out runs/finetune] [--json FILE]
 
-BASE is a model of the emoji's train artists without openmoji. Each seed draws its own 300 pairs of openmoji, trains on them with
-configs/finetune.yaml (all weights, or low-rank corrections) and averages the result with BASE. How much of the tuned weights
-the average takes is chosen once, on the first seed, with a fifth of its 300 pairs left out of training; the rest of the artist
-and the other artist (fxemoji) are only measured.
+BASE is a model of the emoji's train artists without openmoji. Each seed draws its own 300 pairs of openmoji, trains on them
+with configs/finetune.yaml (as it is, with all weights, or with low-rank corrections) and averages the result with BASE. How
+much of the tuned weights the average takes is chosen once for each method, by cross-validation among the first seed's 300
+pairs; the rest of the artist and the other artist (fxemoji) are only measured.
 """
 
 import argparse
@@ -22,15 +22,15 @@ import mm
 from mm.data.sources import Subset, open_source
 from mm.data.write import pack
 from mm.hub import Model
-from mm.run.adaptation import best_alpha, interpolate, sweep
+from mm.run.adaptation import ALPHAS, best_alpha, interpolate, sweep
 from mm.run.config import CONFIGS
 from mm.run.evaluation import evaluate_zero_shot
 from mm.seeding import generator
 from mm.types import Source
 
 ARTIST, OTHER = "emoji:train/core/openmoji", "emoji:validation/core"
-PAIRS, HELD = 300, 60
-METHODS = {"full": (), "text locked": ("system.lock=[text]",), "lora": ("tune={rank: 8}", "train.lr=0.001")}
+PAIRS, FOLDS = 300, 3
+METHODS = {"all weights": ("system.lock=[]",), "text locked": (), "lora": ("tune={rank: 8}", "train.lr=0.0005")}
 """Overrides of configs/finetune.yaml."""
 
 
@@ -55,11 +55,19 @@ def top1(model: Model, source: Source) -> float:
     return evaluate_zero_shot(model, source, baseline="none", cache=False).metrics["top1"].value
 
 
-def choose(base: Model, source: Source, seed: int, method: str, out: Path) -> float:
-    """Share of the tuned weights that does best on a part of the pairs that was left out of training."""
+def choose(base: Model, source: Source, seed: int, method: str, out: Path, console: Console) -> float:
+    """Share of the tuned weights by cross-validation among the pairs: each fold is told by a model tuned on the others."""
     rows, _ = split(source, seed)
-    tuned = tune(base.name, source, rows[HELD:], METHODS[method], seed, out / f"{method.replace(' ', '-')}-choice")
-    return best_alpha(sweep(base, tuned, Subset(source, rows[:HELD])))
+    rates = dict.fromkeys(ALPHAS, 0.0)
+    for fold in range(FOLDS):
+        others = [row for place, row in enumerate(rows) if place % FOLDS != fold]
+        tuned = tune(base.name, source, others, METHODS[method], seed, out / f"{method}-fold-{fold}".replace(" ", "-"))
+        for alpha, result in sweep(base, tuned, Subset(source, rows[fold::FOLDS])).items():
+            rates[alpha] += result.metrics["top1"].value / FOLDS
+    chosen = best_alpha(rates)
+    shown = ", ".join(f"{alpha:g}: {100 * rate:.1f}" for alpha, rate in rates.items())
+    console.print(f"{method}, top-1 of held pairs by alpha: {shown}; alpha {chosen:g}")
+    return chosen
 
 
 def measure(base: Model, source: Source, other: Source, seed: int, out: Path, alphas: dict[str, float]) -> list[dict[str, Any]]:
@@ -101,12 +109,11 @@ def main() -> None:
     base = mm.load(arguments.base, device="cpu", precision="fp32")
     size = base.processor.image_spec.size
     source, other = open_source(ARTIST, image_size=size), open_source(OTHER, image_size=size)
-    alphas = {method: choose(base, source, arguments.seeds[0], method, arguments.out) for method in METHODS}
-    console.print(f"chosen on {HELD} of seed {arguments.seeds[0]}'s {PAIRS} pairs: alpha {alphas}")
+    alphas = {method: choose(base, source, arguments.seeds[0], method, arguments.out, console) for method in METHODS}
     figures: list[dict[str, Any]] = []
     for seed in arguments.seeds:
         figures += measure(base, source, other, seed, arguments.out, alphas)
-        console.print(figures[-1])
+        console.print(f"seed {seed} of {arguments.seeds} is measured")
     console.print(table(figures))
     if arguments.json:
         arguments.json.write_text(json.dumps({"alphas": alphas, "figures": figures}, indent=1) + "\n", encoding="utf-8")

@@ -18,7 +18,7 @@ from mm.encoders.text import TextEncoder
 from mm.errors import UserError
 from mm.evaluation.metrics import Result
 from mm.evaluation.probe import linear_probe, nearest_neighbours, tip_adapter
-from mm.evaluation.zero_shot import class_vectors
+from mm.evaluation.zero_shot import class_vectors, zero_shot
 from mm.fusion.dual_tower import unit
 from mm.hub import Model
 from mm.run.evaluation import Progress, encode, evaluate, labelled, loaded, opened
@@ -28,7 +28,10 @@ from mm.training.statistics import running_statistics
 from mm.types import Source
 
 CLASSIFIERS = {"linear": linear_probe, "knn": nearest_neighbours}
-PROBES = (*CLASSIFIERS, "tip")
+PROBES = (*CLASSIFIERS, "tip", "prompt")
+PROMPT_EXAMPLES, PROMPT_NAMES = 64, 256
+"""Examples and names that a step of `learn_prompt` compares at most."""
+
 ALPHAS = tuple(step / 10 for step in range(11))
 """Shares of the tuned weights that `sweep` measures."""
 
@@ -50,8 +53,9 @@ def evaluate_probe(
     Args:
         model: A loaded model or a MODEL reference.
         train: The examples. Settings are chosen on a fifth of them, never on ``data``.
-        data: What is measured; its classes that have no example stay candidates that are never right for ``linear``.
-        method: ``linear`` (logistic regression), ``knn`` or ``tip`` (Tip-Adapter: names and examples together).
+        data: What is measured. ``linear`` and ``knn`` never answer a class that has no example.
+        method: ``linear`` (logistic regression), ``knn``, ``tip`` (Tip-Adapter: names and examples together) or ``prompt``
+            (zero-shot classification with learned words before the name, see `learn_prompt`).
         label: Field that holds the class name; default: the source's own.
         device: Where to compute; ``auto`` chooses.
         precision: See `mm.hub.load`.
@@ -70,13 +74,17 @@ def evaluate_probe(
     for source, task in zip(sources, tasks, strict=True):
         encoded = encode(model, source, cache=cache, progress=progress)
         rows, labels = labelled([sample["fields"] for sample in encoded.samples], task, source)
-        sides.append((encoded.images[rows], labels))
+        sides.append((encoded.images[rows].to(model.device), labels))
     task = tasks[-1]
     protocol = {"model": model.name, "examples_from": sources[0].name, "data": sources[1].name, "label": task.label}
     (examples, example_labels), (images, labels) = sides
     if method in CLASSIFIERS:
         fit = CLASSIFIERS[method]
         return fit(examples, example_labels, images, labels, num_classes=len(task.classes), protocol=protocol)
+    if method == "prompt":
+        _, vectors = learn_prompt(model, examples, example_labels, task.classes)
+        learned = {"classifier": "learned prompt", "examples": len(examples)}
+        return zero_shot(images, vectors(task.classes), labels, protocol=protocol | learned)
     names = class_vectors(model.embed_texts, task.classes, model.processor.templates)
     protocol |= {"templates": list(model.processor.templates)}
     return tip_adapter(examples, example_labels, images, labels, names, protocol=protocol)
@@ -135,9 +143,9 @@ def sweep(
     return {alpha: evaluate(task, interpolate(base, tuned, alpha), data, **fixed) for alpha in alphas}
 
 
-def best_alpha(figures: Mapping[float, Result], metric: str = "top1") -> float:
+def best_alpha(rates: Mapping[float, float]) -> float:
     """The alpha with the best figure of a `sweep`; of equals the smallest, which forgets least."""
-    return max(sorted(figures), key=lambda alpha: figures[alpha].metrics[metric].value)
+    return max(sorted(rates), key=lambda alpha: rates[alpha])
 
 
 def learn_prompt(
@@ -157,11 +165,11 @@ def learn_prompt(
         model: A dual tower with the suite's own text encoder.
         images: Unit vectors of the examples, ``(N, D)``.
         labels: Class of each example, ``(N,)``.
-        names: Class names.
+        names: Class names. Where there are many, a step compares 64 examples with their names and 192 others.
         length: Number of learned vectors, which stand before the name.
-        steps: Steps over all examples.
+        steps: Optimizer steps.
         lr: Peak learning rate of Adam; it falls along a cosine.
-        seed: Of the first vectors.
+        seed: Of the first vectors and of what is compared.
 
     Returns:
         The context ``(length, width)`` and a function from class names to their unit vectors ``(C, D)``.
@@ -173,10 +181,8 @@ def learn_prompt(
     encoder = system.encoders().get("text") if isinstance(system, Clip) else None
     if not isinstance(system, Clip) or not isinstance(encoder, TextEncoder) or encoder.pad_id is not None:
         raise UserError(f"{model.name}: prompts are learned for dual towers with mm's own text encoder")
-    width = encoder.width
-    context = nn.Parameter(
-        0.02 * torch.randn(length, width, generator=torch.Generator().manual_seed(derive_seed(seed, "prompt"))).to(model.device)
-    )
+    random = torch.Generator().manual_seed(derive_seed(seed, "prompt"))
+    context = nn.Parameter((0.02 * torch.randn(length, encoder.width, generator=random)).to(model.device))
 
     def vectors(texts: Sequence[str]) -> Tensor:
         batch = model.processor.text(texts).to(model.device)
@@ -189,11 +195,14 @@ def learn_prompt(
 
     optimizer = torch.optim.Adam([context], lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    images, labels, scale = images.to(model.device), labels.to(model.device), system.towers.scale().detach()
+    images, labels, scale = images.cpu(), labels.cpu(), system.towers.scale().detach()
     with torch.enable_grad():
         for _ in range(steps):
-            optimizer.zero_grad()
-            loss = F.cross_entropy(scale * images @ vectors(names).T, labels)
+            rows = torch.randperm(len(labels), generator=random)[:PROMPT_EXAMPLES]
+            others = torch.randperm(len(names), generator=random)[: PROMPT_NAMES - len(rows)]
+            chosen, places = torch.cat([labels[rows], others]).unique(return_inverse=True)
+            candidates = vectors([names[place] for place in chosen.tolist()])
+            loss = F.cross_entropy(scale * images[rows].to(model.device) @ candidates.T, places[: len(rows)].to(model.device))
             [context.grad] = torch.autograd.grad(loss, [context])
             optimizer.step()
             schedule.step()

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 import mm
+from mm.data.sources import Subset, open_source
 from mm.errors import UserError
 from mm.evaluation.zero_shot import class_vectors
 from mm.hub import Model
-from mm.run.adaptation import evaluate_probe, interpolate, learn_prompt
+from mm.run.adaptation import best_alpha, evaluate_probe, interpolate, learn_prompt, sweep
+from mm.run.evaluation import evaluate_zero_shot
+from mm.systems import build
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +57,61 @@ def test_only_a_model_and_its_own_fine_tuning_are_averaged(model: Model, tuned: 
         interpolate(model, tuned, 1.5)
 
 
+def test_queues_of_any_length_are_no_part_of_an_average(model: Model) -> None:
+    configs = [model.config.model_copy(update={"queue_size": size}) for size in (0, 8, 16)]
+    none, short, long = (replace(model, config=config, system=build(config)) for config in configs)
+    mixed = interpolate(short, long, 0.5).system.state_dict()
+    assert torch.equal(mixed["queues.image.features"], long.system.state_dict()["queues.image.features"])
+    assert mixed.keys() == interpolate(none, long, 0.5).system.state_dict().keys()
+
+
+def test_other_networks_are_not_averaged(model: Model) -> None:
+    config = model.config.model_copy(update={"loss": "siglip", "queue_size": 0})
+    with_bias = replace(model, config=config, system=build(config))
+    for pair in ((model, with_bias), (with_bias, model)):
+        with pytest.raises(UserError, match=r"different networks.*logit_bias"):
+            interpolate(*pair, 0.5)
+
+
+def test_a_sweep_measures_each_average(model: Model, tuned: Model) -> None:
+    data = Subset(open_source("emoji:validation/core/seen", image_size=48), range(0, 600, 10))
+    found = sweep(model, tuned, data, alphas=(0.0, 0.5), options={"templates": ["{}"]})
+    half = evaluate_zero_shot(interpolate(model, tuned, 0.5), data, templates=["{}"], baseline="none", cache=False)
+    assert found[0.5].metrics["top1"] == half.metrics["top1"]
+    assert found[0.5].metrics["top1"].value > 0.2
+    assert found[0.0].protocol["model_fingerprint"] != found[0.5].protocol["model_fingerprint"]
+
+
+def test_of_equal_figures_the_smallest_alpha_is_best() -> None:
+    assert best_alpha({1.0: 0.6, 0.5: 0.7, 0.25: 0.7, 0.0: 0.5}) == 0.25
+
+
+def test_sources_may_name_their_class_fields_and_order_their_classes_differently(model: Model, tmp_path: Path) -> None:
+    """A folder of pictures (``cls``, alphabetic order) teaches a source whose class is ``name`` among 1,451."""
+    source = open_source("emoji:all/noto/novel", image_size=48)
+    for row in range(len(source)):
+        folder = tmp_path / "photos" / source.fields(row)["name"]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{row}.png").write_bytes(source.read(row).media["image"])
+    found = evaluate_probe(model, str(tmp_path / "photos"), "emoji:all/noto/novel", method="knn")
+    assert found.metrics["top1"].value > 0.95
+
+
 @pytest.mark.parametrize(("method", "expected"), [("linear", 0.5), ("knn", 0.5), ("tip", 0.05)])
 def test_examples_of_one_artist_teach_another(model: Model, method: str, expected: float) -> None:
-    """Concepts whose names mean nothing to the model (0 % zero-shot): the more a probe listens to the names, the less it learns."""
+    """The names mean nothing to the model (0 % zero-shot): the more a probe listens to them, the less it learns."""
     found = evaluate_probe(model, "emoji:all/noto/novel", "emoji:all/twemoji/novel", method=method)
     assert found.metrics["top1"].value > expected
     assert found.protocol["examples_from"] == "emoji:all/noto/novel"
+
+
+def test_a_learned_prompt_tells_classes_that_had_no_example_too(model: Model) -> None:
+    source = open_source("emoji:validation/core/seen", image_size=48)
+    train, test = Subset(source, range(0, 600, 30)), Subset(source, range(6, 600, 12))
+    found = evaluate_probe(model, train, test, method="prompt")
+    assert found.metrics["top1"].value > 0.2
+    assert found.protocol["examples"] == 20
+    assert "1 of 1451 classes" in found.protocol["task"]
 
 
 def test_an_unknown_probe_is_refused(model: Model) -> None:
