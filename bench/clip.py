@@ -1,4 +1,4 @@
-"""CLIP inference, whole evaluations and a training step against open_clip and CLIP_benchmark, on the same random weights.
+"""CLIP inference and whole evaluations against open_clip and CLIP_benchmark, on the same random weights.
 
     python bench/clip.py --json clip.json                    (about 20 minutes on two cores; --only text,image,... for a part)
 
@@ -30,7 +30,7 @@ from mm.hub import Model
 
 MIN_COSINE = 0.9995
 BATCH = 32
-PARTS = ("text", "image", "zero-shot", "retrieval", "train")
+PARTS = ("text", "image", "zero-shot", "retrieval")
 
 
 def peer(folder: Path, precision: str = "fp32") -> Any:
@@ -241,7 +241,7 @@ def retrieval_case(folder: Path, architecture: str, pictures: int) -> list[Case]
 
 def main() -> None:
     parser = arguments_parser(__doc__.splitlines()[0])
-    parser.add_argument("--only", default=",".join(PARTS[:-1]), help=f"parts to run, of {', '.join(PARTS[:-1])}")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"parts to run, of {', '.join(PARTS)}")
     parser.add_argument("--architectures", default="ViT-B-32,ViT-B-16")
     parser.add_argument("--pictures", type=int, default=2000, help="pictures of the whole evaluations")
     options: argparse.Namespace = parser.parse_args()

@@ -29,7 +29,7 @@ from mm.types import Source
 
 CLASSIFIERS = {"linear": linear_probe, "knn": nearest_neighbours}
 PROBES = (*CLASSIFIERS, "tip", "prompt")
-PROMPT_EXAMPLES, PROMPT_NAMES = 64, 256
+PROMPT_EXAMPLES, PROMPT_NAMES = 64, 128
 """Examples and names that a step of `learn_prompt` compares at most."""
 
 ALPHAS = tuple(step / 10 for step in range(11))
@@ -82,8 +82,9 @@ def evaluate_probe(
         fit = CLASSIFIERS[method]
         return fit(examples, example_labels, images, labels, num_classes=len(task.classes), protocol=protocol)
     if method == "prompt":
-        _, vectors = learn_prompt(model, examples, example_labels, task.classes)
-        learned = {"classifier": "learned prompt", "examples": len(examples)}
+        words = max((prompt.partition("{}")[0].strip() for prompt in model.processor.templates), key=len)
+        _, vectors = learn_prompt(model, examples, example_labels, task.classes, words=words)
+        learned = {"classifier": f"learned prompt, from '{words}'", "examples": len(examples)}
         return zero_shot(images, vectors(task.classes), labels, protocol=protocol | learned)
     names = class_vectors(model.embed_texts, task.classes, model.processor.templates)
     protocol |= {"templates": list(model.processor.templates)}
@@ -154,9 +155,10 @@ def learn_prompt(
     labels: Tensor,
     names: Sequence[str],
     *,
+    words: str = "",
     length: int = 4,
-    steps: int = 200,
-    lr: float = 0.02,
+    steps: int = 100,
+    lr: float = 0.01,
     seed: int = 0,
 ) -> tuple[Tensor, Callable[[Sequence[str]], Tensor]]:
     """Learn the words around a class name, as vectors; the model itself stays as it is (CoOp, one context for all classes).
@@ -165,8 +167,9 @@ def learn_prompt(
         model: A dual tower with the suite's own text encoder.
         images: Unit vectors of the examples, ``(N, D)``.
         labels: Class of each example, ``(N,)``.
-        names: Class names. Where there are many, a step compares 64 examples with their names and 192 others.
-        length: Number of learned vectors, which stand before the name.
+        names: Class names. Where there are many, a step compares 64 examples with their names and 64 others.
+        words: What the learned vectors begin as, e.g. "a photo of a". They stand before the name.
+        length: How many to begin with at random, without ``words``.
         steps: Optimizer steps.
         lr: Peak learning rate of Adam; it falls along a cosine.
         seed: Of the first vectors and of what is compared.
@@ -182,15 +185,20 @@ def learn_prompt(
     if not isinstance(system, Clip) or not isinstance(encoder, TextEncoder) or encoder.pad_id is not None:
         raise UserError(f"{model.name}: prompts are learned for dual towers with mm's own text encoder")
     random = torch.Generator().manual_seed(derive_seed(seed, "prompt"))
-    context = nn.Parameter((0.02 * torch.randn(length, encoder.width, generator=random)).to(model.device))
+    if words:
+        start = encoder.embedding.tokens(model.processor.text([words]).ids[0, 1:-1].to(model.device)).float().detach()
+        length = len(start)
+    else:
+        start = (0.02 * torch.randn(length, encoder.width, generator=random)).to(model.device)
+    context = nn.Parameter(start.clone())
 
     def vectors(texts: Sequence[str]) -> Tensor:
         batch = model.processor.text(texts).to(model.device)
         if batch.ids.shape[1] + length > encoder.context_length:
             raise UserError(f"a class name of {batch.ids.shape[1]} tokens leaves no room for {length} learned ones")
-        words = encoder.embedding.tokens(batch.ids)
-        learned = context.to(words.dtype).expand(len(words), -1, -1)
-        pooled = encoder.encode_vectors(torch.cat([words[:, :1], learned, words[:, 1:]], 1), batch.lengths + length).pooled
+        tokens = encoder.embedding.tokens(batch.ids)
+        learned = context.to(tokens.dtype).expand(len(tokens), -1, -1)
+        pooled = encoder.encode_vectors(torch.cat([tokens[:, :1], learned, tokens[:, 1:]], 1), batch.lengths + length).pooled
         return unit(system.towers.projections["text"](pooled.float()))
 
     optimizer = torch.optim.Adam([context], lr=lr)
@@ -201,7 +209,7 @@ def learn_prompt(
             rows = torch.randperm(len(labels), generator=random)[:PROMPT_EXAMPLES]
             others = torch.randperm(len(names), generator=random)[: PROMPT_NAMES - len(rows)]
             chosen, places = torch.cat([labels[rows], others]).unique(return_inverse=True)
-            candidates = vectors([names[place] for place in chosen.tolist()])
+            candidates = vectors([names[int(place)] for place in chosen])
             loss = F.cross_entropy(scale * images[rows].to(model.device) @ candidates.T, places[: len(rows)].to(model.device))
             [context.grad] = torch.autograd.grad(loss, [context])
             optimizer.step()

@@ -105,7 +105,8 @@ def test_examples_of_one_artist_teach_another(model: Model, method: str, expecte
     assert found.protocol["examples_from"] == "emoji:all/noto/novel"
 
 
-def test_a_learned_prompt_tells_classes_that_had_no_example_too(model: Model) -> None:
+def test_a_learned_prompt_tells_classes_that_had_no_example_too(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mm.run.adaptation.PROMPT_NAMES", 24)
     source = open_source("emoji:validation/core/seen", image_size=48)
     train, test = Subset(source, range(0, 600, 30)), Subset(source, range(6, 600, 12))
     found = evaluate_probe(model, train, test, method="prompt")
@@ -131,6 +132,13 @@ def test_learned_prompts_fit_the_examples_and_leave_the_model_alone(model: Model
     learned = torch.nn.functional.cross_entropy(scale * images @ vectors(names).T, labels)
     assert learned < plain - 0.1
     assert model.fingerprint == fingerprint
+
+
+def test_a_prompt_that_begins_as_words_begins_as_good_as_they_are(model: Model) -> None:
+    names = ["zebra", "red apple", "pizza"]
+    expected = class_vectors(model.embed_texts, names, ("an emoji of {}",))
+    _, vectors = learn_prompt(model, expected, torch.arange(3), names, words="an emoji of", steps=1, lr=1e-9)
+    torch.testing.assert_close(vectors(names), expected, atol=1e-4, rtol=0)
 
 
 def test_a_name_without_room_for_the_context_is_refused(model: Model) -> None:
