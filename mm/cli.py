@@ -176,7 +176,9 @@ def eval_probe(
     model: ModelArgument,
     train: Annotated[str, typer.Option("--train", metavar="SRC", help="Labelled examples.")],
     data: DataOption,
-    method: Annotated[str, typer.Option(help="linear, knn, or tip (class names and examples together).")] = "linear",
+    method: Annotated[
+        str, typer.Option(help="linear, knn, tip (names and examples) or prompt (learned words before the name).")
+    ] = "linear",
     label: Annotated[str | None, typer.Option(metavar="FIELD", help="Field with the class.")] = None,
     json_file: JsonOption = None,
     device: DeviceOption = "auto",

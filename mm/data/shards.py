@@ -179,8 +179,9 @@ class _Files:
         return _Files, ()
 
     def __del__(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1])
+        if os is not None:  # at the end of the interpreter modules go first, and descriptors with the process
+            while self._open:
+                os.close(self._open.popitem()[1])
 
 
 def expand(pattern: str | Path | Sequence[str | Path]) -> list[Path]:
