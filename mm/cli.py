@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -40,7 +40,6 @@ TextFieldOption = Annotated[
 PrecisionOption = Annotated[
     str, typer.Option("--precision", help="auto, fp32 or bf16; auto is bf16 where the hardware has matrix units for it.")
 ]
-ExportFormat = Literal["onnx", "torch", "open_clip", "hf"]
 CacheOption = Annotated[bool, typer.Option("--cache/--no-cache", help="Remember the vectors of this model and source.")]
 
 
@@ -359,14 +358,15 @@ def convert(
 @app.command("export")
 def export_model(
     model: ModelArgument,
-    to: Annotated[ExportFormat, typer.Option("--to", help="torch is torch.export, hf is transformers.")],
+    to: Annotated[str, typer.Option("--to", help="onnx, torch (torch.export), open_clip or hf (transformers).")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="New or empty folder.")],
 ) -> None:
     """Write a model for other runtimes and libraries; what is written is loaded again and compared before it appears."""
     from mm.export import export
     from mm.hub import load
 
-    typer.echo(export(load(model, device="cpu", precision="fp32"), out, to="huggingface" if to == "hf" else to))
+    wanted: Any = "huggingface" if to == "hf" else to  # any other word is refused by name
+    typer.echo(export(load(model, device="cpu", precision="fp32"), out, to=wanted))
 
 
 @app.command()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from clip_benchmark.datasets import builder as peer
 from PIL import Image
 from torch import Tensor, nn
 
@@ -22,8 +23,6 @@ from mm.data.benchmarks.names import ASSETS, published, vocabulary
 from mm.evaluation.compositional import pair_scores, sugarcrepe, winoground
 from mm.evaluation.retrieval import retrieval
 from mm.evaluation.zero_shot import class_vectors, zero_shot
-
-peer = pytest.importorskip("clip_benchmark.datasets.builder", reason="pip install clip-benchmark --no-deps")
 
 
 @pytest.fixture(autouse=True)
