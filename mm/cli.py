@@ -256,6 +256,52 @@ def search(
     show.hits(found, out, json_file)
 
 
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to paint.")],
+    count: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt.")] = 4,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="PNG", help="Contact sheet; a folder for single files.")] = Path(
+        "generated.png"
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal pictures.")] = 0,
+    guidance: Annotated[float, typer.Option(min=0, help="How closely the prompt is followed; 1 is no guidance.")] = 3.0,
+    temperature: Annotated[float, typer.Option(min=0, help="Below 1 safer, above 1 bolder; 0 takes the likeliest.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from so many likeliest tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens of this probability.")] = 1.0,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of generators that choose many tokens at once.")] = 12,
+    best_of: Annotated[int, typer.Option(min=1, help="Candidates of each picture; the ranker takes the best.")] = 1,
+    ranker: Annotated[str, typer.Option(metavar="MODEL", help="Chooses among candidates.")] = "emoji-clip",
+    image: Annotated[str | None, typer.Option("--image", metavar="FILE", help="A picture to be finished or changed.")] = None,
+    keep: Annotated[str, typer.Option(help="What stays of it: top, bottom, left, right or border.")] = "top",
+    json_file: JsonOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+) -> None:
+    """Make pictures of words."""
+    from mm import show
+    from mm.run.generation import generate as run_generate
+    from mm.types import Sampling
+
+    sampling = Sampling(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, steps=steps)
+    with show.progress_bar("painting") as progress:
+        made = run_generate(
+            model,
+            prompts,
+            count=count,
+            seed=seed,
+            sampling=sampling,
+            best_of=best_of,
+            ranker=ranker if best_of > 1 else None,
+            image=image,
+            keep=keep if image else None,  # pyright: ignore[reportArgumentType] - `generate` checks it
+            device=device,
+            precision=precision,
+            progress=progress,
+        )
+    show.paintings(made, out, count, json_file)
+
+
 @data_app.command("build")
 def data_build(
     name: Annotated[str, typer.Argument(help="Which embedded data; there is: emoji.")],

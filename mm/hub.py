@@ -26,7 +26,7 @@ from mm.nn.lora import LoraConfig, add_lora, merge_lora
 from mm.processor import Processor
 from mm.published.imported import Imported
 from mm.published.resolve import import_model
-from mm.systems import SystemConfig, build
+from mm.systems import SystemConfig, build, read_system
 from mm.training.checkpoint import find_checkpoint
 from mm.training.devices import choose_device, inference_dtype
 from mm.types import Embeds, System, TextBatch, capabilities
@@ -73,15 +73,22 @@ class Model:
     @property
     def fingerprint(self) -> str:
         """Digest of network, weights and preparation: equal fingerprints give equal vectors."""
-        parts = (self.config.model_dump_json(), json.dumps(self.processor.to_dict()), self.processor.tokenizer.to_json())
+        vocabulary = self.processor.tokenizer.to_json() if self.processor.has_text else ""
+        parts = (self.config.model_dump_json(), json.dumps(self.processor.to_dict()), vocabulary)
         digest = hashlib.sha256("\n".join(parts).encode())
         for name, tensor in sorted(self.system.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
+    @property
+    def embed_dim(self) -> int:
+        """Width of the shared embedding space."""
+        self._embedding_system()
+        return int(getattr(self.config, "embed_dim"))  # noqa: B009 - every system that embeds has it
+
     def compile(self, rows: int = 64) -> "Model":
-        """The same model with compiled encoders, for long jobs: a minute of compilation, then several times the speed.
+        """The same model with compiled encoders, for long jobs: a minute of compilation, then fewer and larger kernels.
 
         Batches are filled up to ``rows``, texts to multiples of 8 tokens, so that few shapes are compiled. A CPU needs a C++
         compiler for it; weights are folded into the compiled code, so they must not change afterwards.
@@ -104,7 +111,7 @@ class Model:
             parts.append(self.embed_pixels(self.processor.images(images[start : start + batch_size])))
             if progress:
                 progress(min(start + batch_size, len(images)), len(images))
-        return torch.cat(parts) if parts else torch.empty(0, self.config.embed_dim)
+        return torch.cat(parts) if parts else torch.empty(0, self.embed_dim)
 
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 256, progress: Progress | None = None) -> Tensor:
         """Texts to unit vectors ``(N, D)``, fp32. Texts of like length share a batch, so that little padding is computed."""
@@ -121,7 +128,7 @@ class Model:
                 if progress:
                     progress(min(start + batch_size, len(texts)), len(texts))
         if not vectors:
-            return torch.empty(0, self.config.embed_dim)
+            return torch.empty(0, self.embed_dim)
         joined = torch.cat(vectors)
         result = torch.empty_like(joined)
         result[torch.tensor(order)] = joined
@@ -185,11 +192,12 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
     values = read_yaml(config_path)
     if "system" not in values:
         raise CheckpointError(f"{config_path}: has no 'system' section; is this a model folder written by mm?")
-    config = validate(SystemConfig, values["system"], f"{config_path} (system)")
-    system = build(config)
+    config = read_system(values["system"], f"{config_path} (system)")
+    parts = load_parts(config.parts())
+    system = build(config, {name: part.system for name, part in parts.items()})
     if values.get("tune"):
         add_lora(system, validate(LoraConfig, values["tune"], f"{config_path} (tune)"))
-    _load_weights(system, _read_weights(weights), str(weights))
+    _load_weights(system, _part_weights(parts) | _read_weights(weights), str(weights))
     merge_lora(system)
     card = folder / CARD_FILE
     place = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
@@ -201,6 +209,30 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
         card=read_json(card) if card.is_file() else {},
         device=place,
     )
+
+
+def load_parts(references: Mapping[str, str]) -> dict[str, Model]:
+    """The models that a system's configuration names as its parts, in fp32 on the CPU."""
+    return {name: load(reference, device="cpu", precision="fp32") for name, reference in references.items()}
+
+
+def with_parts(config: SystemConfig, parts: Mapping[str, Model]) -> SystemConfig:
+    """The configuration with references to parts of its network replaced by their configurations."""
+    return config.model_copy(update={name: parts[name].config for name in config.parts()})
+
+
+def embed_parts(config: SystemConfig, parts: Mapping[str, Model]) -> SystemConfig:
+    """As `with_parts`, except for references to shipped models.
+
+    So a model folder is whole wherever it is moved, while shipped models are not stored again in each other.
+    """
+    whole = with_parts(config, parts)
+    return whole.model_copy(update={name: reference for name, reference in config.parts().items() if reference in shipped()})
+
+
+def _part_weights(parts: Mapping[str, Model]) -> dict[str, Tensor]:
+    """Weights of parts under the names that they have in the whole network."""
+    return {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part.system.state_dict().items()}
 
 
 def _placed(system: System, device: torch.device, precision: str) -> System:
@@ -246,6 +278,7 @@ def save(
     state = {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous().clone()
         for name, tensor in model.system.state_dict().items()
+        if name.partition(".")[0] not in model.config.parts()
     }
     write_config(model.config, folder)
     model.processor.save(folder)

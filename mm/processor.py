@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mm.config import StrictConfig, read_json, validate
-from mm.errors import CheckpointError
+from mm.errors import CheckpointError, UserError
 from mm.media.image import ImageSpec, fit_image, open_image
 from mm.tokenizers.text import TextTokenizer
 from mm.types import TextBatch
@@ -58,18 +58,35 @@ class Processor:
 
     Args:
         image: Geometry of the pictures.
-        tokenizer: Text to ids.
-        context_length: Longest text in tokens, start and end included.
+        tokenizer: Text to ids; None for models without text.
+        context_length: Longest text in tokens, start and end included; 0 for models without text.
         templates: Prompts for class names.
     """
 
     def __init__(
-        self, *, image: ImageSpec, tokenizer: TextTokenizer, context_length: int, templates: Sequence[str] = ("{}",)
+        self,
+        *,
+        image: ImageSpec,
+        tokenizer: TextTokenizer | None = None,
+        context_length: int = 0,
+        templates: Sequence[str] = ("{}",),
     ) -> None:
         self.image_spec = image
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer
         self.context_length = context_length
         self.templates = tuple(templates)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the model takes texts."""
+        return self._tokenizer is not None
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """Text to ids. Raises `UserError` for models without text."""
+        if self._tokenizer is None:
+            raise UserError("this model takes pictures only, no text; choose another model")
+        return self._tokenizer
 
     def image(self, raw: Any) -> Tensor:
         """One picture (path, bytes, PIL image, ``(H, W, C)`` array or ``(C, H, W)`` uint8 tensor) to uint8 ``(3, S, S)``."""
@@ -89,14 +106,15 @@ class Processor:
         return {"resize": f"{spec.fit} to {spec.size} px, {spec.interpolation}, antialiased", "templates": list(self.templates)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the tokenizer, JSON ready: the content of ``processor.json``."""
+        """Everything but the vocabulary, JSON ready: the content of ``processor.json``."""
         saved = SavedProcessor(image=self.image_spec, context_length=self.context_length, templates=self.templates)
         return saved.model_dump(mode="json")
 
     def save(self, folder: Path) -> None:
         """Write ``processor.json`` and ``tokenizer.json`` into an existing folder."""
         (folder / PROCESSOR_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        self.tokenizer.save(folder / TOKENIZER_FILE)
+        if self.has_text:
+            self.tokenizer.save(folder / TOKENIZER_FILE)
 
     @classmethod
     def load(cls, folder: Path) -> "Processor":
@@ -107,7 +125,7 @@ class Processor:
         saved = validate(SavedProcessor, read_json(path), str(path))
         return cls(
             image=saved.image,
-            tokenizer=TextTokenizer.load(folder / TOKENIZER_FILE),
+            tokenizer=TextTokenizer.load(folder / TOKENIZER_FILE) if saved.context_length else None,
             context_length=saved.context_length,
             templates=saved.templates,
         )

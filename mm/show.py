@@ -16,8 +16,9 @@ from mm.data.check import Report
 from mm.data.write import Packed
 from mm.errors import UserError
 from mm.evaluation.metrics import Result
-from mm.evaluation.sheet import contact_sheet
+from mm.evaluation.sheet import contact_sheet, to_pillow
 from mm.media.image import open_image
+from mm.run.generation import Painting
 from mm.run.inference import Prediction, SearchResult
 from mm.training.loop import TrainResult
 from mm.training.parallel import environment
@@ -38,7 +39,7 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int | None], None]]:
 def trained(outcome: TrainResult) -> None:
     """How a training ended, and what to do next."""
     console = Console()
-    figures = ", ".join(f"{name} {value:.1%}" for name, value in outcome.metrics.items())
+    figures = ", ".join(f"{name} {_figure(name, value)}" for name, value in outcome.metrics.items())
     console.print(f"step {outcome.step}, {outcome.seconds:.0f} s" + (f", validation: {figures}" if figures else ""))
     skipped = outcome.accounting.get("skipped", 0)
     if skipped:
@@ -46,6 +47,11 @@ def trained(outcome: TrainResult) -> None:
         console.print(f"{skipped} samples of this epoch could not be used: {causes}")
     if outcome.checkpoint is not None:
         console.print(f"checkpoint: {outcome.checkpoint}", soft_wrap=True)
+
+
+def _figure(name: str, value: float) -> str:
+    """Rates in percent, everything else as a number."""
+    return f"{value:.1%}" if name.endswith(("r1", "top1", "usage", "accuracy")) else f"{value:.4g}"
 
 
 def result(measured: Result, title: str, json_file: Path | None) -> None:
@@ -92,6 +98,27 @@ def hits(found: SearchResult, sheet: Path | None, json_file: Path | None) -> Non
         print(f"contact sheet: {sheet}")
     values = [{"file": str(hit.path), "score": hit.score} for hit in found.hits]
     _write_json(json_file, {"query": found.query, "hits": values, "searched": found.searched})
+
+
+def paintings(made: Sequence[Painting], out: Path, columns: int, json_file: Path | None) -> None:
+    """A contact sheet of generated pictures, or a file for each in a folder."""
+    if out.suffix:
+        if out.suffix.lower() != ".png":
+            raise UserError(f"{out}: pictures are written as .png; give a name that ends so, or a folder")
+        captions = [one.prompt + (f"  {one.score:.2f}" if one.score is not None else "") for one in made]
+        save_picture(contact_sheet([one.pixels for one in made], captions, columns=columns), out)
+        files = [out] * len(made)
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        files = [out / f"{number:04d}.png" for number in range(len(made))]
+        for one, file in zip(made, files, strict=True):
+            save_picture(to_pillow(one.pixels), file)
+    print(f"{len(made)} pictures: {out}")
+    values = [
+        {"prompt": one.prompt, "seed": one.seed, "score": one.score, "file": str(file)}
+        for one, file in zip(made, files, strict=True)
+    ]
+    _write_json(json_file, {"pictures": values})
 
 
 def packed(outcome: Packed, folder: Path) -> None:

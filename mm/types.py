@@ -3,7 +3,7 @@
 Shapes: B batch, N tokens of a modality, T text positions, D width, H and W pixels.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -171,7 +171,82 @@ class Embeds(Protocol):
         ...
 
 
-CAPABILITIES: Mapping[str, type] = {"embeds": Embeds}
+@runtime_checkable
+class Tokenizes(Protocol):
+    """Systems that turn pictures into token ids and back."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        ...
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the tokens of a picture, which are in raster order."""
+        ...
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Pixels uint8 ``(B, 3, H, W)`` to ids ``(B, N)``."""
+        ...
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """Ids ``(B, N)`` to pixels uint8 ``(B, 3, H, W)``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a generator chooses; a system reads what applies to it.
+
+    Args:
+        guidance: Scale of classifier-free guidance (https://arxiv.org/abs/2207.12598): 1 is none, more follows the text more.
+        guidance_interval: Part of the progress, in 0..1, in which guidance acts.
+        temperature: Divides the logits; 0 takes the likeliest.
+        top_k: Likeliest tokens that are drawn from; 0 for all.
+        top_p: Smallest set of likeliest tokens with so much probability that is drawn from; 1 for all.
+        steps: Number of steps of generators that choose many tokens at once.
+    """
+
+    guidance: float = 3.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    steps: int = 12
+
+
+OnPicture = Callable[[Tensor, float], None]
+"""Called with the pictures as far as they are known, uint8 ``(B, 3, H, W)``, and the progress in 0..1."""
+
+
+@runtime_checkable
+class Paints(Protocol):
+    """Systems that make pictures of texts."""
+
+    def paint(
+        self,
+        text: TextBatch,
+        seeds: Sequence[int],
+        sampling: Sampling,
+        *,
+        image: Tensor | None = None,
+        keep: Tensor | None = None,
+        on_picture: OnPicture | None = None,
+    ) -> Tensor:
+        """Pictures uint8 ``(B, 3, H, W)``, one a text; equal seeds give equal pictures whatever the batch.
+
+        Args:
+            text: What to paint.
+            seeds: One a text.
+            sampling: How to choose.
+            image: Pictures uint8 ``(B, 3, H, W)`` to be finished or changed.
+            keep: True for the pixels of ``image`` that stay, ``(B, H, W)``, as far as tokens or latents allow.
+            on_picture: Receives pictures in the making.
+        """
+        ...
+
+
+CAPABILITIES: Mapping[str, type] = {"embeds": Embeds, "tokenizes": Tokenizes, "paints": Paints}
 """Every declared capability. Evaluation, command line and demos ask for one of these, never for a class or a name."""
 
 

@@ -52,7 +52,7 @@ def test_system_builds_and_every_parameter_learns(path: Path) -> None:
     torch.manual_seed(0)
     system = build(config.system)
     system.train()
-    size, length = config.system.image.image_size, 8
+    size, length = config.system.picture_side, 8
     batch = Batch(
         ids=("a", "b", "c", "d"),
         image=torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8),

@@ -147,6 +147,10 @@ class ImageEncoder(nn.Module):
             pooled = self.trunk.forward_head(features, pre_logits=True)
         return Encoded(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device), pooled, extras)
 
+    def stages(self, image: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b 3 h w"]) -> list[Tensor]:
+        """Feature maps ``(B, C, h, w)`` of every stage, fine to coarse, for perceptual distances."""
+        return self.trunk.forward_intermediates(self._normalise(image), intermediates_only=True)
+
     def cast_(self, dtype: torch.dtype) -> None:
         """Hold the network in another floating type, for inference; pixels are still normalised in fp32."""
         self.trunk.to(dtype)

@@ -123,3 +123,21 @@ class TokenEmbedding(nn.Module):
         if self.positions is not None:
             vectors = vectors + self.positions(vectors.shape[1], offset)
         return self.dropout(self.norm(vectors))
+
+
+class GridPositions(nn.Module):
+    """Trained vectors of rows and columns, added up for each cell of a grid in raster order.
+
+    Args:
+        rows: Of the grid.
+        columns: Of the grid.
+        width: D.
+    """
+
+    def __init__(self, rows: int, columns: int, width: int) -> None:
+        super().__init__()
+        self.rows, self.columns = LearnedPositions(rows, width), LearnedPositions(columns, width)
+
+    def forward(self) -> Float[Tensor, "n d"]:
+        """Vectors of all cells."""
+        return (self.rows.weight[:, None] + self.columns.weight).flatten(0, 1)

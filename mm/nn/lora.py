@@ -8,7 +8,6 @@ import difflib
 import fnmatch
 import math
 from collections.abc import Iterator
-from types import MethodType
 from typing import Literal
 
 import torch
@@ -20,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from mm.config import StrictConfig
 from mm.errors import UserError
+from mm.nn.freeze import hold_in_evaluation, release
 
 WEIGHTS = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 """Matrices that a correction is made for, by the name that torch's layers give them."""
@@ -95,7 +95,7 @@ def add_lora(module: nn.Module, config: LoraConfig) -> list[str]:
         parameter.requires_grad_(chosen and parameter.requires_grad)
     for part in module.modules():
         if isinstance(part, _BatchNorm):
-            _keep_statistics(part)
+            hold_in_evaluation(part)
     scale, corrected = config.alpha / config.rank, []
     for name, weights in layers.items():
         if any(fnmatch.fnmatch(name, pattern) for pattern in config.targets):
@@ -114,17 +114,11 @@ def merge_lora(module: nn.Module) -> None:
     """
     for part in list(module.modules()):
         if isinstance(part, _BatchNorm):
-            part.__dict__.pop("train", None)
+            release(part)
         if parametrize.is_parametrized(part):
             for weight in list(part.parametrizations):  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]
                 if parametrize.is_parametrized(part, weight):
                     parametrize.remove_parametrizations(part, weight, leave_parametrized=True)
-
-
-def trainable(module: nn.Module) -> tuple[int, int]:
-    """Number of parameters that are trained, and of all."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
-    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
 def _layers(module: nn.Module) -> Iterator[tuple[str, list[str]]]:
@@ -136,8 +130,3 @@ def _layers(module: nn.Module) -> Iterator[tuple[str, list[str]]]:
             if weights:
                 yield name, weights
 
-
-def _keep_statistics(norm: _BatchNorm) -> None:
-    """Hold a batch normalization in evaluation mode, whatever mode its owners are put in."""
-    norm.eval()
-    norm.train = MethodType(lambda self, mode=True: self, norm)

@@ -37,6 +37,19 @@ BLOCK_PARTS = {
 BLOCKS = "transformer.resblocks."
 
 
+EXPRESSED = frozenset(
+    {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "ls_init_value", "patch_dropout"}
+    | {"no_ln_pre", "pool_type", "final_ln_after_pool", "output_tokens"}
+)
+"""Settings of open_clip's ``vision_cfg`` that `clip_vit_config` knows."""
+
+NEUTRAL = {"pos_embed_type": "learnable"}
+"""Values of other settings which say what is so anyway; so do null and false."""
+
+WITHOUT_EFFECT = ("timm_drop", "attn_pooler")
+"""Beginnings of settings that concern other networks."""
+
+
 def clip_vit_config(
     *,
     image_size: int,
@@ -113,15 +126,8 @@ def clip_vit_weights(state: Mapping[str, Tensor], *, average: bool = False) -> d
 
 def is_plain(vision: Mapping[str, Any]) -> bool:
     """Whether an open_clip ``vision_cfg`` describes a transformer that `clip_vit_config` can express exactly."""
-    known = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "ls_init_value", "patch_dropout"}
-    known |= {"no_ln_pre", "pool_type", "final_ln_after_pool", "output_tokens"}
-    neutral = {"attentional_pool": False, "pos_embed_type": "learnable", "block_type": None}
-    others = {key: value for key, value in vision.items() if key not in known and neutral.get(key, ...) != value}
-    pooled = (vision.get("pool_type", "tok"), bool(vision.get("final_ln_after_pool", False)))
-    return (
-        not {key for key in others if others[key] not in (None, False) and not key.startswith(("timm_drop", "attn_pooler"))}
-        and isinstance(vision.get("layers", 12), int)
-        and isinstance(vision.get("image_size", 224), int)
-        and isinstance(vision.get("patch_size", 16), int)
-        and pooled in {("tok", False), ("tok", True), ("avg", True)}
-    )
+    others = {key: value for key, value in vision.items() if key not in EXPRESSED and not key.startswith(WITHOUT_EFFECT)}
+    plain = all(value in (None, False, NEUTRAL.get(key)) for key, value in others.items())
+    square = all(isinstance(vision.get(key, 1), int) for key in ("layers", "image_size", "patch_size"))
+    pooling = vision.get("pool_type", "tok"), bool(vision.get("final_ln_after_pool", False))
+    return plain and square and pooling in {("tok", False), ("tok", True), ("avg", True)}

@@ -23,12 +23,13 @@ def catalogue() -> dict[str, dict[str, str]]:
 
 def describe(model: Model) -> dict[str, Any]:
     """Size, preparation, capabilities and system card of a model."""
+    text = model.processor.has_text
     return {
         "name": model.name,
         "system": model.config.name,
         "capabilities": sorted(model.capabilities),
         "parameters": model.parameters(),
-        "preparation": model.processor.stamp() | {"vocabulary": model.processor.tokenizer.vocab_size},
+        "preparation": model.processor.stamp() | ({"vocabulary": model.processor.tokenizer.vocab_size} if text else {}),
         "fingerprint": model.fingerprint,
         "card": dict(model.card),
     }

@@ -9,7 +9,7 @@ from mm.config import StrictConfig
 from mm.data.config import DataConfig
 from mm.nn.lora import LoraConfig
 from mm.processor import ProcessorConfig
-from mm.systems import SystemConfig
+from mm.systems import NamedSystem
 from mm.training.config import TrainConfig
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -30,7 +30,7 @@ class RunConfig(StrictConfig):
         tune: Train thin corrections of the weights instead of the weights; `mm.load` folds them in.
     """
 
-    system: SystemConfig
+    system: NamedSystem
     data: DataConfig
     processor: ProcessorConfig = ProcessorConfig()
     train: TrainConfig = TrainConfig()
@@ -39,6 +39,6 @@ class RunConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.train.batch_size < 2:
+        if self.system.name == "clip" and self.train.batch_size < 2:
             raise ValueError("train.batch_size must be at least 2: a contrastive loss compares samples of a batch")
         return self

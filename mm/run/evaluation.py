@@ -276,7 +276,7 @@ def _encode_here(model: Model, source: Source, progress: Progress | None) -> tup
         samples += [{"fields": f, "captions": c} for f, c in zip(batch.fields, batch.captions, strict=True)]
         if progress:
             progress(len(samples), len(source))
-    return torch.cat(vectors) if vectors else torch.empty(0, model.config.embed_dim), samples, loader.accounting
+    return torch.cat(vectors) if vectors else torch.empty(0, model.embed_dim), samples, loader.accounting
 
 
 def _stretch(length: int, world: World) -> tuple[int, int]:

@@ -50,13 +50,15 @@ class TrainPreparation:
     seed: int
 
     def __call__(self, sample: Sample, visit: int) -> Item:
-        caption = self.captioner(sample, generator(self.seed, visit, sample.id, "caption"))
+        caption = ""
+        if self.processor.has_text:
+            caption = self.captioner(sample, generator(self.seed, visit, sample.id, "caption"))
         return Item(
             id=sample.id,
             image=_pixels(sample, self.processor, keep_alpha=True),
             texts=(caption,),
             fields=sample.fields,
-            group=_group(sample, caption, self.positives),
+            group=_group(sample, caption, self.positives) if self.processor.has_text else 0,
             augment_seed=derive_seed(self.seed, visit, sample.id, "augment"),
             flippable=may_flip(sample, self.augment),
         )
@@ -74,8 +76,8 @@ class TrainPreparation:
         return Batch(
             ids=tuple(item.id for item in items),
             image=image,
-            text=self.processor.text([item.texts[0] for item in items]),
-            groups=torch.tensor([item.group for item in items], dtype=torch.int64),
+            text=self.processor.text([item.texts[0] for item in items]) if self.processor.has_text else None,
+            groups=torch.tensor([item.group for item in items], dtype=torch.int64) if self.processor.has_text else None,
         )
 
 

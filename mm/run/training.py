@@ -1,6 +1,6 @@
 """Training from a configuration: open the data, learn the vocabulary, build the system, hand all to the loop."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from mm.data.captions import Captioner, corpus
 from mm.data.loader import Loader
 from mm.data.sources import open_source, open_training_source
 from mm.errors import BadSample, ConfigError
-from mm.hub import CONFIG_FILE, Model, load
+from mm.hub import CONFIG_FILE, Model, embed_parts, load, load_parts, with_parts
 from mm.nn.lora import add_lora
 from mm.processor import Processor
 from mm.run.config import RunConfig
@@ -26,7 +26,7 @@ from mm.training.devices import choose_device, seed_everything
 from mm.training.loop import TrainResult
 from mm.training.loop import train as train_loop
 from mm.training.parallel import environment
-from mm.types import Source, System
+from mm.types import Source, System, capabilities
 
 DEFAULT_RUNS = Path("runs")
 MAX_CORPUS_SAMPLES = 200_000
@@ -115,15 +115,17 @@ def assemble(config: RunConfig, *, resume: Path | None = None) -> Assembled:
     Raises:
         UserError: When data, model or their combination cannot be used.
     """
-    image_size = config.system.image.image_size
+    parts = load_parts(config.system.parts() | config.system.training_parts())
+    image_size = with_parts(config.system, parts).picture_side
     source = open_training_source(config.data, image_size=image_size)
     start = load(config.init_from, device="cpu", precision="fp32") if config.init_from else None
     if resume is not None:
-        processor = _kept_processor(config, resume)
+        processor = _kept_processor(config, resume, image_size)
     else:
-        processor = _processor(config, source) if start is None else start.processor
+        processor = _processor(config, source, image_size) if start is None else start.processor
     config = _with_vocabulary(config, processor)
-    system = _system(config, start)
+    config = config.model_copy(update={"system": embed_parts(config.system, parts)})
+    system = _system(config, start, {name: part.system for name, part in parts.items()})
     rank, world_size = environment()
     if config.train.batch_size % world_size:
         raise ConfigError(
@@ -147,13 +149,13 @@ def assemble(config: RunConfig, *, resume: Path | None = None) -> Assembled:
         max_bad_fraction=config.data.max_bad_fraction,
         pin_memory=choose_device(config.train.device).type == "cuda",
     )
-    return Assembled(config, system, processor, stream, _validator(config, processor, image_size))
+    return Assembled(config, system, processor, stream, _validator(config, processor, image_size, capabilities(system)))
 
 
-def _kept_processor(config: RunConfig, checkpoint: Path) -> Processor:
+def _kept_processor(config: RunConfig, checkpoint: Path, image_size: int) -> Processor:
     """The preparation that a run began with. Raises `ConfigError` where the configuration asks for another by now."""
     kept = Processor.load(checkpoint)
-    spec = config.processor.image_spec(config.system.image.image_size)
+    spec = config.processor.image_spec(image_size)
     if config.init_from is None and (kept.image_spec, kept.templates) != (spec, config.processor.templates):
         raise ConfigError(
             f"{checkpoint}: this run began with another 'processor' section; put it back, or train into a new run folder"
@@ -161,19 +163,19 @@ def _kept_processor(config: RunConfig, checkpoint: Path) -> Processor:
     return kept
 
 
-def _processor(config: RunConfig, source: Source) -> Processor:
+def _processor(config: RunConfig, source: Source, image_size: int) -> Processor:
     """The preparation of a new model."""
     settings = config.processor
+    image = settings.image_spec(image_size)
+    limits = config.system.text_limits
+    if limits is None:
+        return Processor(image=image, templates=settings.templates)
+    vocab_size, context_length = limits
     if settings.tokenizer == "clip":
         tokenizer = TextTokenizer.clip_bpe()
     else:
-        tokenizer = TextTokenizer.train_bpe(_corpus(config, source), config.system.text.vocab_size)
-    return Processor(
-        image=settings.image_spec(config.system.image.image_size),
-        tokenizer=tokenizer,
-        context_length=config.system.text.context_length,
-        templates=settings.templates,
-    )
+        tokenizer = TextTokenizer.train_bpe(_corpus(config, source), vocab_size)
+    return Processor(image=image, tokenizer=tokenizer, context_length=context_length, templates=settings.templates)
 
 
 def _corpus(config: RunConfig, source: Source) -> Iterator[str]:
@@ -189,13 +191,14 @@ def _corpus(config: RunConfig, source: Source) -> Iterator[str]:
 
 def _with_vocabulary(config: RunConfig, processor: Processor) -> RunConfig:
     """The configuration with the vocabulary's true size, which may be smaller than asked for."""
-    text = config.system.text.model_copy(update={"vocab_size": processor.tokenizer.vocab_size})
-    return config.model_copy(update={"system": config.system.model_copy(update={"text": text})})
+    if not processor.has_text:
+        return config
+    return config.model_copy(update={"system": config.system.with_vocabulary(processor.tokenizer.vocab_size)})
 
 
-def _system(config: RunConfig, start: Model | None) -> System:
+def _system(config: RunConfig, start: Model | None, parts: Mapping[str, System]) -> System:
     seed_everything(config.train.seed, torch.device("cpu"))
-    system = build(config.system)
+    system = build(config.system, parts)
     if start is not None:
         _adopt(system, start.system, config.init_from or start.name)
     if config.tune is not None:
@@ -217,7 +220,7 @@ def _adopt(system: System, start: System, name: str) -> None:
     system.load_state_dict(own | fit)
 
 
-def _validator(config: RunConfig, processor: Processor, image_size: int) -> Validator | None:
+def _validator(config: RunConfig, processor: Processor, image_size: int, able: frozenset[str]) -> Validator | None:
     if config.data.validation is None:
         return None
     data = config.data
@@ -228,7 +231,7 @@ def _validator(config: RunConfig, processor: Processor, image_size: int) -> Vali
         image_field=data.image_field,
         image_size=image_size,
     )
-    validator = Validator(source, processor, config.system)
+    validator = Validator(source, processor, config.system, able)
     if environment()[0] == 0:
         validator.prepare()
     return validator

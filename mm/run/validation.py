@@ -1,4 +1,4 @@
-"""Scores during training: retrieval and, where the source has labels, zero-shot accuracy, on pictures decoded once."""
+"""Scores during training, by what the system can do, on pictures decoded once."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +9,15 @@ from torch import Tensor
 from mm.data.labels import label_of, label_task
 from mm.data.loader import Loader
 from mm.errors import UserError
+from mm.evaluation.reconstruction import psnr, ssim
 from mm.evaluation.retrieval import ranks
 from mm.evaluation.zero_shot import class_vectors, label_ranks
 from mm.hub import Model
+from mm.nn.quantize import CodeUsage
 from mm.processor import Processor
 from mm.run.preparation import EvalPreparation
 from mm.systems import SystemConfig
-from mm.types import Source, System
+from mm.types import Batch, Embeds, Source, System, Tokenizes
 
 MAX_SAMPLES = 2000
 BATCH_SIZE = 128
@@ -33,16 +35,19 @@ class _Held:
 class Validator:
     """Called by the training loop with the network in evaluation mode.
 
-    Figures, as fractions: ``r1`` is the mean of ``image_to_text_r1`` and ``text_to_image_r1``; ``top1`` where there are labels.
+    Figures of systems that embed, as fractions: ``r1`` is the mean of ``image_to_text_r1`` and ``text_to_image_r1``; ``top1``
+    where there are labels. Of picture tokenizers: ``psnr`` in decibels, ``ssim``, ``codebook_usage`` and ``perplexity``. Of all
+    others: the mean of each part of their loss.
 
     Args:
-        source: Captioned or labelled pictures, of which the first 2,000 usable ones are taken.
+        source: Pictures, captioned or labelled ones for systems with text, of which the first 2,000 usable ones are taken.
         processor: The network's preparation.
         config: The network's configuration.
+        able: Its capabilities, see `mm.types.capabilities`.
     """
 
-    def __init__(self, source: Source, processor: Processor, config: SystemConfig) -> None:
-        self._source, self._processor, self._config = source, processor, config
+    def __init__(self, source: Source, processor: Processor, config: SystemConfig, able: frozenset[str]) -> None:
+        self._source, self._processor, self._config, self._able = source, processor, config, able
         self._held: _Held | None = None
 
     def prepare(self) -> None:
@@ -52,12 +57,17 @@ class Validator:
             UserError: There is nothing to measure: no picture that can be used, or neither captions nor labels.
         """
         self._held = self._held or self._read()
-        if not any(self._held.captions) and self._labels(self._held) is None:
+        labelled = "embeds" in self._able and self._labels(self._held) is not None
+        if self._processor.has_text and not any(self._held.captions) and not labelled:
             raise UserError(f"{self._source.name}: has neither captions nor labels to validate with; leave data.validation out")
 
     def __call__(self, system: System) -> dict[str, float]:
         held = self._held = self._held or self._read()
         device = next(system.parameters()).device
+        if isinstance(system, Tokenizes):
+            return self._reconstruction(system, held, device)
+        if not isinstance(system, Embeds):
+            return self._losses(system, held, device)
         model = Model(system=system, processor=self._processor, config=self._config, name="validation", device=device)
         vectors = torch.cat([model.embed_pixels(pixels) for pixels in held.pixels])
         return self._retrieval(model, vectors, held) | self._zero_shot(model, vectors, held)
@@ -86,6 +96,37 @@ class Validator:
             tuple(captions for batch in batches for captions in batch.captions),
             tuple(fields for batch in batches for fields in batch.fields),
         )
+
+    def _reconstruction(self, system: Tokenizes, held: _Held, device: torch.device) -> dict[str, float]:
+        usage, rates, likeness = CodeUsage(system.vocab_size), [], []
+        for pixels in held.pixels:
+            ids = system.encode(pixels.to(device))
+            made = system.decode(ids).cpu()
+            usage.update(ids)
+            rates.append(psnr(made, pixels))
+            likeness.append(ssim(made, pixels))
+        return {
+            "psnr": torch.cat(rates).mean().item(),
+            "ssim": torch.cat(likeness).mean().item(),
+            "codebook_usage": usage.usage,
+            "perplexity": usage.perplexity,
+        }
+
+    def _losses(self, system: System, held: _Held, device: torch.device) -> dict[str, float]:
+        """Means over samples; every batch meets the same random choices at every validation."""
+        sums: dict[str, float] = {}
+        captions, count = iter(held.captions), 0
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            for number, pixels in enumerate(held.pixels):
+                torch.manual_seed(number)
+                texts = [(next(captions) or ("",))[0] for _ in pixels]
+                text = self._processor.text(texts) if self._processor.has_text else None
+                batch = Batch(tuple(map(str, range(count, count + len(pixels)))), pixels, text)
+                losses = system.loss(batch.to(device), 0)
+                for name, value in {"loss": losses.total, **losses.parts}.items():
+                    sums[name] = sums.get(name, 0.0) + float(value) * len(pixels)
+                count += len(pixels)
+        return {name: value / count for name, value in sums.items()}
 
     def _retrieval(self, model: Model, vectors: Tensor, held: _Held) -> dict[str, float]:
         rows = [row for row, captions in enumerate(held.captions) if captions]

@@ -1,20 +1,45 @@
 """The literal list of systems. A configuration's ``system.name`` picks one; nothing is registered by being imported."""
 
+import difflib
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
-from mm.systems import clip
+from pydantic import Field
+
+from mm.config import validate
+from mm.errors import ConfigError
+from mm.systems import clip, vq
 from mm.systems.clip import ClipConfig
+from mm.systems.vq import VqConfig
 from mm.types import System
 
-SystemConfig = ClipConfig
-"""What ``system:`` may hold: the union of all systems' configurations, told apart by ``name``."""
+SystemConfig = ClipConfig | VqConfig
+"""The union of all systems' configurations."""
 
-MODULES: Mapping[str, ModuleType] = {"clip": clip}
+NamedSystem = Annotated[SystemConfig, Field(discriminator="name")]
+"""What ``system:`` may hold, told apart by ``name``."""
+
+MODULES: Mapping[str, ModuleType] = {"clip": clip, "vq": vq}
 """Name to the file that composes the system."""
+
+CONFIGS: Mapping[str, type[SystemConfig]] = {
+    "clip": ClipConfig,
+    "vq": VqConfig,
+}
+"""Name to the configuration's class."""
+
+
+def read_system(values: Any, where: str) -> SystemConfig:
+    """Validate the ``system`` section of a configuration. Raises `ConfigError`."""
+    name = str(values.get("name")) if isinstance(values, Mapping) else ""
+    if name not in CONFIGS:
+        near = difflib.get_close_matches(name, CONFIGS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"systems: {', '.join(CONFIGS)}"
+        raise ConfigError(f"{where}: system.name is '{name}'; {hint}")
+    return validate(CONFIGS[name], values, where)
 
 
 def build(config: SystemConfig, parts: Mapping[str, Any] | None = None) -> System:
-    """Build a system from its configuration and from parts that a configuration cannot hold (loaded towers)."""
+    """Build a system from its configuration and from parts that a configuration cannot hold (loaded towers, other models)."""
     return MODULES[config.name].build(config, parts or {})

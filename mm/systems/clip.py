@@ -15,7 +15,7 @@ import torch
 from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 
-from mm.config import TAG_PREFIX, StrictConfig
+from mm.config import TAG_PREFIX
 from mm.encoders.image import ImageEncoderConfig, build_image_encoder
 from mm.encoders.library import (
     LibraryImageConfig,
@@ -30,6 +30,7 @@ from mm.losses.contrastive import info_nce, siglip, supervised_contrastive
 from mm.losses.gather import Gather, current_gather
 from mm.losses.queue import FeatureQueue
 from mm.seeding import derive_seed
+from mm.systems.settings import SystemSettings
 from mm.types import Batch, Losses, System, TextBatch
 
 TOWERS = ("image", "text")
@@ -55,7 +56,7 @@ TextTower = Annotated[Annotated[TextEncoderConfig, Tag(OWN)] | Annotated[Library
 Projection = Literal["linear", "affine", "none"]
 
 
-class ClipConfig(StrictConfig):
+class ClipConfig(SystemSettings):
     """CLIP with its two encoders.
 
     Args:
@@ -86,6 +87,17 @@ class ClipConfig(StrictConfig):
     image_image_weight: float = Field(default=0.0, ge=0)
     queue_size: int = Field(default=0, ge=0)
     lock: tuple[Literal["image", "text"], ...] = ()
+
+    @property
+    def picture_side(self) -> int:
+        return self.image.image_size
+
+    @property
+    def text_limits(self) -> tuple[int, int]:
+        return self.text.vocab_size, self.text.context_length
+
+    def with_vocabulary(self, size: int) -> "ClipConfig":
+        return self.model_copy(update={"text": self.text.model_copy(update={"vocab_size": size})})
 
     @model_validator(mode="after")
     def _possible(self) -> "ClipConfig":

@@ -148,6 +148,8 @@ class _Trainer:
     def run(self) -> TrainResult:
         """Resume or start, train to the last step or to a signal, save."""
         self._resume()
+        trained, held = self.stepper.parameter_counts()
+        self.tracker.say(f"{trained:,} parameters are trained" + (f", {held:,} held fixed" if held else ""))
         if self.config.compile:
             compile_parts(self.stepper.system)
         self.stepper.system.train()

@@ -80,6 +80,11 @@ class Stepper:
         self._autocast = partial(autocast, world.device, self.dtype)
         self._strides_checked = False
 
+    def parameter_counts(self) -> tuple[int, int]:
+        """Number of parameters that are trained, and of those held fixed."""
+        trained = sum(parameter.numel() for parameter in self._parameters)
+        return trained, sum(parameter.numel() for parameter in self.system.parameters()) - trained
+
     def lr(self, step: int) -> float:
         """Learning rate of a step, the first being 0."""
         return self._config.lr * lr_factor(step, self._config)
