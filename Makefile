@@ -13,8 +13,8 @@ $(STAMP): pyproject.toml constraints.txt
 	    { echo "mm needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Use: make PYTHON=python3.12" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	# the reference of a parity test and a benchmark; its own requirements (data sets, old tools) are not needed for its metrics
-	$(BIN)/python -m pip install --quiet --no-deps clip-benchmark==1.6.1
+	# references of parity tests and benchmarks; their own requirements (data sets, old tools) are not needed for what is compared
+	$(BIN)/python -m pip install --quiet --no-deps clip-benchmark==1.6.1 DALL-E==0.1 taming-transformers-rom1504==0.0.6
 	@touch $@
 
 quickstart: setup

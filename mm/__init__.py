@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mm.hub import Model, load, save, shipped
-    from mm.run.evaluation import evaluate
+    from mm.run.generation import generate
     from mm.run.inference import classify, search
+    from mm.run.tasks import evaluate
     from mm.run.training import train
 
 __version__ = "0.1.0"
@@ -16,13 +17,14 @@ _HOMES = {
     "load": "mm.hub",
     "save": "mm.hub",
     "shipped": "mm.hub",
-    "evaluate": "mm.run.evaluation",
+    "evaluate": "mm.run.tasks",
     "classify": "mm.run.inference",
+    "generate": "mm.run.generation",
     "search": "mm.run.inference",
     "train": "mm.run.training",
 }
 
-__all__ = ["Model", "__version__", "classify", "evaluate", "load", "save", "search", "shipped", "train"]
+__all__ = ["Model", "__version__", "classify", "evaluate", "generate", "load", "save", "search", "shipped", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -203,6 +203,73 @@ def eval_probe(
     show.result(result, f"{method} probe: {model} on {data}", json_file)
 
 
+@eval_app.command("reconstruction")
+def eval_reconstruction(
+    model: ModelArgument,
+    data: DataOption,
+    json_file: JsonOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+) -> None:
+    """Pictures to tokens and back: PSNR, SSIM, how many codes are used."""
+    from mm import show
+    from mm.run.picture_evaluation import evaluate_reconstruction
+
+    with show.progress_bar("reconstructing") as progress:
+        result = evaluate_reconstruction(model, data, device=device, precision=precision, progress=progress)
+    show.result(result, f"reconstruction: {model} on {data}", json_file)
+
+
+@eval_app.command("generation")
+def eval_generation(
+    model: ModelArgument,
+    data: DataOption,
+    limit: Annotated[int, typer.Option(min=1, help="Number of prompts, drawn among the class names of SRC.")] = 100,
+    judge: Annotated[str, typer.Option(metavar="MODEL", help="Independent of model and ranker.")] = "emoji-judge",
+    ranker: Annotated[str, typer.Option(metavar="MODEL", help="Chooses the best candidate of each prompt.")] = "emoji-clip",
+    best_of: Annotated[int, typer.Option(min=1, help="Candidates of each prompt.")] = 8,
+    train: Annotated[
+        str | None, typer.Option("--train", metavar="SRC", help="What the model learned from, to see whether it copies.")
+    ] = None,
+    guidance: Annotated[float, typer.Option(min=0)] = 3.0,
+    temperature: Annotated[float, typer.Option(min=0)] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0)] = 0,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    steps: Annotated[int, typer.Option(min=1)] = 12,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    sheet: Annotated[Path | None, typer.Option("--sheet", metavar="PNG", help="Contact sheet of the chosen pictures.")] = None,
+    json_file: JsonOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+) -> None:
+    """Pictures of the class names of SRC, looked at by an independent judge; whether they are copies; FID, KID, CLIPScore."""
+    from mm import show
+    from mm.run.generation import Painting
+    from mm.run.picture_evaluation import evaluate_generation
+    from mm.types import Sampling
+
+    made: list[Painting] = []
+    with show.progress_bar("painting") as progress:
+        result = evaluate_generation(
+            model,
+            data,
+            limit=limit,
+            judge=judge,
+            ranker=ranker,
+            best_of=best_of,
+            train=train,
+            seed=seed,
+            sampling=Sampling(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, steps=steps),
+            device=device,
+            precision=precision,
+            progress=progress,
+            on_made=made.extend,
+        )
+    show.result(result, f"generation: {model} on {data}", json_file)
+    if sheet:
+        show.paintings(made, sheet, 10, None)
+
+
 @app.command()
 def interpolate(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The model that was fine-tuned.")],

@@ -8,8 +8,9 @@ import difflib
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +89,15 @@ class Model:
         return int(getattr(self.config, "embed_dim"))  # noqa: B009 - every system that embeds has it
 
     def compile(self, rows: int = 64) -> "Model":
-        """The same model with compiled encoders, for long jobs: a minute of compilation, then fewer and larger kernels.
+        """This model itself, its encoders compiled for long jobs: a minute of compilation, then fewer and larger kernels.
 
         Batches are filled up to ``rows``, texts to multiples of 8 tokens, so that few shapes are compiled. A CPU needs a C++
         compiler for it; weights are folded into the compiled code, so they must not change afterwards.
         """
         for encoder in self._embedding_system().encoders().values():
             encoder.compile(dynamic=False, options={"freezing": True} if self.device.type == "cpu" else None)
-        return replace(self, compiled_rows=rows)
+        self.compiled_rows = rows
+        return self
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         """Prepared pictures, uint8 ``(B, 3, S, S)``, to unit vectors ``(B, D)`` in fp32 on the CPU."""
@@ -265,29 +267,46 @@ def save(
     """Write a model folder that `load` reads.
 
     Raises:
-        UserError: The folder already holds a model, or the weights were cast to a type that holds less than ``dtype``.
+        UserError: As `make_folder`, or the weights were cast to a type that holds less than ``dtype``.
     """
-    folder = Path(folder)
     if dtype.itemsize > min(p.dtype.itemsize for p in model.system.parameters()):
         raise UserError(
             f"{model.name}: its weights were cast to bf16 for speed; load it with precision='fp32' to save it whole"
         )
-    if (folder / WEIGHTS_FILE).exists():
-        raise UserError(f"{folder}: already holds a model; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder)
     state = {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous().clone()
         for name, tensor in model.system.state_dict().items()
         if name.partition(".")[0] not in model.config.parts()
     }
-    write_config(model.config, folder)
-    model.processor.save(folder)
     contents = dict(model.card if card is None else card)
-    if contents:
-        (folder / CARD_FILE).write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary = folder / (WEIGHTS_FILE + ".tmp")
-    save_file(state, temporary)
-    temporary.replace(folder / WEIGHTS_FILE)
+    try:
+        write_config(model.config, folder)
+        model.processor.save(folder)
+        if contents:
+            (folder / CARD_FILE).write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        save_file(state, temporary)
+        temporary.replace(folder / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be written ({error}); make room or choose another folder") from error
+    return folder
+
+
+def make_folder(folder: str | Path) -> Path:
+    """A folder that takes a new model, made where there is none: what a command checks before it loads or computes for long.
+
+    Raises:
+        UserError: It already holds a model, or nothing can be written there.
+    """
+    folder = Path(folder)
+    try:
+        if (folder / WEIGHTS_FILE).exists():
+            raise UserError(f"{folder}: already holds a model; choose another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{folder}: no model can be written there ({error}); choose another folder") from None
     return folder
 
 

@@ -103,7 +103,7 @@ class Processor:
     def stamp(self) -> dict[str, Any]:
         """What an evaluation's protocol stamp says of the preparation."""
         spec = self.image_spec
-        return {"resize": f"{spec.fit} to {spec.size} px, {spec.interpolation}, antialiased", "templates": list(self.templates)}
+        return {"resize": f"{spec.fit} to {spec.size} px, {spec.interpolation}, antialiased"}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the vocabulary, JSON ready: the content of ``processor.json``."""

@@ -194,6 +194,19 @@ class Tokenizes(Protocol):
         ...
 
 
+@runtime_checkable
+class Matches(Protocol):
+    """Systems that judge a picture and a text together."""
+
+    def encode_image(self, image: Tensor) -> Encoded:
+        """The part of a picture's computation that does not depend on a text."""
+        ...
+
+    def match(self, image: Encoded, text: TextBatch) -> Tensor:
+        """Logits ``(B,)``, fp32, of picture i and text i belonging together."""
+        ...
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How a generator chooses; a system reads what applies to it.
@@ -246,7 +259,7 @@ class Paints(Protocol):
         ...
 
 
-CAPABILITIES: Mapping[str, type] = {"embeds": Embeds, "tokenizes": Tokenizes, "paints": Paints}
+CAPABILITIES: Mapping[str, type] = {"embeds": Embeds, "tokenizes": Tokenizes, "matches": Matches, "paints": Paints}
 """Every declared capability. Evaluation, command line and demos ask for one of these, never for a class or a name."""
 
 

@@ -207,11 +207,16 @@ def _as_it_is(fetched: Fetched) -> Fetched:
 
 
 def _start_worker(_: int) -> None:
-    """Leave signals sent to the training job's process group (Ctrl-C, a scheduler's SIGTERM) to the training process."""
+    """Leave signals sent to all processes of a training job (Ctrl-C, a scheduler's SIGTERM) to the training process."""
     with contextlib.suppress(AttributeError, OSError):
         os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, _let_pass_once)
+
+
+def _let_pass_once(number: int, _: FrameType | None) -> None:
+    """The first SIGTERM may be everybody's; the second is meant for this worker, which does not end by itself."""
+    signal.signal(number, signal.SIG_DFL)
 
 
 def _explained(error: RuntimeError) -> Exception:

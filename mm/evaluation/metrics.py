@@ -43,8 +43,14 @@ class Interval:
 
     def show(self) -> tuple[str, str]:
         """The figure and its interval as text, e.g. ``("43.2 %", "41.0 to 45.4")``."""
-        scale, end = (100.0, " %") if self.unit == "rate" else (1.0, "")
-        return f"{scale * self.value:.1f}{end}", f"{scale * self.low:.1f} to {scale * self.high:.1f}"
+        if self.unit == "rate":
+            return f"{100 * self.value:.1f} %", f"{100 * self.low:.1f} to {100 * self.high:.1f}"
+        return _number(self.value), f"{_number(self.low)} to {_number(self.high)}"
+
+
+def _number(value: float) -> str:
+    """One decimal, small numbers with three digits."""
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
 
 
 @dataclass(frozen=True)

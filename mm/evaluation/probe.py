@@ -149,26 +149,33 @@ def tip_adapter(
     """Class names and examples together, without training: ``scale * cosine with the name + alpha * votes of the examples``.
 
     An example votes for its class with ``exp(-beta * (1 - cosine))``. Alpha and beta are chosen on a fifth of the examples,
-    with the others as the cache; the test set sees one setting. Raises as `linear_probe`.
+    with the others as the cache; the test set sees one setting. ``scale`` is the model's own. Raises as `linear_probe`.
     """
     train, train_labels, test, test_labels = _checked(train, train_labels, test, test_labels, len(class_vectors))
     names = F.normalize(checked(class_vectors, "class vectors", train.shape[1]), dim=1).to(train.device)
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     fit, held = _split(train_labels, seed)
 
-    def scores(queries: Tensor, cache: Tensor, labels: Tensor, alpha: float, beta: float) -> Tensor:
-        votes = (-beta * (1 - queries @ cache.T)).exp() @ F.one_hot(labels, len(names)).float()
-        return scale * queries @ names.T + alpha * votes
+    def answers(queries: Tensor, cache: Tensor, labels: Tensor, settings: Sequence[tuple[float, float]]) -> Tensor:
+        """Class of each query by each setting, ``(settings, Q)``."""
+        found = []
+        for chunk in queries.split(max(1, MAX_SCORES // max(len(cache), len(names)))):
+            nearness, by_name, votes = cache @ chunk.T - 1, scale * names @ chunk.T, {}
+            for beta in {beta for _, beta in settings}:
+                empty = nearness.new_zeros(len(names), len(chunk))
+                votes[beta] = empty.index_put_((labels,), (beta * nearness).exp_(), accumulate=True)
+            found.append(torch.stack([(by_name + alpha * votes[beta]).argmax(0) for alpha, beta in settings]))
+        return torch.cat(found, 1)
 
     with exact_fp32(train.device):
-        settings = [(alpha, beta) for alpha in MIXTURE for beta in SHARPNESS] if len(held) >= MIN_HELD else [TIP]
-        accuracies = [
-            _accuracy(scores(train[held], train[fit], train_labels[fit], *setting), train_labels[held]) for setting in settings
-        ]
-        best = settings[max(range(len(settings)), key=lambda i: accuracies[i])]  # of equals the smallest alpha
-        found = scores(test, train, train_labels, *best).argmax(1)
-    stamp = {"classifier": "Tip-Adapter without training", "alpha": best[0], "beta": best[1], "examples": len(train)}
-    return _result(found, test_labels, stamp | dict(protocol or {}))
+        best = TIP
+        if len(held) >= MIN_HELD:
+            settings = [(alpha, beta) for alpha in MIXTURE for beta in SHARPNESS]
+            hits = (answers(train[held], train[fit], train_labels[fit], settings) == train_labels[held]).sum(1).tolist()
+            best = settings[hits.index(max(hits))]  # of equals the smallest alpha
+        [found] = answers(test, train, train_labels, [best])
+    stamp = {"classifier": "Tip-Adapter without training", "scale": scale, "alpha": best[0], "beta": best[1]}
+    return _result(found, test_labels, stamp | {"examples": len(train)} | dict(protocol or {}))
 
 
 def _checked(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, num_classes: int) -> tuple[Tensor, ...]:
@@ -192,10 +199,6 @@ def _split(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         place[members] = torch.arange(len(members), device=labels.device)
     held = place % round(1 / HELD_SHARE) == 1
     return (~held).nonzero().flatten(), held.nonzero().flatten()
-
-
-def _accuracy(scores: Tensor, labels: Tensor) -> float:
-    return (scores.argmax(1) == labels).double().mean().item()
 
 
 def _result(found: Tensor, labels: Tensor, stamp: dict[str, Any]) -> Result:

@@ -6,11 +6,11 @@ Source: https://arxiv.org/abs/1706.03762 (attention), https://arxiv.org/abs/2305
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mm.nn.embeddings import rotate
+from mm.nn.linear import Linear
 from mm.nn.masks import EVERYTHING, Mask
 
 
@@ -20,20 +20,47 @@ class KVCache:
     Args:
         keys: Room for the keys, ``(B, G, capacity, E)``.
         values: Room for the values, the same shape.
+
+    Attributes:
+        length: Number of positions that hold something.
+        context: Keys and values of the sequence that the layer's cross-attention goes to, once they have been computed.
     """
 
     def __init__(self, keys: Float[Tensor, "b g s e"], values: Float[Tensor, "b g s e"]) -> None:
         self.keys, self.values = keys, values
         self.length = 0
+        self.context: tuple[Tensor, Tensor] | None = None
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store T new positions ``(B, G, T, E)`` and return all that are stored."""
-        end = self.length + keys.shape[2]
+    def append(self, keys: Tensor, values: Tensor, position: int | Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Store T new positions ``(B, G, T, E)`` and return what they may see.
+
+        Args:
+            keys: Of the new positions.
+            values: Of the new positions.
+            position: Of the first new one, behind what is stored if None. A number forgets what is stored from there on. A
+                scalar int64 tensor leaves ``length`` alone and returns the whole room, so that nothing that torch.compile
+                guards changes from step to step; what of it is visible is for the mask to say.
+        """
+        if isinstance(position, Tensor):
+            places = position + torch.arange(keys.shape[2], device=position.device)
+            self.keys.index_copy_(2, places, keys)
+            self.values.index_copy_(2, places, values)
+            return self.keys, self.values
+        start = self.length if position is None else position
+        end = start + keys.shape[2]
         assert end <= self.keys.shape[2], f"the cache holds {self.keys.shape[2]} positions, {end} were asked of it"
-        self.keys[:, :, self.length : end] = keys
-        self.values[:, :, self.length : end] = values
+        self.keys[:, :, start:end] = keys
+        self.values[:, :, start:end] = values
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def first(self, rows: int) -> "KVCache":
+        """The cache of the first ``rows`` of the batch, in the same memory."""
+        part = KVCache(self.keys[:rows], self.values[:rows])
+        part.length = self.length
+        if self.context is not None:
+            part.context = self.context[0][:rows], self.context[1][:rows]
+        return part
 
 
 class MultiHeadAttention(nn.Module):
@@ -64,9 +91,9 @@ class MultiHeadAttention(nn.Module):
         assert num_heads % self.num_kv_heads == 0, f"{num_heads} heads cannot share {self.num_kv_heads} key-value heads"
         self.head_width = width // num_heads
         self.dropout = dropout
-        self.query = nn.Linear(width, width, bias)
-        self.key_value = nn.Linear(context_width or width, 2 * self.num_kv_heads * self.head_width, bias)
-        self.output = nn.Linear(width, width, bias)
+        self.query = Linear(width, width, bias)
+        self.key_value = Linear(context_width or width, 2 * self.num_kv_heads * self.head_width, bias)
+        self.output = Linear(width, width, bias)
 
     def cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for ``capacity`` positions, in the type and on the device of the weights."""
@@ -74,32 +101,39 @@ class MultiHeadAttention(nn.Module):
         like = self.key_value.weight
         return KVCache(like.new_zeros(shape), like.new_zeros(shape))
 
+    def keys_and_values(self, x: Float[Tensor, "b s c"]) -> tuple[Float[Tensor, "b g s e"], Float[Tensor, "b g s e"]]:
+        """What a sequence offers to queries; may be kept where the same context is attended to many times."""
+        batch_size, length, _ = x.shape
+        pair = self.key_value(x).view(batch_size, length, 2, self.num_kv_heads, self.head_width).permute(2, 0, 3, 1, 4)
+        return pair[0], pair[1]
+
     def forward(
         self,
         x: Float[Tensor, "b t d"],
-        context: Float[Tensor, "b s c"] | None = None,
+        context: Float[Tensor, "b s c"] | tuple[Tensor, Tensor] | None = None,
         *,
         mask: Mask = EVERYTHING,
         rotation: tuple[Tensor, Tensor] | None = None,
         cache: KVCache | None = None,
+        position: int | Tensor | None = None,
         need_weights: bool = False,
     ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b h t s"] | None]:
         """Attend. Returns the result and, if ``need_weights``, the attention weights it was computed from (for Grad-CAM).
 
         Args:
             x: The queries come from here.
-            context: Keys and values come from here; from ``x`` if None.
+            context: Keys and values come from here, or are these, from `keys_and_values`; from ``x`` if None.
             mask: See `mm.nn.masks.attention_mask`.
             rotation: Cosines and sines of rotary positions, from `mm.nn.embeddings.Rotary`.
             cache: Earlier keys and values, to which the ones of ``x`` are appended.
+            position: See `KVCache.append`.
         """
-        query = rearrange(self.query(x), "b t (h e) -> b h t e", e=self.head_width)
-        key_value = self.key_value(x if context is None else context)
-        key, value = rearrange(key_value, "b s (two g e) -> two b g s e", two=2, e=self.head_width)
+        query = self.query(x).view(*x.shape[:2], -1, self.head_width).transpose(1, 2)
+        key, value = context if isinstance(context, tuple) else self.keys_and_values(x if context is None else context)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
         if cache is not None:
-            key, value = cache.append(key.to(cache.keys.dtype), value.to(cache.values.dtype))
+            key, value = cache.append(key.to(cache.keys.dtype), value.to(cache.values.dtype), position)
             query = query.to(key.dtype)
         dropout = self.dropout if self.training else 0.0
         weights = None
@@ -107,6 +141,8 @@ class MultiHeadAttention(nn.Module):
             weights = _attention_weights(query, key, mask)
             groups = weights.shape[1] // self.num_kv_heads
             attended = F.dropout(weights, dropout) @ value.repeat_interleave(groups, 1)
+        elif query.shape[2] == 1 and query.device.type == "cpu" and not dropout:
+            attended = _attend_once(query, key, value, mask.allowed)
         else:
             attended = F.scaled_dot_product_attention(
                 query,
@@ -119,7 +155,7 @@ class MultiHeadAttention(nn.Module):
             )
         if mask.empty is not None:
             attended = attended.masked_fill(mask.empty, 0.0)
-        return self.output(rearrange(attended, "b h t e -> b t (h e)")), weights
+        return self.output(attended.transpose(1, 2).flatten(2)), weights
 
 
 def _attention_weights(query: Tensor, key: Tensor, mask: Mask) -> Tensor:
@@ -131,3 +167,19 @@ def _attention_weights(query: Tensor, key: Tensor, mask: Mask) -> Tensor:
         scores = scores.masked_fill(~allowed, -torch.inf)
     weights = scores.softmax(-1)
     return weights if mask.empty is None else weights.masked_fill(mask.empty, 0.0)
+
+
+def _attend_once(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
+    """Attention of a single query, ``(B, H, 1, E)``, by two small products.
+
+    The fused kernel for CPUs is made for many queries: with one it was slower by a quarter in fp32 and threefold in bf16. The
+    queries that share keys and values become the rows of one product, so that nothing is repeated.
+    """
+    batch_size, num_heads, _, head_width = query.shape
+    grouped = query.reshape(batch_size, key.shape[1], -1, head_width)
+    scores = grouped @ key.transpose(-1, -2) * head_width**-0.5
+    if allowed is not None:
+        if num_heads != key.shape[1]:
+            allowed = allowed.broadcast_to(batch_size, num_heads, 1, key.shape[2]).reshape(scores.shape)
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    return (scores.softmax(-1) @ value).reshape(query.shape)

@@ -138,6 +138,7 @@ class GridPositions(nn.Module):
         super().__init__()
         self.rows, self.columns = LearnedPositions(rows, width), LearnedPositions(columns, width)
 
-    def forward(self) -> Float[Tensor, "n d"]:
-        """Vectors of all cells."""
-        return (self.rows.weight[:, None] + self.columns.weight).flatten(0, 1)
+    def forward(self, length: int | None = None, offset: int = 0) -> Float[Tensor, "n d"]:
+        """Vectors of the cells ``offset`` to ``offset + length``, of all from ``offset`` on if no length is given."""
+        cells = (self.rows.weight[:, None] + self.columns.weight).flatten(0, 1)
+        return cells[offset:] if length is None else cells[offset : offset + length]

@@ -14,10 +14,23 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from mm.errors import ConfigError
+
 FSQ_EPS = 1e-3
-"""Keeps the outermost values of a channel reachable."""
+"""Keeps bounded values strictly inside the outermost steps of a channel, so that rounding cannot leave them."""
 
 KMEANS_STEPS = 10
+KMEANS_NOISE = 1e-2
+"""Tells copies of a feature apart where there are fewer features than codes; in standard deviations of the features."""
+
+USES_DECAY = 0.99
+"""Of the average number of uses where the codebook is trained by gradient."""
+
+FEWEST_USES = 1e-5
+"""A code with a smaller average number of uses stays where it is: the quotient of its averages would be rounding alone."""
+
+DISTANCES_AT_ONCE = 1 << 26
+"""Distances between features and codes in memory at the same time."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +45,13 @@ class Quantized:
 class FiniteScalarQuantizer(nn.Module):
     """Rounds each channel to one of a few values (https://arxiv.org/abs/2309.15505). Nothing to train, nothing to collapse.
 
+    Ids are numbers of mixed radix, the first channel being the least significant digit.
+
     Args:
-        levels: Values of each channel; D is their number, K their product.
+        levels: Values of each channel, 2 or more; D is their number, K their product.
+
+    Raises:
+        ConfigError: When a channel has fewer than 2 values.
     """
 
     levels: Tensor
@@ -41,46 +59,51 @@ class FiniteScalarQuantizer(nn.Module):
 
     def __init__(self, levels: Sequence[int]) -> None:
         super().__init__()
+        if not levels or min(levels) < 2:
+            raise ConfigError(f"levels: {list(levels)} leaves a channel without a choice; give each channel at least 2 values")
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
         self.register_buffer("radix", torch.tensor([1, *levels[:-1]]).cumprod(0), persistent=False)
         self.codebook_size, self.width = math.prod(levels), len(levels)
 
     def forward(self, z: Float[Tensor, "b n d"]) -> Quantized:
-        """Codes in -1..1 and their ids; gradients pass as if nothing had been rounded."""
+        """Codes in -1..1 and their ids; gradients pass as if nothing had been rounded. The loss is 0."""
         with torch.autocast(z.device.type, enabled=False):
             steps = self._bounded(z.float())
-            rounded = steps + (steps.round() - steps).detach()
+            rounded = steps.detach().round()
             half = self.levels // 2
-            ids = ((rounded.detach().long() + half) * self.radix).sum(-1)
-            return Quantized(rounded / half, ids, z.new_zeros((), dtype=torch.float32))
+            # Not a number has to reach the loss, where it is noticed, but must not become an id outside of the codebook.
+            ids = ((rounded.nan_to_num().long() + half) * self.radix).sum(-1)
+            return Quantized(_straight_through(rounded, steps) / half, ids, z.new_zeros((), dtype=torch.float32))
 
     def lookup(self, ids: Int64[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
-        """Codes of ids."""
+        """Codes of ids, the same bits that `forward` gives."""
         half = self.levels // 2
         return ((ids[..., None] // self.radix) % self.levels - half) / half
 
     def _bounded(self, z: Tensor) -> Tensor:
-        """Squash to the range of the steps; an even number of them is centred half a step lower."""
+        """Squash to the range of the steps; an even number of them is centred half a step lower (the paper's appendix A.1)."""
         half = (self.levels - 1) * (1 - FSQ_EPS) / 2
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
-        return torch.tanh(z + (offset / half).atanh()) * half - offset
+        return torch.tanh(z + (offset / half).tan()) * half - offset
 
 
 class VectorQuantizer(nn.Module):
     """Takes the nearest vector of a codebook (https://arxiv.org/abs/1711.00937).
 
     The codebook follows the features by moving averages (appendix A.1 of the paper) unless ``ema_decay`` is 0. It starts at the
-    centres of the first batch (k-means), and codes that have fallen out of use are started anew at features of the current
-    batch, their averages included. All processes of a run keep the same codebook.
+    centres of the first training batch (k-means), and codes that have fallen out of use are started anew at features of the
+    latest batch, their averages included. All processes of a run keep the same codebook: statistics are summed over them,
+    random choices are the first one's. Everything that outlives a step is in the buffers, so training resumes exactly.
 
-    The moving averages are collected in `forward` and applied by `update_`, to be called after each optimizer step: several
-    forward passes of a step add up. Under gradient checkpointing a pass would count twice, so quantizers stay outside of it.
+    Statistics are collected in `forward`, in training mode and where gradients are recorded, and applied by `update_`, to be
+    called after each optimizer step: several forward passes of a step add up. A pass that gradient checkpointing repeats would
+    count twice, so quantizers stay outside of it.
 
     Args:
         codebook_size: K.
         width: D.
         commitment: Weight of the loss that keeps features near their code. (Two well-known codebases weight the other term.)
-        ema_decay: Of the moving averages; 0 trains the codebook by gradient.
+        ema_decay: Of the moving averages, 0 up to but not including 1; 0 trains the codebook by gradient.
         unit_length: Compare directions: features and codes are brought to unit length (https://arxiv.org/abs/2110.04627).
         dead_after: A code is started anew when its average number of uses in a step falls below this; 0 never does.
     """
@@ -89,6 +112,8 @@ class VectorQuantizer(nn.Module):
     uses: Tensor
     sums: Tensor
     started: Tensor
+    new_uses: Tensor
+    new_sums: Tensor
 
     def __init__(
         self,
@@ -112,23 +137,27 @@ class VectorQuantizer(nn.Module):
             self.codebook = nn.Parameter(initial)
         self.register_buffer("uses", torch.ones(codebook_size))
         self.register_buffer("started", torch.tensor(False))
-        self._collected: list[tuple[Tensor, Tensor]] = []
+        self.register_buffer("new_uses", torch.zeros(codebook_size), persistent=False)
+        self.register_buffer("new_sums", torch.zeros(codebook_size, width), persistent=False)
+        self._latest: Tensor | None = None
 
     def forward(self, z: Float[Tensor, "b n d"]) -> Quantized:
-        """Nearest codes; the loss is the commitment, and without moving averages also the codebook's own distance."""
+        """Nearest codes; the loss is the commitment, and without moving averages also the codebook's own mean squared error."""
         with torch.autocast(z.device.type, enabled=False):
             z = self._scaled(z.float())
             flat = z.detach().reshape(-1, self.width)
-            if self.training and not self.started:
+            learns = self.training and torch.is_grad_enabled()
+            if learns and not self.started:
                 self._start(flat)
-            ids = torch.cdist(flat, self._scaled(self.codebook.detach())).argmin(1).view(z.shape[:2])
-            codes = self.lookup(ids)
-            if self.training:
-                self._collected.append((flat, ids.flatten()))
+            ids = _nearest(flat, self._scaled(self.codebook.detach().float()))
+            if learns:
+                self._collect(flat, ids)
+            ids = ids.view(z.shape[:2])
+            codes = self.lookup(ids).float()
             loss = self.commitment * F.mse_loss(z, codes.detach())
             if not self.ema_decay:
                 loss = loss + F.mse_loss(codes, z.detach())
-            return Quantized(z + (codes - z).detach(), ids, loss)
+            return Quantized(_straight_through(codes, z), ids, loss)
 
     def lookup(self, ids: Int64[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         """Codes of ids."""
@@ -137,49 +166,47 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def update_(self) -> None:
         """Apply what the forward passes since the last call have collected: averages, then new starts of unused codes."""
-        if not self._collected:
+        if self._latest is None:
             return
-        features = torch.cat([features for features, _ in self._collected])
-        ids = torch.cat([ids for _, ids in self._collected])
-        self._collected = []
-        counts = torch.bincount(ids, minlength=self.codebook_size).float()
-        sums = torch.zeros_like(self.codebook).index_add_(0, ids, features)
-        _sum_over_processes(counts, sums)
-        decay = self.ema_decay or 0.99
-        self.uses.lerp_(counts, 1 - decay)
+        _sum_over_processes(self.new_uses, self.new_sums)
+        self.uses.lerp_(self.new_uses, 1 - (self.ema_decay or USES_DECAY))
         if self.ema_decay:
-            self.sums.lerp_(sums, 1 - decay)
-            smoothed = (self.uses + 1e-5) / (self.uses.sum() + self.codebook_size * 1e-5) * self.uses.sum()
-            self.codebook.copy_(self.sums / smoothed[:, None])
+            self.sums.lerp_(self.new_sums, 1 - self.ema_decay)
+            uses = self.uses[:, None]
+            self.codebook.copy_(torch.where(uses > FEWEST_USES, self.sums / uses, self.codebook))
         if self.dead_after:
-            self._revive(features)
+            self._revive(self._latest)
+        self.new_uses.zero_()
+        self.new_sums.zero_()
+        self._latest = None
+
+    @torch.no_grad()
+    def _collect(self, features: Tensor, ids: Tensor) -> None:
+        """Add to the statistics; what is not finite is left out, because its step will be skipped but not forgotten."""
+        finite = features.isfinite().all(1)
+        self.new_uses.index_add_(0, ids, finite.float())
+        self.new_sums.index_add_(0, ids, torch.where(finite[:, None], features, 0.0))
+        self._latest = features
 
     def _revive(self, features: Tensor) -> None:
         dead = (self.uses < self.dead_after).nonzero().flatten()
-        fresh = _same_everywhere(features[torch.randint(len(features), (len(dead),), device=features.device)])
+        if not len(dead):
+            return
+        fresh = _same_everywhere(_draw(features, len(dead)))
+        uses = max(1.0, 2 * self.dead_after)  # not dead again at once
         self.codebook[dead] = fresh
-        self.uses[dead] = 1.0
+        self.uses[dead] = uses
         if self.ema_decay:
-            self.sums[dead] = fresh
+            self.sums[dead] = uses * fresh
 
+    @torch.no_grad()
     def _start(self, features: Tensor) -> None:
-        """K-means on the features of the first batch; where they are fewer than the codes, noise tells copies apart."""
-        with torch.no_grad():
-            chosen = torch.randperm(len(features), device=features.device)[: self.codebook_size]
-            missing = self.codebook_size - len(chosen)
-            centres = features[chosen]
-            if missing > 0:
-                extra = features[torch.randint(len(features), (missing,), device=features.device)]
-                centres = torch.cat([centres, extra + 1e-2 * features.std() * torch.randn_like(extra)])
-            for _ in range(KMEANS_STEPS):
-                nearest = torch.cdist(features, centres).argmin(1)
-                counts = torch.bincount(nearest, minlength=self.codebook_size).float()[:, None]
-                means = torch.zeros_like(centres).index_add_(0, nearest, features) / counts.clamp(min=1)
-                centres = torch.where(counts > 0, means, centres)
-            centres = _same_everywhere(centres)
+        """Move the codebook to the features, unless they are not finite, in which case the next batch is tried."""
+        centres = _same_everywhere(self._scaled(_kmeans(features, self.codebook_size)))
+        if centres.isfinite().all():
             self.codebook.copy_(centres)
             if self.ema_decay:
-                self.sums.copy_(centres)
+                self.sums.copy_(centres * self.uses[:, None])
             self.started.fill_(True)
 
     def _scaled(self, vectors: Tensor) -> Tensor:
@@ -192,26 +219,31 @@ class GumbelQuantizer(nn.Module):
     Args:
         codebook_size: K.
         width: D.
-        temperature: Of the relaxation; low values are close to a choice. A plain attribute, annealed by whoever trains.
+        temperature: Of the relaxation, above 0; low values are close to a choice. A plain attribute that training anneals.
+        hard: Whether training, too, decodes one code instead of a mixture, with the mixture's gradients (straight-through).
     """
 
-    def __init__(self, codebook_size: int, width: int, *, temperature: float = 1.0) -> None:
+    def __init__(self, codebook_size: int, width: int, *, temperature: float = 1.0, hard: bool = False) -> None:
         super().__init__()
         self.codebook_size, self.width = codebook_size, width
-        self.temperature = temperature
+        self.temperature, self.hard = temperature, hard
         self.codebook = nn.Parameter(torch.randn(codebook_size, width))
 
     def forward(self, logits: Float[Tensor, "b n k"]) -> Quantized:
-        """Mixtures of codes in training, the likeliest code otherwise; the loss is the divergence from equal use, in nats."""
+        """Drawn mixtures of codes in training, the likeliest code otherwise.
+
+        The ids are the likeliest codes in training, too: those of noisy draws would hide a collapse. The loss is the divergence
+        of the codes' distribution from the uniform one, mean over positions, in nats (0 to log K).
+        """
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
             ids = logits.argmax(-1)
-            weights = (
-                F.gumbel_softmax(logits, self.temperature) if self.training else F.one_hot(ids, self.codebook_size).float()
-            )
             log_share = logits.log_softmax(-1)
-            divergence = (log_share.exp() * (log_share + math.log(self.codebook_size))).sum(-1).mean()
-            return Quantized(weights @ self.codebook, ids, divergence)
+            divergence = math.log(self.codebook_size) + (log_share.exp() * log_share).sum(-1).mean()
+            if not self.training:
+                return Quantized(self.lookup(ids).float(), ids, divergence)
+            weights = F.gumbel_softmax(logits, self.temperature, hard=self.hard)
+            return Quantized(weights @ self.codebook.float(), ids, divergence)
 
     def lookup(self, ids: Int64[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         """Codes of ids."""
@@ -226,11 +258,19 @@ class CodeUsage:
     """
 
     def __init__(self, codebook_size: int) -> None:
-        self.counts = torch.zeros(codebook_size, dtype=torch.float64)
+        self.counts = torch.zeros(codebook_size, dtype=torch.int64)
 
     def update(self, ids: Tensor) -> None:
         """Count ids of any shape."""
         self.counts += torch.bincount(ids.flatten().cpu(), minlength=len(self.counts))
+
+    def merge(self, other: "CodeUsage") -> None:
+        """Add what another one has counted."""
+        self.counts += other.counts
+
+    def reset(self) -> None:
+        """Forget all counts."""
+        self.counts.zero_()
 
     @property
     def usage(self) -> float:
@@ -242,8 +282,38 @@ class CodeUsage:
         """Number of equally frequent codes that would carry as much information, 1..K; 0 before any code."""
         if not self.counts.any():
             return 0.0
-        share = self.counts / self.counts.sum()
+        share = self.counts.double() / self.counts.sum()
         return torch.special.entr(share).sum().exp().item()
+
+
+def _straight_through(values: Tensor, source: Tensor) -> Tensor:
+    """Exactly ``values``, with the gradients going to ``source``."""
+    return values.detach() + (source - source.detach())
+
+
+def _nearest(features: Tensor, codes: Tensor) -> Tensor:
+    """Index of the code nearest to each feature; the features' own length does not matter for the order."""
+    lengths, rows = codes.square().sum(1), max(1, DISTANCES_AT_ONCE // len(codes))
+    return torch.cat([torch.addmm(lengths, part, codes.T, alpha=-2).argmin(1) for part in features.split(rows)])
+
+
+def _draw(features: Tensor, count: int) -> Tensor:
+    """Random features, none twice as long as there are enough."""
+    order = torch.randperm(len(features), device=features.device)
+    return features[order[torch.arange(count, device=features.device) % len(features)]]
+
+
+def _kmeans(features: Tensor, count: int) -> Tensor:
+    """Centres ``(count, D)`` of clusters of features; a cluster that loses all its features stays."""
+    centres = _draw(features, count)
+    if len(features) < count:
+        centres = centres + KMEANS_NOISE * features.std() * torch.randn_like(centres)
+    for _ in range(KMEANS_STEPS):
+        nearest = _nearest(features, centres)
+        sizes = torch.bincount(nearest, minlength=count)[:, None]
+        means = torch.zeros_like(centres).index_add_(0, nearest, features) / sizes.clamp(min=1)
+        centres = torch.where(sizes > 0, means, centres)
+    return centres
 
 
 def _sum_over_processes(*tensors: Tensor) -> None:

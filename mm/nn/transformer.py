@@ -6,7 +6,8 @@ feed-forward, the positions. So none of them is an option here.
 Shapes: B batch, T positions, S positions of the context, D width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -17,7 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from mm.nn.attention import KVCache, MultiHeadAttention
 from mm.nn.embeddings import Rotary
+from mm.nn.linear import Linear
 from mm.nn.masks import EVERYTHING, Mask
+
+NormPlace = Literal["pre", "post", "sandwich"]
 
 
 class QuickGELU(nn.Module):
@@ -39,9 +43,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden_width: int, activation: nn.Module, *, bias: bool = True) -> None:
         super().__init__()
-        self.input = nn.Linear(width, hidden_width, bias)
+        self.input = Linear(width, hidden_width, bias)
         self.activation = activation
-        self.output = nn.Linear(hidden_width, width, bias)
+        self.output = Linear(hidden_width, width, bias)
 
     def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
         return self.output(self.activation(self.input(x)))
@@ -57,33 +61,44 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, width: int, hidden_width: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(width, hidden_width, bias=False)
-        self.input = nn.Linear(width, hidden_width, bias=False)
-        self.output = nn.Linear(hidden_width, width, bias=False)
+        self.gate = Linear(width, hidden_width, bias=False)
+        self.input = Linear(width, hidden_width, bias=False)
+        self.output = Linear(hidden_width, width, bias=False)
 
     def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
         return self.output(F.silu(self.gate(x)) * self.input(x))
 
 
 class Residual(nn.Module):
-    """Adds a branch to its input: ``x + f(norm(x))`` where the norm comes first, ``norm(x + f(x))`` where it comes last.
+    """Adds a branch to its input, with a norm somewhere.
+
+    | Place      | Result              | Used by |
+    |------------|---------------------|---------|
+    | "pre"      | x + f(norm(x))      | GPT-2, CLIP, LLaMA |
+    | "post"     | norm(x + f(x))      | BERT, ALBEF |
+    | "sandwich" | x + norm(f(norm(x)))| CogView (https://arxiv.org/abs/2105.13290, section 2.3), with two norms |
+
+    CogView's other measures against overflow in fp16 change nothing here: torch's fused attention forms its logits in fp32 and
+    subtracts their maximum, which is what PB-relax is for, and torch's norms compute in fp32, so that their input need not be
+    scaled down first.
 
     Args:
-        norm: Normalises the last dimension.
-        place: Before the branch ("pre": GPT-2, CLIP, LLaMA) or after the sum ("post": BERT, ALBEF).
+        norm: Makes a norm of the last dimension; called once, or twice for "sandwich".
+        place: See above.
         dropout: Probability of dropping a component of the branch in training.
     """
 
-    def __init__(self, norm: nn.Module, place: Literal["pre", "post"], dropout: float) -> None:
+    def __init__(self, norm: Callable[[], nn.Module], place: NormPlace, dropout: float) -> None:
         super().__init__()
-        self.norm = norm
+        self.norm = norm()
+        self.branch_norm = norm() if place == "sandwich" else nn.Identity()
         self.place = place
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        if self.place == "pre":
-            return x + self.dropout(branch(self.norm(x)))
-        return self.norm(x + self.dropout(branch(x)))
+        if self.place == "post":
+            return self.norm(x + self.dropout(branch(x)))
+        return x + self.dropout(self.branch_norm(branch(self.norm(x))))
 
 
 class Block(nn.Module):
@@ -92,7 +107,7 @@ class Block(nn.Module):
     Args:
         attention: Within the sequence.
         feed_forward: Any module that keeps the shape ``(B, T, D)``.
-        norm: Makes one norm; called once a branch.
+        norm: Makes one norm; called for each branch.
         norm_place: See `Residual`.
         cross_attention: To the context, between the other two.
         dropout: Of each branch's result.
@@ -104,17 +119,17 @@ class Block(nn.Module):
         attention: MultiHeadAttention,
         feed_forward: nn.Module,
         norm: Callable[[], nn.Module],
-        norm_place: Literal["pre", "post"] = "pre",
+        norm_place: NormPlace = "pre",
         cross_attention: MultiHeadAttention | None = None,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.attention = attention
-        self.attention_residual = Residual(norm(), norm_place, dropout)
+        self.attention_residual = Residual(norm, norm_place, dropout)
         self.cross_attention = cross_attention
-        self.cross_attention_residual = Residual(norm(), norm_place, dropout) if cross_attention is not None else None
+        self.cross_attention_residual = Residual(norm, norm_place, dropout) if cross_attention is not None else None
         self.feed_forward = feed_forward
-        self.feed_forward_residual = Residual(norm(), norm_place, dropout)
+        self.feed_forward_residual = Residual(norm, norm_place, dropout)
 
     def forward(
         self,
@@ -125,20 +140,26 @@ class Block(nn.Module):
         context_mask: Mask = EVERYTHING,
         rotation: tuple[Tensor, Tensor] | None = None,
         cache: KVCache | None = None,
+        position: int | Tensor | None = None,
         maps: dict[str, Tensor] | None = None,
     ) -> Float[Tensor, "b t d"]:
         """One block; see `Transformer.forward`. ``maps``, where given, receives "attention" and "cross_attention" weights."""
 
         def attend(x: Tensor) -> Tensor:
-            result, weights = self.attention(x, mask=mask, rotation=rotation, cache=cache, need_weights=maps is not None)
+            result, weights = self.attention(
+                x, mask=mask, rotation=rotation, cache=cache, position=position, need_weights=maps is not None
+            )
             if maps is not None and weights is not None:
                 maps["attention"] = weights
             return result
 
         def cross_attend(x: Tensor) -> Tensor:
             assert self.cross_attention is not None
-            assert context is not None, "a block with cross-attention needs a context"
-            result, weights = self.cross_attention(x, context, mask=context_mask, need_weights=maps is not None)
+            source = context if cache is None or cache.context is None else cache.context
+            assert source is not None, "a block with cross-attention needs a context"
+            if cache is not None and isinstance(source, Tensor):
+                source = cache.context = self.cross_attention.keys_and_values(source)
+            result, weights = self.cross_attention(x, source, mask=context_mask, need_weights=maps is not None)
             if maps is not None and weights is not None:
                 maps["cross_attention"] = weights
             return result
@@ -184,9 +205,10 @@ class Transformer(nn.Module):
         x: Float[Tensor, "b t d"],
         context: Float[Tensor, "b s c"] | None = None,
         *,
-        mask: Mask = EVERYTHING,
+        mask: Mask | Sequence[Mask] = EVERYTHING,
         context_mask: Mask = EVERYTHING,
         caches: list[KVCache] | None = None,
+        position: int | Tensor | None = None,
         maps: list[dict[str, Tensor]] | None = None,
     ) -> Float[Tensor, "b t d"]:
         """Run all blocks.
@@ -194,23 +216,55 @@ class Transformer(nn.Module):
         Args:
             x: The sequence; with ``caches``, only its positions that are not in them yet.
             context: Another sequence, for blocks that have cross-attention.
-            mask: Visibility within the sequence.
+            mask: Visibility within the sequence, or that of each layer; with ``position``, of all that the caches have room
+                for, of which nothing behind ``x`` is ever seen.
             context_mask: Visibility of the context.
-            caches: From `caches`; filled as a side effect.
+            caches: From `caches`; filled as a side effect. They also keep the keys and values of the context, which later
+                calls need not give again.
+            position: Where ``x`` begins in the caches, behind what they hold if None. A scalar int64 tensor, for a single
+                position, keeps every shape the same from step to step, as torch.compile wants it.
             maps: Receives one dictionary of attention weights ``(B, H, T, S)`` a layer, part of the graph.
         """
-        offset = caches[0].length if caches else 0
-        rotation = None if self.rotary is None else self.rotary(x.shape[1], offset)
+        rotation = None if self.rotary is None else self._rotation(x.shape[1], caches, position)
+        if caches is not None and position is not None:
+            mask = _up_to(mask, position, x.shape[1], caches[0].keys.shape[2])
         for layer, block in enumerate(self._blocks()):
             layer_maps: dict[str, Tensor] | None = None if maps is None else {}
-            options = {"mask": mask, "context_mask": context_mask, "rotation": rotation, "maps": layer_maps}
+            layer_mask = mask if isinstance(mask, Mask) else mask[layer]
+            options = {"mask": layer_mask, "context_mask": context_mask, "rotation": rotation, "maps": layer_maps}
             if self.gradient_checkpointing and self.training and caches is None:
                 x = checkpoint(block, x, context, use_reentrant=False, **options)  # pyright: ignore[reportAssignmentType]
             else:
-                x = block(x, context, cache=None if caches is None else caches[layer], **options)
+                x = block(x, context, cache=None if caches is None else caches[layer], position=position, **options)
             if maps is not None and layer_maps is not None:
                 maps.append(layer_maps)
         return self.final_norm(x)
 
+    def _rotation(self, length: int, caches: list[KVCache] | None, position: int | Tensor | None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the positions of ``length`` vectors."""
+        assert self.rotary is not None
+        if isinstance(position, Tensor):
+            assert caches is not None
+            cos, sin = self.rotary(caches[0].keys.shape[2])
+            return cos[position], sin[position]
+        if position is None:
+            position = caches[0].length if caches else 0
+        return self.rotary(length, position)
+
     def _blocks(self) -> list[Block]:
         return list(self.blocks)  # pyright: ignore[reportReturnType]
+
+
+def _up_to(mask: Mask | Sequence[Mask], position: int | Tensor, length: int, capacity: int) -> Mask | list[Mask]:
+    """Visibility for ``length`` vectors at ``position``, of a mask over ``capacity`` keys."""
+    if not isinstance(mask, Mask):
+        return [replace(layer, allowed=_reached(layer, position, length, capacity)) for layer in mask]
+    return replace(mask, allowed=_reached(mask, position, length, capacity))
+
+
+def _reached(mask: Mask, position: int | Tensor, length: int, capacity: int) -> Tensor | None:
+    if isinstance(position, int):
+        return None if mask.allowed is None else mask.allowed[..., : position + length]
+    assert length == 1, "a position in a tensor is that of a single vector"
+    reached = torch.arange(capacity, device=position.device) <= position
+    return reached if mask.allowed is None else mask.allowed & reached

@@ -21,9 +21,11 @@ from mm.evaluation.probe import linear_probe, nearest_neighbours, tip_adapter
 from mm.evaluation.zero_shot import class_vectors, zero_shot
 from mm.fusion.dual_tower import unit
 from mm.hub import Model
-from mm.run.evaluation import Progress, encode, evaluate, labelled, loaded, opened
+from mm.run.evaluation import Progress, embed_texts_together, encode, labelled, loaded, opened, stamp
+from mm.run.tasks import evaluate
 from mm.seeding import derive_seed
 from mm.systems.clip import Clip
+from mm.training.parallel import open_world
 from mm.training.statistics import running_statistics
 from mm.types import Source
 
@@ -70,25 +72,35 @@ def evaluate_probe(
     model = loaded(model, device, precision)
     sources = [opened(source, model) for source in (train, data)]
     tasks = _common_tasks(sources, label)
+    task, fingerprint = tasks[-1], model.fingerprint
+    prompts = tuple(getattr(sources[1], "templates", ()) or model.processor.templates)
+    with open_world(model.device.type) as world:
+        encoded = [
+            encode(model, source, cache=cache, progress=progress, world=world, fingerprint=fingerprint) for source in sources
+        ]
+        names = class_vectors(embed_texts_together(model, world), task.classes, prompts) if method == "tip" else None
     sides: list[tuple[Tensor, Tensor]] = []
-    for source, task in zip(sources, tasks, strict=True):
-        encoded = encode(model, source, cache=cache, progress=progress)
-        rows, labels = labelled([sample["fields"] for sample in encoded.samples], task, source)
-        sides.append((encoded.images[rows].to(model.device), labels))
-    task = tasks[-1]
-    protocol = {"model": model.name, "examples_from": sources[0].name, "data": sources[1].name, "label": task.label}
+    for source, own, found in zip(sources, tasks, encoded, strict=True):
+        rows, labels = labelled([sample["fields"] for sample in found.samples], own, source)
+        sides.append((found.images[rows].to(model.device), labels))
     (examples, example_labels), (images, labels) = sides
-    if method in CLASSIFIERS:
-        fit = CLASSIFIERS[method]
-        return fit(examples, example_labels, images, labels, num_classes=len(task.classes), protocol=protocol)
+    protocol = stamp(model, sources[1], encoded[1].accounting, fingerprint) | {
+        "label": task.label,
+        "examples_from": sources[0].name,
+        "examples_samples": encoded[0].accounting,
+        "examples_fingerprint": sources[0].fingerprint[:16],
+    }
+    if names is not None:
+        protocol |= {"templates": list(prompts)}
+        scale = _logit_scale(model)
+        return tip_adapter(examples, example_labels, images, labels, names, scale=scale, protocol=protocol)
     if method == "prompt":
-        words = max((prompt.partition("{}")[0].strip() for prompt in model.processor.templates), key=len)
+        words = max((prompt.partition("{}")[0].strip() for prompt in prompts), key=len)
         _, vectors = learn_prompt(model, examples, example_labels, task.classes, words=words)
         learned = {"classifier": f"learned prompt, from '{words}'", "examples": len(examples)}
         return zero_shot(images, vectors(task.classes), labels, protocol=protocol | learned)
-    names = class_vectors(model.embed_texts, task.classes, model.processor.templates)
-    protocol |= {"templates": list(model.processor.templates)}
-    return tip_adapter(examples, example_labels, images, labels, names, protocol=protocol)
+    fit = CLASSIFIERS[method]
+    return fit(examples, example_labels, images, labels, num_classes=len(task.classes), protocol=protocol)
 
 
 def interpolate(base: Model, tuned: Model, alpha: float) -> Model:
@@ -225,6 +237,13 @@ def _common_tasks(sources: Sequence[Source], label: str | None) -> list[LabelTas
     names = {value: task.classes[place] for task in (train, test) for value, place in task.index().items()}
     values = tuple(dict.fromkeys([*test.index(), *train.index()]))
     return [replace(task, classes=tuple(names[value] for value in values), values=values) for task in tasks]
+
+
+def _logit_scale(model: Model) -> float:
+    """What the model multiplies cosines with, whatever its bias: its scores of a vector with itself and with its opposite."""
+    vector = F.normalize(torch.ones(1, model.embed_dim), dim=1)
+    same, opposite = model.scores(vector, torch.cat([vector, -vector]))[0].tolist()
+    return (same - opposite) / 2
 
 
 def _averaged(model: Model) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from mm.data.captions import look_up
 from mm.data.labels import LabelTask, label_of, label_task
 from mm.data.loader import Loader
 from mm.data.sources import CaptionAsField, Subset, open_source, revision
-from mm.errors import BadSample, UserError
+from mm.errors import BadSample, DataError, UserError
 from mm.evaluation.baseline import pixel_baseline, thumbnails
 from mm.evaluation.compositional import pair_scores, sugarcrepe, winoground
 from mm.evaluation.metrics import Result
@@ -43,6 +43,12 @@ MAX_WORKERS = 8
 WORKERS_FROM = 1000
 """Pictures from which on processes that decode beside the network are worth their start."""
 
+MAX_BAD_SHARE = 0.2
+"""Pictures of a user's own source that may be left out; of a published set, whose figures are compared, none may."""
+
+COMMANDS = {"zero-shot": "zero-shot", "winoground": "compositional", "sugarcrepe": "compositional"}
+"""``mm eval`` command for what figures of a set are published for, where it is not retrieval."""
+
 
 @dataclass(frozen=True)
 class EncodedSource:
@@ -57,17 +63,6 @@ class EncodedSource:
     images: Tensor
     samples: tuple[Mapping[str, Any], ...]
     accounting: str
-
-
-def evaluate(task: str, model: str | Path | Model, data: str | Source, **options: Any) -> Result:
-    """Measure a model: ``task`` is ``zero-shot`` or ``retrieval``; options are those of the function of that task.
-
-    Raises:
-        UserError: An unknown task, or what the task's own function raises.
-    """
-    if task not in TASKS:
-        raise UserError(f"'{task}': no such evaluation; there are {', '.join(TASKS)}")
-    return TASKS[task](model, data, **options)
 
 
 def evaluate_zero_shot(
@@ -111,8 +106,9 @@ def evaluate_zero_shot(
         source = CaptionAsField(source, CAPTION_LABEL)
     task = label_task(source, label=label, classes=classes)
     prompts = tuple(templates or getattr(source, "templates", ()) or model.processor.templates)
+    fingerprint = model.fingerprint
     with open_world(model.device.type) as world:
-        encoded = encode(model, source, cache=cache, progress=progress, world=world)
+        encoded = encode(model, source, cache=cache, progress=progress, world=world, fingerprint=fingerprint)
         vectors = class_vectors(embed_texts_together(model, world), task.classes, prompts)
     fields = [sample["fields"] for sample in encoded.samples]
     rows, labels = labelled(fields, task, source)
@@ -120,8 +116,8 @@ def evaluate_zero_shot(
         encoded.images[rows],
         vectors,
         labels,
-        subsets=_subsets([fields[row] for row in rows], task),
-        protocol=_protocol(model, source, encoded) | {"label": task.label, "templates": list(prompts)},
+        subsets=subset_masks([fields[row] for row in rows], task),
+        protocol=stamp(model, source, encoded.accounting, fingerprint) | {"label": task.label, "templates": list(prompts)},
     )
     reference = baseline or task.reference
     if reference and reference != "none":
@@ -153,12 +149,17 @@ def evaluate_retrieval(
         progress: Called with (done, total) while encoding.
 
     Raises:
-        UserError: When no sample of the source has a caption.
+        UserError: When no sample of the source has a caption, or its figures are published for another task.
     """
     model = loaded(model, device, precision)
     source = opened(data, model, image_field=image_field, text_field=text_field)
+    kind = getattr(source, "evaluation", None)
+    if kind not in (None, "retrieval"):
+        hint = f"measure it with `mm eval {COMMANDS[kind]}`" if kind in COMMANDS else "give a set such as coco:FOLDER"
+        raise UserError(f"{source.name}: a {kind} set, whose texts are not for retrieval; {hint}")
+    fingerprint = model.fingerprint
     with open_world(model.device.type) as world:
-        encoded = encode(model, source, cache=cache, progress=progress, world=world)
+        encoded = encode(model, source, cache=cache, progress=progress, world=world, fingerprint=fingerprint)
         rows = [row for row, sample in enumerate(encoded.samples) if sample["captions"]]
         if not rows:
             raise UserError(
@@ -167,7 +168,7 @@ def evaluate_retrieval(
         captions = [caption for row in rows for caption in encoded.samples[row]["captions"]]
         texts = embed_texts_together(model, world)(captions)
     image_of = torch.tensor([position for position, row in enumerate(rows) for _ in encoded.samples[row]["captions"]])
-    return retrieval(encoded.images[rows], texts, image_of, protocol=_protocol(model, source, encoded))
+    return retrieval(encoded.images[rows], texts, image_of, protocol=stamp(model, source, encoded.accounting, fingerprint))
 
 
 def evaluate_compositional(
@@ -189,58 +190,72 @@ def evaluate_compositional(
     kind = getattr(source, "evaluation", None)
     if kind not in ("winoground", "sugarcrepe"):
         raise UserError(f"{source.name}: not a compositional set; give winoground:FOLDER or sugarcrepe:FOLDER")
+    fingerprint = model.fingerprint
     with open_world(model.device.type) as world:
-        encoded = encode(model, source, cache=cache, progress=progress, world=world)
-        if len(encoded.samples) != len(source):
-            raise UserError(f"{source.name}: pictures that cannot be used: {encoded.accounting}; complete the copy")
+        encoded = encode(model, source, cache=cache, progress=progress, world=world, fingerprint=fingerprint)
         fields = [sample["fields"] for sample in encoded.samples]
         right = [sample["captions"][0] for sample in encoded.samples]
         embed = embed_texts_together(model, world)
         texts = embed(right if kind == "winoground" else [*right, *(entry["negative"] for entry in fields)])
-    protocol = _protocol(model, source, encoded)
+    protocol = stamp(model, source, encoded.accounting, fingerprint)
     if kind == "winoground":
         return winoground(pair_scores(encoded.images.unflatten(0, (-1, 2)), texts.unflatten(0, (-1, 2))), protocol=protocol)
     scores = pair_scores(encoded.images[:, None], texts.unflatten(0, (2, -1)).transpose(0, 1))[:, 0]
     return sugarcrepe(scores, [entry["category"] for entry in fields], protocol=protocol)
 
 
-TASKS: Mapping[str, Callable[..., Result]] = {
-    "zero-shot": evaluate_zero_shot,
-    "retrieval": evaluate_retrieval,
-    "compositional": evaluate_compositional,
-}
-"""Evaluations by the name that the command line and `evaluate` know them by."""
-
-
 def encode(
-    model: Model, source: Source, *, cache: bool = True, progress: Progress | None = None, world: World | None = None
+    model: Model,
+    source: Source,
+    *,
+    cache: bool = True,
+    progress: Progress | None = None,
+    world: World | None = None,
+    fingerprint: str | None = None,
 ) -> EncodedSource:
     """Vectors of every picture of a source, from the cache where the same model has met the same source before.
 
-    Several processes share the work, each a stretch of the source; all of them return the whole.
+    Several processes share the work, each a stretch of the source; all of them return the whole, or raise alike.
+
+    Args:
+        model: What encodes.
+        source: The pictures.
+        cache: Remember the vectors in the cache folder.
+        progress: Called with (done, total).
+        world: The processes that share the work; default: this one alone.
+        fingerprint: The model's, where the caller has it already: it is a digest of all weights.
 
     Raises:
-        UserError: When no sample of the source can be used.
+        UserError: No sample of the source can be used, more than a fifth cannot, or one of a published set cannot.
     """
-    path = _cache_file(model, source)
-    remembered = _recall(path) if cache else None
+    path = _cache_file(fingerprint or model.fingerprint, source) if cache else None
+    remembered = _recall(path) if path else None
     world = world or World(0, 1, model.device)
     if all(flag == b"1" for flag in gather_bytes(b"0" if remembered is None else b"1", world)) and remembered is not None:
-        return remembered
+        return _encoded(source, *remembered)
     first, last = _stretch(len(source), world)
     stretch = source if world.size == 1 else Subset(source, range(first, last), name=source.name)
     parts = [_unpack(part) for part in gather_bytes(_pack(*_encode_here(model, stretch, progress)), world)]
-    vectors = [part for part, _, _ in parts if len(part)]
-    accounting = parts[0][2]
-    for _, _, other in parts[1:]:
-        accounting.add(other)
-    if not vectors:
-        raise UserError(f"{source.name}: no sample can be used: {accounting.describe()}")
-    samples = tuple(sample for _, part, _ in parts for sample in part)
-    joined = torch.cat(vectors)
-    if cache and world.is_main:
-        _remember(path, _pack(joined, samples, accounting))
-    return EncodedSource(joined, samples, accounting.describe())
+    accounting = Accounting()
+    for _, _, part in parts:
+        accounting.add(part)
+    samples = [sample for _, part, _ in parts for sample in part]
+    encoded = _encoded(source, torch.cat([vectors for vectors, _, _ in parts]), samples, accounting)
+    if path and world.is_main:
+        _remember(path, _pack(encoded.images, samples, accounting))
+    return encoded
+
+
+def _encoded(source: Source, vectors: Tensor, samples: Sequence[Mapping[str, Any]], accounting: Accounting) -> EncodedSource:
+    """What was encoded, unless so much of the source is missing that its figures would mislead."""
+    allowed = MAX_BAD_SHARE if getattr(source, "evaluation", None) is None else 0
+    if not samples or accounting.skipped > allowed * accounting.indexed:
+        cause, where = next(iter(accounting.examples.items()), ("empty", source.name))
+        remedy = "run `mm data check` on it" if allowed else "a published set is measured whole, complete the copy"
+        raise DataError(
+            f"{source.name}: too few samples can be used: {accounting.describe()}; for example {cause}: {where}; {remedy}"
+        )
+    return EncodedSource(vectors, tuple(samples), accounting.describe())
 
 
 def embed_texts_together(model: Model, world: World) -> Callable[[Sequence[str]], Tensor]:
@@ -256,6 +271,8 @@ def embed_texts_together(model: Model, world: World) -> Callable[[Sequence[str]]
 
 def _encode_here(model: Model, source: Source, progress: Progress | None) -> tuple[Tensor, list[Mapping[str, Any]], Accounting]:
     """What this process encodes: vectors, samples and counts. Pictures are decoded beside the network where it pays."""
+    if not len(source):  # fewer samples than processes
+        return torch.empty(0, model.embed_dim), [], Accounting()
     preparation = EvalPreparation(model.processor)
     loader = Loader(
         source,
@@ -267,6 +284,7 @@ def _encode_here(model: Model, source: Source, progress: Progress | None) -> tup
         shuffle=False,
         substitute=False,
         workers=min(MAX_WORKERS, (os.cpu_count() or 1) // 2) if len(source) >= WORKERS_FROM else 0,
+        max_bad_fraction=1,  # what all processes together left out is judged in `encode`
     )
     vectors: list[Tensor] = []
     samples: list[Mapping[str, Any]] = []
@@ -320,7 +338,7 @@ def labelled(fields: Sequence[Mapping[str, Any]], task: LabelTask, source: Sourc
     return rows, torch.tensor([index[str(labels[row])] for row in rows])
 
 
-def _subsets(fields: Sequence[Mapping[str, Any]], task: LabelTask) -> dict[str, list[bool]]:
+def subset_masks(fields: Sequence[Mapping[str, Any]], task: LabelTask) -> dict[str, list[bool]]:
     """Masks over samples for each value of the task's subset field."""
     if task.subsets is None:
         return {}
@@ -341,7 +359,7 @@ def _baseline(source: Source, reference: str, task: LabelTask, progress: Progres
         index_labels,
         queries,
         query_labels,
-        subsets=_subsets(query_fields, task),
+        subsets=subset_masks(query_fields, task),
         protocol={"baseline_index": reference},
     )
 
@@ -365,31 +383,34 @@ def _thumbnails_of(source: Source, progress: Progress | None) -> tuple[Tensor, l
     return thumbnails(pictures()), fields
 
 
-def _protocol(model: Model, source: Source, encoded: EncodedSource) -> dict[str, Any]:
+def stamp(model: Model, source: Source, samples: str, fingerprint: str | None = None) -> dict[str, Any]:
+    """What every evaluation states: model, data, preparation, precision, and how many samples could be used.
+
+    The model's fingerprint is taken from the caller where it has it already.
+    """
     precision = str(next(model.system.parameters()).dtype).removeprefix("torch.")
     return {
         "model": model.name,
         "data": source.name,
-        "samples": encoded.accounting,
+        "samples": samples,
         **model.processor.stamp(),
         "precision": precision,
         "data_fingerprint": source.fingerprint[:16],
-        "model_fingerprint": model.fingerprint[:16],
+        "model_fingerprint": (fingerprint or model.fingerprint)[:16],
     }
 
 
-def _cache_file(model: Model, source: Source) -> Path:
-    key = hashlib.sha256(f"2 {model.fingerprint} {revision(source)}".encode()).hexdigest()
+def _cache_file(fingerprint: str, source: Source) -> Path:
+    key = hashlib.sha256(f"2 {fingerprint} {revision(source)}".encode()).hexdigest()
     return cache_folder() / "vectors" / f"{key[:32]}.safetensors"
 
 
-def _recall(path: Path) -> EncodedSource | None:
+def _recall(path: Path) -> tuple[Tensor, list[Mapping[str, Any]], Accounting] | None:
     """Vectors encoded before; a damaged file is made again, it is only a cache."""
     if not path.is_file():
         return None
     try:
-        vectors, samples, accounting = _unpack(path.read_bytes())
-        return EncodedSource(vectors, tuple(samples), accounting.describe())
+        return _unpack(path.read_bytes())
     except (SafetensorError, KeyError, ValueError, TypeError, OSError):
         with suppress(OSError):
             path.unlink()

@@ -9,23 +9,29 @@ from pydantic import Field
 
 from mm.config import validate
 from mm.errors import ConfigError
-from mm.systems import clip, vq
+from mm.systems import clip, dalle, muse, vilt, vq
 from mm.systems.clip import ClipConfig
+from mm.systems.dalle import DalleConfig
+from mm.systems.muse import MuseConfig
+from mm.systems.vilt import ViltConfig
 from mm.systems.vq import VqConfig
 from mm.types import System
 
-SystemConfig = ClipConfig | VqConfig
+SystemConfig = ClipConfig | VqConfig | DalleConfig | MuseConfig | ViltConfig
 """The union of all systems' configurations."""
 
 NamedSystem = Annotated[SystemConfig, Field(discriminator="name")]
 """What ``system:`` may hold, told apart by ``name``."""
 
-MODULES: Mapping[str, ModuleType] = {"clip": clip, "vq": vq}
+MODULES: Mapping[str, ModuleType] = {"clip": clip, "vq": vq, "dalle": dalle, "muse": muse, "vilt": vilt}
 """Name to the file that composes the system."""
 
 CONFIGS: Mapping[str, type[SystemConfig]] = {
     "clip": ClipConfig,
     "vq": VqConfig,
+    "dalle": DalleConfig,
+    "muse": MuseConfig,
+    "vilt": ViltConfig,
 }
 """Name to the configuration's class."""
 

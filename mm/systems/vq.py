@@ -134,6 +134,9 @@ class Vq(System):
             total = total + adversarial["discriminator"] + adversarial["deception"]
         return Losses(total, {name: part.detach() for name, part in parts.items()})
 
+    def cast_(self, dtype: torch.dtype) -> None:
+        """Stays in fp32: in bf16 neighbouring codes merge."""
+
     def after_step(self, step: int) -> None:
         """Move the codebook; anneal the Gumbel temperature."""
         quantizer = self.tokenizer.quantizer
@@ -230,3 +233,10 @@ def build(config: VqConfig, parts: Mapping[str, Any] | None = None) -> Vq:
         discriminator=PatchDiscriminator(config.discriminator_width) if config.adversarial_weight else None,
         perceptual=perceptual,
     )
+
+
+def build_named(config: str | VqConfig) -> Vq:
+    """A tokenizer with fresh weights for a system that stands on it. Raises `ConfigError` for a mere name."""
+    if isinstance(config, str):
+        raise ConfigError(f"tokenizer: '{config}' names a model; give it as a part, or its configuration in its place")
+    return build(config)

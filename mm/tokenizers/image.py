@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int64, UInt8
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from mm.config import StrictConfig
@@ -75,7 +75,7 @@ class GumbelConfig(StrictConfig):
     kind: Literal["gumbel"] = "gumbel"
     codebook_size: int = Field(default=1024, ge=2)
     width: int = Field(default=64, ge=1)
-    temperature: tuple[float, float] = (1.0, 1 / 16)
+    temperature: tuple[PositiveFloat, PositiveFloat] = (1.0, 1 / 16)
     kl_weight: float = Field(default=0.0, ge=0)
     anneal_steps: int = Field(default=1000, ge=1)
     kl_steps: int = Field(default=1000, ge=1)
@@ -89,7 +89,7 @@ class ImageTokenizerConfig(StrictConfig):
         patch: Side of the patch that becomes one cell of the first stage, pixels.
         widths: Channels of the stages, fine to coarse; the grid halves between two of them.
         num_blocks: Residual blocks of a stage.
-        num_heads: Attention heads in the coarsest stage; 0 for none.
+        num_heads: Attention heads between the blocks of the coarsest stage; 0 for none.
         quantizer: What makes features discrete.
         pixels: What the decoder predicts of a pixel: its value, or the location and scale of a logit-Laplace distribution.
     """
@@ -97,8 +97,8 @@ class ImageTokenizerConfig(StrictConfig):
     image_size: int = Field(default=64, ge=8)
     patch: int = Field(default=4, ge=1)
     widths: tuple[int, ...] = (96, 192)
-    num_blocks: int = Field(default=2, ge=1)
-    num_heads: int = Field(default=4, ge=0)
+    num_blocks: int = Field(default=1, ge=1)
+    num_heads: int = Field(default=0, ge=0)
     quantizer: FsqConfig | CodebookConfig | GumbelConfig = Field(default=FsqConfig(), discriminator="kind")
     pixels: Literal["value", "laplace"] = "value"
 
@@ -160,11 +160,13 @@ class ImageTokenizer(nn.Module):
 
     def quantize(self, pixels: Float[Tensor, "b 3 H W"]) -> Quantized:
         """Codes and ids of pixels that `normalise` gave."""
-        return self.quantizer(rearrange(self.encoder(pixels), "b d h w -> b (h w) d"))
+        features = self.encoder(pixels.contiguous(memory_format=torch.channels_last))  # the layout of fast convolutions
+        return self.quantizer(rearrange(features, "b d h w -> b (h w) d"))
 
     def reconstruct(self, codes: Float[Tensor, "b n d"]) -> Float[Tensor, "b c H W"]:
         """The decoder's output for codes: pixels as `normalise` gives them, or the parameters of their distribution."""
-        return self.decoder(rearrange(codes, "b (h w) d -> b d h w", h=self.grid[0]))
+        features = rearrange(codes, "b (h w) d -> b d h w", h=self.grid[0])
+        return self.decoder(features.contiguous(memory_format=torch.channels_last))
 
     def normalise(self, image: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b 3 H W"]:
         """uint8 pixels to -1..1, or into (eps, 1 - eps) for the logit-Laplace distribution."""

@@ -9,22 +9,26 @@ from mm.errors import UserError
 
 
 def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
-    """The device called ``auto``, ``cpu``, ``cuda`` or ``mps``; auto prefers CUDA, then MPS, then CPU.
+    """The device called ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``; auto prefers CUDA, then MPS, then CPU.
 
     Raises:
-        UserError: When that device is not there.
+        UserError: No such kind of device, or this machine has none.
     """
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    have = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
-        name = "cuda" if cuda else "mps" if mps else "cpu"
-    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
-        raise UserError(f"train.device: no {name} device on this machine; use auto or cpu")
+        name = next(kind for kind, count in have.items() if count)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in have:
+        raise UserError(f"device '{name}': there are auto, cpu, cuda and mps")
+    if (device.index or 0) >= have[device.type]:
+        raise UserError(f"device '{name}': no {name} device on this machine; use auto or cpu")
     if name != "cuda":
-        return torch.device(name)
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"{local_rank + 1} processes on a machine with {torch.cuda.device_count()} GPUs; start one process a GPU"
-        )
+        return device
+    if local_rank >= have["cuda"]:
+        raise UserError(f"{local_rank + 1} processes on a machine with {have['cuda']} GPUs; start one process a GPU")
     return torch.device("cuda", local_rank)
 
 

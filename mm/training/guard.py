@@ -11,6 +11,9 @@ from typing import Any
 FLAT_TOLERANCE = 0.01
 """A contrastive loss this close to that of guessing, relatively, has learned nothing."""
 
+COLLAPSED_BELOW = 0.1
+"""Share of the codes that a batch could use below which a codebook is collapsing."""
+
 FLAT_STEPS = 100
 """Steps after warm-up before a flat loss is worth a word, and the number of steps averaged for it."""
 
@@ -72,6 +75,33 @@ class FlatLoss:
         return (
             f"after {step} steps the contrastive loss is {mean:.3f}, that of guessing among {math.exp(guess):.0f} candidates: "
             "lower train.lr or lengthen train.warmup_steps, and see with `mm data check` whether captions differ and fit"
+        )
+
+
+class Collapse:
+    """Notices that a quantizer uses few of its codes."""
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=FLAT_STEPS)
+        self._told = False
+
+    def message(self, step: int, parts: Mapping[str, float]) -> str | None:
+        """Record a step; the text of the warning the first time that it is due, otherwise None.
+
+        Args:
+            step: Number of the step.
+            parts: Named parts of the loss, of which ``batch_usage`` is looked at: the share of the codes that a batch could use.
+        """
+        if "batch_usage" not in parts:
+            return None
+        self._recent.append(parts["batch_usage"])
+        mean = math.fsum(self._recent) / len(self._recent)
+        if self._told or len(self._recent) < FLAT_STEPS or step <= 2 * FLAT_STEPS or mean > COLLAPSED_BELOW:
+            return None
+        self._told = True
+        return (
+            f"after {step} steps a batch uses {mean:.0%} of the codes that it could: the codebook is collapsing; take the "
+            "quantizer {kind: fsq}, or for kind: vq raise dead_after, shrink codebook_size or lower train.lr"
         )
 
 

@@ -19,7 +19,7 @@ from mm.training.checkpoint import Checkpoint, SaveError, latest_checkpoint, ope
 from mm.training.config import TrainConfig
 from mm.training.consumed import ConsumedIds, everyones_ids
 from mm.training.feed import Feed
-from mm.training.guard import FlatLoss, NonFinite, StopSignals
+from mm.training.guard import Collapse, FlatLoss, NonFinite, StopSignals
 from mm.training.lock import run_lock
 from mm.training.parallel import World, gather_bytes, open_world, sum_over_ranks
 from mm.training.step import Stepper, StepReport, compile_parts
@@ -132,7 +132,7 @@ class _Trainer:
         self.signals, self.tracker = signals, tracker
         self.folder, self.nonfinite_path = run / "checkpoints", run / "nonfinite.jsonl"
         self.nonfinite, self.window = NonFinite(), Window()
-        self.flat = FlatLoss(config.warmup_steps)
+        self.watchers = FlatLoss(config.warmup_steps), Collapse()
         self.step = 0
         self.metrics: dict[str, float] = {}
         self.consumed = ConsumedIds(tracker.ids, world)
@@ -190,8 +190,10 @@ class _Trainer:
         self.consumed.note(batch.ids)
         if not report.finite:
             self._skipped(batch.ids, report)
-        elif message := self.flat.message(self.step, report.parts):
-            self.tracker.warn(self.step, message)
+        else:
+            for watcher in self.watchers:
+                if message := watcher.message(self.step, report.parts):
+                    self.tracker.warn(self.step, message)
         stop, save = report.requests
         self._do_what_is_due(stop, save)
         return stop and self.step < self.config.steps

@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import multiprocessing
+import os
+import signal
 from collections import Counter
 
 import pytest
@@ -95,6 +98,21 @@ def test_resume_at_any_batch(options):
         resumed.restore(states[position])
         assert take(resumed, 14 - position) == expected[position:]
         assert resumed.state() == states[14]
+
+
+def test_a_signal_to_all_processes_of_a_job_does_not_end_the_workers():
+    """Some schedulers signal every process, not only the main one, which is to save and stop in its own time."""
+    expected = take(loader(), 12)
+    stream = iter(loader(workers=2))
+    found = [next(stream)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+    found += list(itertools.islice(stream, 11))
+    assert content(found) == expected
+    stream.close()
+    assert not any(worker.is_alive() for worker in workers)
 
 
 def test_a_second_iterator_continues():

@@ -1,10 +1,14 @@
 """Classifiers on frozen vectors, against scikit-learn and against brute force."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mm.errors import UserError
 from mm.evaluation.probe import fit_logistic, linear_probe, nearest_neighbours, tip_adapter
@@ -65,6 +69,33 @@ def test_examples_help_where_names_are_poor_and_are_not_needed_where_they_are_go
     assert together.metrics["top1"].value > alone + 0.2
     (clean, clean_labels), good = blobs(100, 2, noise=0.1), torch.stack([train[labels == c].mean(0) for c in range(CLASSES)])
     assert tip_adapter(clean, clean_labels, test, truth, good).protocol["alpha"] == 0
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that is made."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.count = max([self.count, *(one.numel() for one in tree_leaves(made) if isinstance(one, torch.Tensor))])
+        return made
+
+
+def test_examples_are_compared_in_tiles_and_votes_are_as_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    (train, labels), (test, truth) = blobs(300, 0), blobs(400, 1)
+    names = torch.randn(CLASSES, WIDTH, generator=torch.Generator().manual_seed(5))
+    whole = tip_adapter(train, labels, test, truth, names, scale=30.0)
+    limit = 5000
+    monkeypatch.setattr("mm.evaluation.probe.MAX_SCORES", limit)
+    with Largest() as largest:
+        tiled = tip_adapter(train, labels, test, truth, names, scale=30.0)
+    assert largest.count <= limit
+    assert tiled == whole
+    votes = (-tiled.protocol["beta"] * (1 - test @ train.T)).exp() @ F.one_hot(labels, CLASSES).float()
+    scores = 30.0 * test @ F.normalize(names, dim=1).T + tiled.protocol["alpha"] * votes
+    assert tiled.metrics["top1"].value == pytest.approx((scores.argmax(1) == truth).float().mean().item())
+    assert tiled.protocol["scale"] == 30.0
 
 
 def test_one_example_a_class_is_never_held_out() -> None:

@@ -3,17 +3,20 @@
 from dataclasses import replace
 from pathlib import Path
 
+import benchmark_copies as copies
 import pytest
 import torch
 
 import mm
+from mm.data.labels import label_task
 from mm.data.sources import Subset, open_source
 from mm.errors import UserError
 from mm.evaluation.zero_shot import class_vectors
 from mm.hub import Model
-from mm.run.adaptation import best_alpha, evaluate_probe, interpolate, learn_prompt, sweep
-from mm.run.evaluation import evaluate_zero_shot
+from mm.run.adaptation import _logit_scale, best_alpha, evaluate_probe, interpolate, learn_prompt, sweep
+from mm.run.evaluation import evaluate_zero_shot, stamp
 from mm.systems import build
+from mm.systems.clip import Clip
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +106,42 @@ def test_examples_of_one_artist_teach_another(model: Model, method: str, expecte
     found = evaluate_probe(model, "emoji:all/noto/novel", "emoji:all/twemoji/novel", method=method)
     assert found.metrics["top1"].value > expected
     assert found.protocol["examples_from"] == "emoji:all/noto/novel"
+
+
+def test_probes_use_the_published_prompts_and_the_models_own_scale(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies.dtd(tmp_path)
+    templates = ("{} texture", "a fine photo of a {}")
+    source = open_source(f"dtd:{tmp_path}")
+    monkeypatch.setattr(source, "templates", templates)
+    seen: list[str] = []
+    embed = Model.embed_texts
+    monkeypatch.setattr(Model, "embed_texts", lambda self, texts, **more: seen.extend(texts) or embed(self, texts, **more))
+    found = evaluate_probe(model, source, source, method="tip")
+    assert found.protocol["templates"] == list(templates)
+    assert set(seen) == {template.replace("{}", name) for template in templates for name in label_task(source).classes}
+    assert isinstance(model.system, Clip)
+    assert found.protocol["scale"] == pytest.approx(model.system.towers.scale().item(), rel=1e-4)
+    prompt = evaluate_probe(model, source, source, method="prompt")
+    assert prompt.protocol["classifier"] == "learned prompt, from 'a fine photo of a'"
+
+
+def test_a_scale_is_found_beside_a_bias(model: Model) -> None:
+    config = model.config.model_copy(update={"loss": "siglip", "queue_size": 0})
+    system = build(config)
+    assert isinstance(system, Clip)
+    assert _logit_scale(replace(model, config=config, system=system)) == pytest.approx(10.0, rel=1e-4)
+
+
+def test_a_probe_states_what_every_evaluation_states(model: Model) -> None:
+    train, test = (open_source(f"emoji:all/{artist}/novel", image_size=48) for artist in ("noto", "twemoji"))
+    found = evaluate_probe(model, train, test, method="knn")
+    expected = stamp(model, test, f"{len(test)} delivered, 0 skipped, 0 tail of {len(test)}")
+    assert expected.items() <= found.protocol.items()
+    assert {"precision", "resize", "model_fingerprint", "data_fingerprint"} <= expected.keys()
+    assert found.protocol["examples_samples"].startswith(f"{len(train)} delivered")
+    assert found.protocol["examples_fingerprint"] == train.fingerprint[:16]
 
 
 def test_a_learned_prompt_tells_classes_that_had_no_example_too(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

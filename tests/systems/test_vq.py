@@ -149,3 +149,18 @@ def test_perceptual_distances_come_from_a_picture_encoder() -> None:
     losses = system.loss(batch(side=64), 0)
     assert float(losses.parts["perceptual"]) > 0
     assert not any("perceptual" in name for name in system.state_dict())
+
+
+def test_a_collapsing_codebook_is_told_once_with_its_remedy() -> None:
+    from mm.training.guard import Collapse
+
+    watcher = Collapse()
+    assert not any(watcher.message(step, {"batch_usage": 0.05}) for step in range(1, 201)), "the first steps are not judged"
+    message = watcher.message(201, {"batch_usage": 0.05})
+    assert message is not None
+    assert "collapsing" in message
+    assert "fsq" in message
+    assert watcher.message(202, {"batch_usage": 0.05}) is None
+    healthy = Collapse()
+    assert not any(healthy.message(step, {"batch_usage": 0.6}) for step in range(1, 400))
+    assert Collapse().message(500, {"contrastive": 1.0}) is None

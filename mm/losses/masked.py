@@ -1,0 +1,71 @@
+"""Masked language modelling: hide some words of a text and predict them from what is left.
+
+Source: BERT https://arxiv.org/abs/1810.04805, section 3.1 (15 % of the tokens; of these 80 % hidden, 10 % replaced, 10 % kept).
+
+Shapes: B batch, T positions, D width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+MASK_RATE = 0.15
+HIDDEN_SHARE, REPLACED_SHARE = 0.8, 0.1
+"""Of the chosen tokens; the rest is kept, so that the network cannot rely on visible words being right."""
+
+
+class MaskedTokens(NamedTuple):
+    """Ids with some of them changed, the ids before, and True for the positions to be predicted."""
+
+    ids: Int[Tensor, "b t"]
+    targets: Int[Tensor, "b t"]
+    chosen: Bool[Tensor, "b t"]
+
+
+def mask_tokens(
+    ids: Int[Tensor, "b t"],
+    maskable: Bool[Tensor, "b t"],
+    *,
+    mask_id: int,
+    vocab_size: int,
+    rate: float = MASK_RATE,
+    words: Int[Tensor, "b t"] | None = None,
+) -> MaskedTokens:
+    """Choose tokens, at least one in every row that has a maskable one, and change them; draws from torch's global generator.
+
+    Args:
+        ids: Token ids; not changed.
+        maskable: False for special tokens and padding, which are never chosen.
+        mask_id: Stands for a hidden token.
+        vocab_size: Replacements are drawn from the ids below.
+        rate: Share of the tokens, or of the words, to choose.
+        words: Number of the word of its row that a token is part of, in ``0..T-1``: whole words are chosen
+            (https://arxiv.org/abs/2102.03334, section 3.3). None chooses tokens.
+    """
+    draws = torch.rand(ids.shape, device=ids.device)
+    if words is not None:
+        draws = draws.gather(1, words)
+    draws = draws.masked_fill(~maskable, torch.inf)
+    chosen = maskable & (draws <= draws.amin(1, keepdim=True).clamp(min=rate))
+    kind = torch.rand(ids.shape, device=ids.device)
+    changed = torch.where(kind < HIDDEN_SHARE, mask_id, torch.randint_like(ids, vocab_size))
+    changed = torch.where(chosen & (kind < HIDDEN_SHARE + REPLACED_SHARE), changed, ids)
+    return MaskedTokens(changed, ids, chosen)
+
+
+def masked_cross_entropy(
+    features: Float[Tensor, "b t d"], masked: MaskedTokens, head: Callable[[Tensor], Tensor]
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy of the chosen positions in nats; 0 where there are none.
+
+    Args:
+        features: Of the changed text.
+        masked: From `mask_tokens`.
+        head: Features ``(M, D)`` to logits ``(M, V)``; computed for the M chosen positions only.
+    """
+    logits, targets = head(features[masked.chosen]).float(), masked.targets[masked.chosen]
+    return F.cross_entropy(logits, targets, reduction="sum") / max(1, len(targets))

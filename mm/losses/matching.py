@@ -1,0 +1,75 @@
+"""Image-text matching: which text belongs to a picture, told from others of the same batch.
+
+Sources: ViLT https://arxiv.org/abs/2102.03334 (half of the pairs mismatched; fine-tuning against random texts).
+
+Shapes: B batch, n negatives of a row. Pairs of equal group show the same thing and are never negatives of each other.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Pairing(NamedTuple):
+    """The row that each row is paired with, and whether the two match."""
+
+    partner: Int[Tensor, " b"]
+    matched: Bool[Tensor, " b"]
+
+
+def derangement(groups: Int[Tensor, " b"]) -> Pairing:
+    """A random permutation that pairs as many rows as possible with one of another group; draws from torch's global generator.
+
+    As a permutation it uses each row once, so that a text alone does not tell whether it is a negative. All rows get a negative
+    unless more than half of them are of one group; those that get none are ``matched``.
+    """
+    size, device = len(groups), groups.device
+    order = torch.randperm(size, device=device)
+    same = groups[order, None] == groups[order]
+    order = order[same.byte().argmax(1).argsort(stable=True)]  # groups side by side, in random order and randomly inside
+    largest = same.sum(1).amax()
+    room = (size - 2 * largest).clamp(min=0) + 1  # a shift of largest to size - largest leaves every group
+    shift = largest + (torch.rand((), device=device) * room).long()
+    partner = torch.empty_like(order)
+    partner[order] = order[(torch.arange(size, device=device) + shift) % size]
+    return Pairing(partner, groups == groups[partner])
+
+
+def half_mismatched(groups: Int[Tensor, " b"]) -> Pairing:
+    """Pair a random half of the rows with one of another group, as far as there is one, the rest with themselves."""
+    size, device = len(groups), groups.device
+    partner, matched = derangement(groups)
+    matched = matched | (torch.randperm(size, device=device) < (size + 1) // 2)
+    return Pairing(torch.where(matched, torch.arange(size, device=device), partner), matched)
+
+
+def matching_loss(logits: Float[Tensor, " b"], matched: Bool[Tensor, " b"]) -> Float[Tensor, ""]:
+    """Mean binary cross-entropy of "these two match", in nats."""
+    return F.binary_cross_entropy_with_logits(logits.float(), matched.float())
+
+
+class Candidates(NamedTuple):
+    """For each row itself, then others; False for those that are of its own group and do not count."""
+
+    rows: Int[Tensor, "b c"]
+    valid: Bool[Tensor, "b c"]
+
+
+def random_candidates(groups: Int[Tensor, " b"], num_negatives: int) -> Candidates:
+    """Each row with ``num_negatives`` different rows of other groups, fewer where the batch has no more."""
+    size, device = len(groups), groups.device
+    other = groups[:, None] != groups
+    preference = (
+        torch.rand(size, size, device=device).masked_fill(~other, -1.0).fill_diagonal_(2.0)
+    )  # itself, others, its group
+    rows = preference.topk(min(1 + num_negatives, size)).indices
+    return Candidates(rows, other.gather(1, rows) | (rows == rows[:, :1]))
+
+
+def ranking_loss(logits: Float[Tensor, "b c"], valid: Bool[Tensor, "b c"]) -> Float[Tensor, ""]:
+    """Mean cross-entropy of the first of each row's candidates against its valid ones, in nats."""
+    logits = logits.float().masked_fill(~valid, -torch.inf)
+    return (logits.logsumexp(1) - logits[:, 0]).mean()

@@ -1,0 +1,22 @@
+"""A linear layer that is as quick for the few rows of guided decoding as for many."""
+
+import torch
+from torch import Tensor, nn
+
+FEW_ROWS = range(2, 5)
+
+
+class Linear(nn.Linear):
+    """torch's linear layer, with the operands exchanged in fp32 inference on CPUs for 2 to 4 rows.
+
+    MKL computes ``weight @ x.T`` for 2 rows, which is one picture with guidance, in half the time of ``x @ weight.T``; at such
+    sizes the layers are nearly all of a step. From 5 rows on it is the other way round. Results differ in rounding alone.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
+        few = input.shape[:-1].numel() in FEW_ROWS and input.device.type == "cpu" and input.dtype == torch.float32
+        if not few or torch.is_grad_enabled() or torch.compiler.is_exporting():
+            return super().forward(input)
+        columns = input.flatten(0, -2).t()
+        product = self.weight @ columns if self.bias is None else torch.addmm(self.bias[:, None], self.weight, columns)
+        return product.t().view(*input.shape[:-1], self.out_features)

@@ -1,0 +1,221 @@
+"""Muse: picture tokens are hidden and all predicted at once, with the text at hand; pictures appear in a few parallel steps.
+
+Papers: Muse https://arxiv.org/abs/2301.00704, MaskGIT https://arxiv.org/abs/2202.04200 (the schedule and the decoding),
+classifier-free guidance https://arxiv.org/abs/2207.12598 (``caption_dropout``).
+
+Deviations from Muse: the text encoder is small and trained along (Muse's is a frozen T5-XXL); one resolution, without a second
+stage for a finer one; ``text_fusion: concat`` puts words and picture tokens into one sequence instead of attending across.
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from mm.encoders.text import TextEncoder, TextEncoderConfig, build_text_encoder
+from mm.generators.masked import generate
+from mm.nn.attention import MultiHeadAttention
+from mm.nn.embeddings import GridPositions
+from mm.nn.freeze import freeze
+from mm.nn.initialise import initialise
+from mm.nn.masks import attention_mask
+from mm.nn.transformer import Block, FeedForward, Transformer
+from mm.systems import vq
+from mm.systems.settings import SystemSettings
+from mm.systems.vq import Vq, VqConfig
+from mm.tokenizers.image import kept_tokens
+from mm.types import Batch, Losses, OnPicture, Sampling, System, TextBatch
+
+
+class MuseConfig(SystemSettings):
+    """Muse with its picture tokenizer and its text encoder.
+
+    Args:
+        tokenizer: A MODEL that turns pictures into tokens, held fixed, or its configuration.
+        text: The text encoder, trained along.
+        text_fusion: Picture tokens attend to the words in layers of their own (``cross``), or share a sequence (``concat``).
+        width: Feature width.
+        layers: Number of blocks.
+        heads: Attention heads; divides ``width``.
+        mlp_ratio: Hidden width of the feed-forward over ``width``.
+        dropout: Of each block's branches and of the embedding, in training.
+        label_smoothing: Share of the target that is spread evenly over all codes.
+        caption_dropout: Share of captions that are left out in training.
+    """
+
+    name: Literal["muse"] = "muse"
+    tokenizer: str | VqConfig = "emoji-vq"
+    text: TextEncoderConfig = TextEncoderConfig(
+        width=192, layers=2, context_length=16, vocab_size=2048, causal=False, pooling="mean"
+    )
+    text_fusion: Literal["cross", "concat"] = "cross"
+    width: int = Field(default=192, ge=1)
+    layers: int = Field(default=6, ge=1)
+    heads: int = Field(default=6, ge=1)
+    mlp_ratio: float = Field(default=4.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    caption_dropout: float = Field(default=0.1, ge=0, lt=1)
+
+    @property
+    def picture_side(self) -> int:
+        assert isinstance(self.tokenizer, VqConfig), "known once the tokenizer is loaded"
+        return self.tokenizer.picture_side
+
+    @property
+    def text_limits(self) -> tuple[int, int]:
+        return self.text.vocab_size, self.text.context_length
+
+    def with_vocabulary(self, size: int) -> "MuseConfig":
+        return self.model_copy(update={"text": self.text.model_copy(update={"vocab_size": size})})
+
+    def parts(self) -> dict[str, str]:
+        return {"tokenizer": self.tokenizer} if isinstance(self.tokenizer, str) else {}
+
+    @model_validator(mode="after")
+    def _possible(self) -> "MuseConfig":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        return self
+
+
+class Muse(System):
+    """A bidirectional transformer over picture tokens, some of them hidden, that knows the words.
+
+    Args:
+        tokenizer: Pictures to ids and back; held fixed.
+        text: Encodes the words.
+        transformer: Ends with its own norm; has cross-attention for ``text_fusion: cross``.
+        config: Sizes and weights.
+    """
+
+    def __init__(self, tokenizer: Vq, text: TextEncoder, transformer: Transformer, config: MuseConfig) -> None:
+        super().__init__()
+        self.tokenizer = freeze(tokenizer)
+        self.text = text
+        self.transformer = transformer
+        self.config = config
+        self.mask_id, self.num_tokens = tokenizer.vocab_size, tokenizer.grid[0] * tokenizer.grid[1]
+        self.tokens = nn.Embedding(tokenizer.vocab_size + 1, config.width)  # the last is the hidden token
+        self.positions = GridPositions(*tokenizer.grid, config.width)
+        self.words = nn.Linear(text.width, config.width)
+        self.no_words = nn.Parameter(torch.zeros(config.width))
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(config.width, tokenizer.vocab_size)
+
+    def cast_(self, dtype: torch.dtype) -> None:
+        """Hold all but the tokenizer in another floating type, for inference."""
+        for name, part in self.named_children():
+            if name != "tokenizer":
+                part.to(dtype)
+        self.no_words.data = self.no_words.data.to(dtype)
+
+    def loss(self, batch: Batch, step: int) -> Losses:
+        """Cross-entropy of the hidden tokens, in nats; the share of hidden ones is drawn for each picture."""
+        assert batch.image is not None
+        assert batch.text is not None
+        ids = self.tokenizer.encode(batch.image)
+        hidden = hide(ids)
+        words, known = self.context(batch.text)
+        if self.training and self.config.caption_dropout:
+            dropped = torch.rand(len(ids), device=ids.device) < self.config.caption_dropout
+            words, known = self._without_words(words, known, dropped)
+        logits = self.predict(ids.masked_fill(hidden, self.mask_id), words, known)[hidden]
+        loss = F.cross_entropy(logits.float(), ids[hidden], label_smoothing=self.config.label_smoothing)
+        correct = (logits.argmax(-1) == ids[hidden]).float().mean()
+        return Losses(loss, {"image": loss.detach(), "token_accuracy": correct.detach()})
+
+    def context(self, text: TextBatch) -> tuple[Tensor, Tensor]:
+        """Word features ``(B, T, D)`` and which of them are there ``(B, T)``."""
+        encoded = self.text(text)
+        return self.words(encoded.tokens), encoded.mask
+
+    def predict(self, ids: Tensor, words: Tensor, known: Tensor) -> Tensor:
+        """Logits ``(B, N, K)`` of every picture token.
+
+        Args:
+            ids: Picture ids with `mask_id` where they are hidden, ``(B, N)``.
+            words: Word features, ``(B, T, D)``.
+            known: Which of them are there, ``(B, T)``.
+        """
+        x = self.dropout(self.tokens(ids) + self.positions())
+        if self.config.text_fusion == "cross":
+            mask = attention_mask(x.shape[1], known.shape[1], keys=known)
+            return self.head(self.transformer(x, words.to(x.dtype), context_mask=mask))
+        keys = torch.cat([known, known.new_ones(ids.shape)], 1)
+        whole = torch.cat([words.to(x.dtype), x], 1)
+        hidden = self.transformer(whole, mask=attention_mask(whole.shape[1], keys=keys))
+        return self.head(hidden[:, words.shape[1] :])
+
+    @torch.no_grad()
+    def paint(
+        self,
+        text: TextBatch,
+        seeds: Sequence[int],
+        sampling: Sampling,
+        *,
+        image: Tensor | None = None,
+        keep: Tensor | None = None,
+        on_picture: OnPicture | None = None,
+    ) -> Tensor:
+        """See `mm.types.Paints`. Any part of ``image`` may be kept: in- and out-painting."""
+        ids = torch.full((len(text), self.num_tokens), self.mask_id, device=text.ids.device)
+        if image is not None and keep is not None:
+            ids = torch.where(kept_tokens(keep, self.tokenizer.grid), self.tokenizer.encode(image), ids)
+        words, known = self.context(text)
+        nothing = self._without_words(words, known, torch.ones_like(known[:, 0]))
+        both = torch.cat([words, nothing[0]]), torch.cat([known, nothing[1]])
+
+        def predict(ids: Tensor) -> Tensor:
+            return self.predict(ids, *(part[: len(ids)] for part in both))
+
+        def show(guess: Tensor, _: Tensor, progress: float) -> None:
+            if on_picture is not None:
+                on_picture(self.tokenizer.decode(guess), progress)
+
+        drawn = generate(predict, ids, seeds, sampling, mask_id=self.mask_id, on_tokens=show)
+        return self.tokenizer.decode(drawn)
+
+    def _without_words(self, words: Tensor, known: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
+        """In the rows that are dropped, one learned vector takes the place of the words."""
+        first = torch.zeros_like(known)
+        first[:, 0] = True
+        words = torch.where(dropped[:, None, None], self.no_words.to(words.dtype), words)
+        return words, torch.where(dropped[:, None], first, known)
+
+
+def hide(ids: Tensor) -> Tensor:
+    """Which tokens to hide: a share of ``cos(pi u / 2)``, u uniform in 0..1, of each row, at least one; ``(B, N)`` bool."""
+    share = torch.cos(torch.rand(len(ids), 1, device=ids.device) * math.pi / 2)
+    count = (share * ids.shape[1]).ceil().clamp(min=1)
+    order = torch.rand(ids.shape, device=ids.device).argsort(1).argsort(1)
+    return order < count
+
+
+def build(config: MuseConfig, parts: Mapping[str, Any] | None = None) -> Muse:
+    """Build Muse with fresh weights; ``parts["tokenizer"]`` may hold a trained tokenizer."""
+    tokenizer = (parts or {}).get("tokenizer") or vq.build_named(config.tokenizer)
+
+    def make_block(_: int) -> Block:
+        return Block(
+            attention=MultiHeadAttention(config.width, config.heads),
+            cross_attention=MultiHeadAttention(config.width, config.heads, context_width=config.width)
+            if config.text_fusion == "cross"
+            else None,
+            feed_forward=FeedForward(config.width, int(config.width * config.mlp_ratio), nn.GELU()),
+            norm=functools.partial(nn.LayerNorm, config.width),
+            dropout=config.dropout,
+        )
+
+    transformer = Transformer(make_block, config.layers, final_norm=nn.LayerNorm(config.width))
+    muse = Muse(tokenizer, build_text_encoder(config.text), transformer, config)
+    initialise(muse.transformer)
+    initialise(muse.positions)
+    nn.init.normal_(muse.tokens.weight, std=0.02)
+    nn.init.normal_(muse.head.weight, std=0.02)
+    return muse
