@@ -278,9 +278,10 @@ def interpolate(
     alpha: Annotated[float, typer.Option(min=0, max=1, help="Share of the tuned weights.")] = 0.5,
 ) -> None:
     """Average a model and its fine-tuning: it learns the new and forgets less of the old (WiSE-FT)."""
-    from mm.hub import load, save
+    from mm.hub import load, make_folder, save
     from mm.run.adaptation import interpolate as between
 
+    make_folder(out)
     models = [load(model, device="cpu", precision="fp32") for model in (base, tuned)]
     typer.echo(save(between(models[0], models[1], alpha), out))
 
@@ -452,18 +453,22 @@ def list_everything() -> None:
 @app.command()
 def convert(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Weights of open_clip or OpenAI's CLIP, pickled or safetensors.")
+        Path, typer.Argument(metavar="FILE", help="Weights of open_clip or OpenAI's CLIP, or a folder of open_clip or transformers.")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="New model folder.")],
-    arch: Annotated[str | None, typer.Option(help="open_clip's architecture, e.g. ViT-B-32; OpenAI's files need none.")] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(help="open_clip's, with /TAG where its tags differ: ViT-B-32/openai; OpenAI's files and folders need none."),
+    ] = None,
     trusted: Annotated[
         bool, typer.Option("--i-trust-this-file", help="Read a pickled file, which can run whatever its writer put in.")
     ] = False,
 ) -> None:
     """Turn a foreign weight file into a model folder: safetensors and JSON, read without running code from then on."""
-    from mm.hub import from_imported, save
+    from mm.hub import from_imported, make_folder, save
     from mm.published.convert import import_file
 
+    make_folder(out)
     model = from_imported(import_file(file, architecture=arch, trusted=trusted), name=file.stem, device="cpu", precision="fp32")
     typer.echo(save(model, out))
 
@@ -476,10 +481,9 @@ def export_model(
 ) -> None:
     """Write a model for other runtimes and libraries; what is written is loaded again and compared before it appears."""
     from mm.export import export
-    from mm.hub import load
 
     wanted: Any = "huggingface" if to == "hf" else to  # any other word is refused by name
-    typer.echo(export(load(model, device="cpu", precision="fp32"), out, to=wanted))
+    typer.echo(export(model, out, to=wanted))
 
 
 @app.command()

@@ -181,7 +181,8 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
             open_clip or transformers, a Hugging Face repository.
         device: ``auto`` (CUDA, then MPS, then CPU) or any torch device.
         precision: ``fp32``, ``bf16``, or ``auto``: bf16 on GPUs and CPUs with matrix units for it, else fp32. The environment
-            variable ``MM_PRECISION`` decides for ``auto``. Projections, unit vectors and scores are in fp32 in any case.
+            variable ``MM_PRECISION`` decides for ``auto``. Unit vectors and scores are in fp32 in any case, and so are
+            projections, except those inside library towers.
 
     Raises:
         CheckpointError: When there is no such model, or a file of it is missing, damaged or of another shape.

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mm.config import differences, read_layers, read_yaml
+from mm.hub import load_parts, with_parts
 from mm.media.image import ImageSpec
 from mm.run.config import CONFIGS
 from mm.run.training import load_run_config
@@ -50,16 +51,17 @@ def test_file_with_a_base_lists_only_what_differs_from_it(path: Path) -> None:
 def test_system_builds_and_every_parameter_learns(path: Path) -> None:
     config = load_run_config(path)
     torch.manual_seed(0)
-    system = build(config.system)
+    parts = load_parts(config.system.parts() | config.system.training_parts())
+    system = build(config.system, {name: part.system for name, part in parts.items()})
     system.train()
-    size, length = config.system.picture_side, 8
+    size, length = with_parts(config.system, parts).picture_side, 8
     batch = Batch(
         ids=("a", "b", "c", "d"),
         image=torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8),
         text=TextBatch(torch.randint(3, 250, (4, length)), torch.tensor([8, 5, 8, 3])),
         groups=torch.arange(4),
     )
-    optimizer = torch.optim.SGD(system.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD([p for p in system.parameters() if p.requires_grad], lr=0.1)
     for step in range(3):  # residual branches whose last gain starts at zero pass gradients on from the second step
         optimizer.zero_grad()
         system.loss(batch, step).total.backward()

@@ -3,8 +3,8 @@
     python tools/published.py --data FOLDER [--only imagenet] [--write]
 
 FOLDER holds one folder a data set, in its standard layout (imagenet, cifar100, coco, flickr30k). A row that cannot be measured
-here says why and counts as neither passed nor failed. ``--write`` renews docs/published.md; the exit code is 1 when a measured
-figure is outside its tolerance.
+here says why and counts as neither passed nor failed. ``--write`` keeps what was measured in published.json, beside what was
+measured before, and renews docs/published.md; the exit code is 1 when a measured figure is outside its tolerance.
 """
 
 import argparse
@@ -33,8 +33,8 @@ def measure(row: dict[str, Any], data: Path | None, cache: dict[tuple[str, str, 
         if key not in cache:
             cache[key] = mm.evaluate(row["task"], row["model"], f"{row['data']}:{data / row['data']}")
         return cache[key].metrics[row["metric"]].value, ""
-    except UserError as error:
-        return None, str(error)
+    except Exception as error:  # one row that fails must not cost the others, whatever the cause
+        return None, str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def command(row: dict[str, Any]) -> str:
@@ -55,9 +55,15 @@ def page(rows: list[dict[str, Any]], source: str) -> str:
         "|---|---|---|---|---|",
     ]
     for row in rows:
-        measured = UNMEASURED if row["measured"] is None else f"{row['measured']:.4f}"
+        measured = f"{row['measured']:.4f}" if "measured" in row else UNMEASURED
         lines.append(f"| `{command(row)}` | `{row['metric']}` | {row['figure']:.4f} | {row['tolerance']} | {measured} |")
     return "\n".join(lines) + "\n"
+
+
+def _json(content: dict[str, Any]) -> str:
+    """A row a line."""
+    rows = ",\n".join(f"    {json.dumps(row)}" for row in content["rows"])
+    return f'{{\n  "source": {json.dumps(content["source"])},\n  "rows": [\n{rows}\n  ]\n}}\n'
 
 
 def main() -> None:
@@ -67,13 +73,13 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="renew docs/published.md")
     options = parser.parse_args()
     content = json.loads(ROWS.read_text(encoding="utf-8"))
-    rows = [row for row in content["rows"] if options.only in (None, row["data"])]
     table = Table("model", "data", "figure", "published", "measured", "verdict")
     cache: dict[tuple[str, str, str], Any] = {}
     failed = 0
-    for row in rows:
-        row["measured"], reason = measure(row, options.data, cache)
-        value = row["measured"]
+    for row in (row for row in content["rows"] if options.only in (None, row["data"])):
+        value, reason = measure(row, options.data, cache)
+        if value is not None:
+            row["measured"] = value
         outside = value is not None and abs(value - row["figure"]) > row["tolerance"]
         failed += outside
         verdict = f"cannot run here: {reason}" if value is None else "outside its tolerance" if outside else "as published"
@@ -81,7 +87,8 @@ def main() -> None:
         table.add_row(row["model"], row["data"], row["metric"], f"{row['figure']:.4f}", shown, verdict)
     Console().print(table)
     if options.write:
-        PAGE.write_text(page(rows, content["source"]), encoding="utf-8")
+        ROWS.write_text(_json(content), encoding="utf-8")
+        PAGE.write_text(page(content["rows"], content["source"]), encoding="utf-8")
     sys.exit(1 if failed else 0)
 
 

@@ -1,8 +1,9 @@
 """Turn finished runs of one configuration, a seed each, into a shipped model with its system card.
 
-The run with the best validation top-1 ships. The test artist is read here, once, by the commands that the card quotes.
+The run that is best on the validation artist ships. The test artist is read here, once, by the commands that the card quotes.
 
     python tools/ship.py emoji-clip runs/queue-0 runs/queue-1 --first-stages runs/clip-0 runs/clip-1
+    python tools/ship.py emoji-vq runs/vq
 """
 
 import argparse
@@ -10,7 +11,7 @@ import json
 import platform
 import shutil
 import statistics
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,55 +19,140 @@ import torch
 
 import mm
 from mm.evaluation.charts import read_metrics
-from mm.evaluation.metrics import Result
+from mm.evaluation.metrics import Interval, Result
 from mm.hub import ASSETS, Model
-from mm.run.evaluation import evaluate_retrieval, evaluate_zero_shot
 
-SUMMARY = "CLIP that knows emoji-like pictures by name, in English and nine other languages"
-LIMITS = """- It knows drawings of the kind of emoji, cut to their content on a plain background, not photographs.
-- 1,287 concepts were seen in training. Names of other concepts are understood only as far as their words occurred in seen
-  names (`top1_compositional`); concepts whose words are new (`top1_novel`) are mostly missed.
-- Other languages were a tenth of the captions: words of seen names are understood, how well was not measured.
-- Text of more than 24 tokens is cut."""
 LICENCES = """The weights learned from art under Apache-2.0 (Noto), CC-BY-4.0 (Twemoji), MIT (Fluent Emoji, flat) and
 CC-BY-SA-4.0 (OpenMoji), and from names under Unicode-3.0 (CLDR); credits in ATTRIBUTION.md. The weights are given under
 CC-BY-SA-4.0, the strictest of these."""
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """One evaluation: its name for `mm.evaluate`, the data, and options that keep it short."""
+
+    task: str
+    data: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, model: Model) -> Result:
+        return mm.evaluate(self.task, model, self.data, **self.options)
+
+    def command(self, model: str) -> str:
+        return f"mm eval {self.task} {model} --data {self.data}"
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """What is known of a model before it is measured.
+
+    Args:
+        summary: One line.
+        configs: Configurations in the order of their stages.
+        train: The source that it learned from.
+        data: The same in words.
+        headline: Figure that chooses among seeds, on the first validation measurement.
+        validation: Measured for every seed.
+        test: Measured on the artist that nothing was chosen on; for every seed.
+        seeds: Figures listed for every seed, of the test measurements.
+        limits: What it cannot do.
+    """
+
+    summary: str
+    configs: tuple[str, ...]
+    train: str
+    data: str
+    headline: str
+    validation: tuple[Measurement, ...]
+    test: tuple[Measurement, ...]
+    seeds: tuple[str, ...]
+    limits: str
+
+
+SHIPMENTS = {
+    "emoji-clip": Shipment(
+        summary="CLIP that knows emoji-like pictures by name, in English and nine other languages",
+        configs=("configs/clip.yaml", "configs/clip_queue.yaml"),
+        train="emoji:train/core",
+        data="emoji:train/core: artists noto, twemoji, fluent-flat, openmoji; seen concepts only",
+        headline="top1",
+        validation=(Measurement("zero-shot", "emoji:validation", {"baseline": "none"}),),
+        test=(Measurement("zero-shot", "emoji:test"), Measurement("retrieval", "emoji:test/core")),
+        seeds=("top1", "top5", "image_to_text_r1", "text_to_image_r1"),
+        limits="""- It knows drawings of the kind of emoji, cut to their content on a plain background, not photographs.
+- 1,287 concepts were seen in training. Names of other concepts are understood only as far as their words occurred in seen
+  names (`top1_compositional`); concepts whose words are new (`top1_novel`) are mostly missed.
+- Other languages were a tenth of the captions: words of seen names are understood, how well was not measured.
+- Text of more than 24 tokens is cut.""",
+    ),
+    "emoji-vq": Shipment(
+        summary="Picture tokenizer for emoji-like pictures: 64 px as 8 x 8 tokens of 1,000 codes",
+        configs=("configs/vq.yaml",),
+        train="emoji:train",
+        data="emoji:train: artists noto, twemoji, fluent-flat, openmoji; seen concepts only",
+        headline="psnr",
+        validation=(Measurement("reconstruction", "emoji:validation/core"),),
+        test=(Measurement("reconstruction", "emoji:test/core"),),
+        seeds=("psnr", "ssim", "codebook_usage"),
+        limits="""- It knows flat drawings on a plain, mostly white background; photographs and text come back blurred.
+- Trained for the squared error alone, it gives the mean of what it is unsure of: thin lines and small faces are soft.""",
+    ),
+    "emoji-judge": Shipment(
+        summary="A second CLIP that judges generated pictures; it shares nothing with what conditions or ranks",
+        configs=("configs/judge.yaml",),
+        train="emoji:train/core",
+        data="emoji:train/core: artists noto, twemoji, fluent-flat, openmoji; seen concepts only",
+        headline="top5",
+        validation=(Measurement("zero-shot", "emoji:validation", {"baseline": "none"}),),
+        test=(Measurement("zero-shot", "emoji:test", {"baseline": "none"}),),
+        seeds=("top1", "top5"),
+        limits="""- For judging only: `emoji-clip` is the better model.
+- It knows drawings of the kind of emoji, cut to their content on a plain background.""",
+    ),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=["emoji-clip"], help="the model whose summary, limits and licences are written above")
-    parser.add_argument("runs", nargs="+", type=Path, help="finished second stages, by seed")
-    parser.add_argument("--first-stages", nargs="+", type=Path, required=True, help="the runs that they start from")
+    parser.add_argument("name", choices=sorted(SHIPMENTS), help="the model whose facts are written above")
+    parser.add_argument("runs", nargs="+", type=Path, help="finished last stages, by seed")
+    parser.add_argument("--first-stages", nargs="*", type=Path, default=[], help="the runs that they start from")
     arguments = parser.parse_args()
+    shipment = SHIPMENTS[arguments.name]
     models = [replace(mm.load(run, precision="fp32"), name=arguments.name) for run in arguments.runs]
-    validation = [evaluate_zero_shot(model, "emoji:validation", baseline="none") for model in models]
-    chosen = max(range(len(models)), key=lambda seed: validation[seed].metrics["top1"].value)
-    baselines = [None if seed == chosen else "none" for seed in range(len(models))]
-    zero_shot = [evaluate_zero_shot(m, "emoji:test", baseline=b) for m, b in zip(models, baselines, strict=True)]
-    retrieval = [evaluate_retrieval(model, "emoji:test/core") for model in models]
+    validation = [[measure(model) for measure in shipment.validation] for model in models]
+    chosen = max(range(len(models)), key=lambda seed: validation[seed][0].metrics[shipment.headline].value)
+    test = [[measure(model) for measure in shipment.test] for model in models]
+    run, stages = arguments.runs[chosen], [*arguments.first_stages[chosen : chosen + 1], arguments.runs[chosen]]
+    seed = models_seed(run)
     card = {
-        "summary": SUMMARY,
-        "command": f"mm train configs/clip.yaml train.seed={chosen} && mm train configs/clip_queue.yaml train.seed={chosen}",
-        "data": "emoji:train/core: artists noto, twemoji, fluent-flat, openmoji; seen concepts only",
-        "data_fingerprint": _state(arguments.runs[chosen])["stream"]["fingerprint"],
-        "training_seconds": round(sum(_seconds(run) for run in (arguments.first_stages[chosen], arguments.runs[chosen]))),
+        "summary": shipment.summary,
+        "command": " && ".join(f"mm train {config} train.seed={seed}" for config in shipment.configs),
+        "train": shipment.train,
+        "data": shipment.data,
+        "data_fingerprint": _state(run)["stream"]["fingerprint"],
+        "training_seconds": round(sum(_seconds(stage) for stage in stages)),
         "hardware": f"{platform.processor() or platform.machine()}, CPU only",
         "versions": {"mm": mm.__version__, "torch": torch.__version__},
-        "validation": validation[chosen].to_json()["metrics"],
-        "test": (zero_shot[chosen] | retrieval[chosen]).to_json()["metrics"],
-        "seeds": _seeds({"validation": validation, "test": zero_shot, "retrieval": retrieval}),
+        "validation": _joined(validation[chosen]),
+        "test": _joined(test[chosen]),
+        "seeds": _seeds(shipment, validation, test),
         "licence": "CC-BY-SA-4.0",
     }
     folder = ASSETS / "models" / arguments.name
     shutil.rmtree(folder, ignore_errors=True)
     mm.save(models[chosen], folder, dtype=torch.bfloat16, card=card)
     shipped = mm.load(arguments.name, precision="fp32")
-    card["test_as_shipped"] = evaluate_zero_shot(shipped, "emoji:test", baseline="none").to_json()["metrics"]["top1"]
+    card["validation_as_shipped"] = shipment.validation[0](shipped).to_json()["metrics"][shipment.headline]
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    page = _page(arguments.name, card, shipped, validation[chosen], zero_shot[chosen], retrieval[chosen])
+    page = _page(arguments.name, shipment, card, shipped, validation[chosen], test[chosen])
     Path(f"docs/cards/{arguments.name}.md").write_text(page, encoding="utf-8")
     print(page)
+
+
+def models_seed(run: Path) -> int:
+    """The seed that a run was trained with."""
+    return int(_state(run)["train"]["seed"])
 
 
 def _state(run: Path) -> dict[str, Any]:
@@ -78,15 +164,23 @@ def _seconds(run: Path) -> float:
     return max(row.get("seconds", 0.0) for row in read_metrics(run / "metrics.jsonl"))
 
 
-def _seeds(measured: dict[str, list[Result]]) -> dict[str, dict[str, Any]]:
+def _joined(results: list[Result]) -> dict[str, Any]:
+    return {name: value for result in results for name, value in result.to_json()["metrics"].items()}
+
+
+def _seeds(shipment: Shipment, validation: list[list[Result]], test: list[list[Result]]) -> dict[str, dict[str, Any]]:
     """Every seed's headline figures, and their medians."""
-    names = {"validation": ["top1"], "test": ["top1", "top5"], "retrieval": ["image_to_text_r1", "text_to_image_r1"]}
     table: dict[str, dict[str, Any]] = {}
-    for part, results in measured.items():
-        for name in names[part]:
-            values = [result.metrics[name].value for result in results]
-            table[f"{part}_{name}"] = {"values": values, "median": statistics.median(values)}
+    for part, names, measured in (("validation", (shipment.headline,), validation), ("test", shipment.seeds, test)):
+        for name in names:
+            found = [next(r.metrics[name] for r in results if name in r.metrics) for results in measured]
+            values = [interval.value for interval in found]
+            table[f"{part}_{name}"] = {"values": values, "median": statistics.median(values), "unit": found[0].unit}
     return table
+
+
+def _shown(value: float, unit: Any) -> str:
+    return Interval(value, value, value, unit).show()[0]
 
 
 def _table(measured: Result) -> str:
@@ -95,11 +189,18 @@ def _table(measured: Result) -> str:
     return "\n".join(["| figure | value | 95 % interval |", "|---|---|---|", *rows, "", measured.stamp()])
 
 
-def _page(name: str, card: dict[str, Any], model: Model, validation: Result, zero_shot: Result, retrieval: Result) -> str:
+def _page(
+    name: str, shipment: Shipment, card: dict[str, Any], model: Model, validation: list[Result], test: list[Result]
+) -> str:
     seeds = "\n".join(
-        f"| `{figure}` | {', '.join(f'{100 * v:.1f}' for v in entry['values'])} | {100 * entry['median']:.1f} |"
-        for figure, entry in card["seeds"].items()
+        f"| `{figure}` | {', '.join(_shown(v, e['unit']) for v in e['values'])} | {_shown(e['median'], e['unit'])} |"
+        for figure, e in card["seeds"].items()
     )
+    parts = {
+        artist: "\n\n".join(f"`{m.command(name)}`\n\n{_table(r)}" for m, r in zip(measurements, results, strict=True))
+        for artist, measurements, results in (("test", shipment.test, test), ("validation", shipment.validation, validation))
+    }
+    as_shipped = _shown(card["validation_as_shipped"]["value"], validation[0].metrics[shipment.headline].unit)
     return f"""# {name}
 
 {card["summary"]}. {model.parameters()["total"]:,} parameters, {model.processor.image_spec.size} px, bf16 weights.
@@ -107,10 +208,9 @@ def _page(name: str, card: dict[str, Any], model: Model, validation: Result, zer
 - Trained by `{card["command"]}` on {card["data"]}
   (fingerprint `{card["data_fingerprint"][:16]}`), {card["training_seconds"] / 60:.0f} minutes, {card["hardware"]},
   torch {card["versions"]["torch"]}.
-- Configurations: `configs/clip.yaml`, then `configs/clip_queue.yaml`; chosen on the validation artist fxemoji. Shipped: the
-  seed with the best validation top-1.
+- Configuration chosen on the validation artist fxemoji. Shipped: the seed with the best validation `{shipment.headline}`.
 
-## Seeds, %
+## Seeds
 
 | figure | by seed | median |
 |---|---|---|
@@ -118,25 +218,17 @@ def _page(name: str, card: dict[str, Any], model: Model, validation: Result, zer
 
 ## Test artist emojione, read once for each seed
 
-`mm eval zero-shot {name} --data emoji:test`
-
-{_table(zero_shot)}
-
-`mm eval retrieval {name} --data emoji:test/core`
-
-{_table(retrieval)}
-
-Rounding to bf16 for shipping gives top-1 {100 * card["test_as_shipped"]["value"]:.1f} %.
+{parts["test"]}
 
 ## Validation artist fxemoji
 
-`mm eval zero-shot {name} --data emoji:validation`
+{parts["validation"]}
 
-{_table(validation)}
+Rounding to bf16 for shipping gives `{shipment.headline}` {as_shipped}.
 
 ## Limits
 
-{LIMITS}
+{shipment.limits}
 
 ## Licences
 

@@ -311,6 +311,7 @@ class CaptionAsField:
         self.source, self._field = source, field
         self.name = source.name
         self.fingerprint = _digest("caption as field", source.fingerprint, field)
+        self.evaluation = getattr(source, "evaluation", None)
 
     @property
     def revision(self) -> str:

@@ -69,6 +69,13 @@ def takes_any_length(values: Mapping[str, Any]) -> bool:
     return bool(values["text_cfg"].get("hf_model_name"))
 
 
+def text_model_config(hf_config: Mapping[str, Any]) -> Any:
+    """transformers' own object for the ``config.json`` of a text model, because it fills in what the file leaves out."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**portable(hf_config))
+
+
 def _hugging_face_text(text: Mapping[str, Any], hf_config: Mapping[str, Any] | None, width: int) -> nn.Module:
     """open_clip's adapter around a text model of transformers, from the model's own configuration instead of the network."""
     if hf_config is None:
@@ -76,14 +83,14 @@ def _hugging_face_text(text: Mapping[str, Any], hf_config: Mapping[str, Any] | N
             f"text tower: {text['hf_model_name']} of transformers is configured by its own config.json; give it as hf_config"
         )
     from open_clip.hf_model import HFTextEncoder
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
-    model_config = AutoConfig.for_model(**portable(hf_config))
+    model_config = text_model_config(hf_config)
     pooler = text.get("hf_pooler_type", "mean_pooler")
     tower: Any = HFTextEncoder(
         text["hf_model_name"],
         output_dim=width,
-        config=cast(Any, model_config),
+        config=model_config,
         pooler_type=pooler,
         proj_type=cast(str, text.get("hf_proj_type", "mlp")),
     )

@@ -10,16 +10,16 @@ from typing import Literal, get_args
 
 from mm.errors import UserError
 from mm.export.towers import Towers, towers_of
-from mm.hub import Model
+from mm.hub import Model, load
 
 Format = Literal["onnx", "torch", "open_clip", "huggingface"]
 
 
-def export(model: Model, folder: str | Path, to: Format) -> Path:
+def export(model: str | Path | Model, folder: str | Path, to: Format) -> Path:
     """Write a dual tower for other software.
 
     Args:
-        model: A model with an image and a text tower, weights in fp32.
+        model: A model with an image and a text tower, weights in fp32, or a MODEL reference, loaded when the rest is checked.
         folder: Where to; it must not exist yet, or be empty.
         to: ``onnx`` (image.onnx, text.onnx), ``torch`` (image.pt2, text.pt2 of `torch.export`), ``open_clip`` (a folder for
             ``open_clip.create_model("local-dir:FOLDER")``) or ``huggingface`` (a folder for ``CLIPModel.from_pretrained``).
@@ -29,20 +29,24 @@ def export(model: Model, folder: str | Path, to: Format) -> Path:
         far the result was found from the model's own. Nothing is left behind when the export fails.
 
     Raises:
-        UserError: The format cannot express the model, or the written files do not compute what the model does.
+        UserError: No such format, nothing can be written there, the format cannot express the model, or the written files do
+            not compute what the model does.
     """
     folder = Path(folder).expanduser()
     if to not in get_args(Format):
         raise UserError(f"export to '{to}': there are {', '.join(get_args(Format))}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: is not an empty folder; choose another name for the export")
-    towers = towers_of(model)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
-        staging = Path(place) / "export"
-        staging.mkdir()
-        _writers()[to](towers, staging)
-        staging.replace(folder)
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder}: is not an empty folder; choose another name for the export")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
+            towers = towers_of(model if isinstance(model, Model) else load(model, device="cpu", precision="fp32"))
+            staging = Path(place) / "export"
+            staging.mkdir()
+            _writers()[to](towers, staging)
+            staging.replace(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error}); choose another folder") from error
     return folder
 
 

@@ -41,8 +41,8 @@ class NextToken(Protocol):
     def step(self, ids: Int64[Tensor, " r"], index: int | Tensor, caches: list[KVCache]) -> Float[Tensor, "r v"]:
         """Read token number ``index``, counted from 0 behind the prompt, and return the logits of the next one.
 
-        The index is a number, or a scalar int64 tensor where the step is compiled; either may be added to, select rows of a
-        tensor, and become the ``position`` of `mm.nn.transformer.Transformer`.
+        The index is a number, or where the step is compiled an int64 tensor ``(1,)``. Either may be added to, select a row of
+        a tensor, and become the ``position`` of `mm.nn.transformer.Transformer`.
         """
         ...
 
@@ -56,11 +56,10 @@ class Compiled:
 
     def __init__(self, model: NextToken) -> None:
         self.prefill = model.prefill
-        on_cpu = isinstance(model, nn.Module) and all(p.device.type == "cpu" for p in model.parameters())
-        self._step = torch.compile(model.step, dynamic=False, options={"freezing": True} if on_cpu else None)
+        self._step = torch.compile(model.step, dynamic=False, fullgraph=True)
 
     def step(self, ids: Int64[Tensor, " r"], index: int | Tensor, caches: list[KVCache]) -> Float[Tensor, "r v"]:
-        return self._step(ids, torch.as_tensor(index, device=ids.device), caches)
+        return self._step(ids, torch.as_tensor(index, device=ids.device).view(1), caches)
 
 
 def generate(

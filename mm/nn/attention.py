@@ -37,8 +37,8 @@ class KVCache:
         Args:
             keys: Of the new positions.
             values: Of the new positions.
-            position: Of the first new one, behind what is stored if None. A number forgets what is stored from there on. A
-                scalar int64 tensor leaves ``length`` alone and returns the whole room, so that nothing that torch.compile
+            position: Of the first new one, behind what is stored if None. A number forgets what is stored from there on. An
+                int64 tensor ``(1,)`` leaves ``length`` alone and returns the whole room, so that nothing that torch.compile
                 guards changes from step to step; what of it is visible is for the mask to say.
         """
         if isinstance(position, Tensor):

@@ -17,6 +17,6 @@ class Linear(nn.Linear):
         few = input.shape[:-1].numel() in FEW_ROWS and input.device.type == "cpu" and input.dtype == torch.float32
         if not few or torch.is_grad_enabled() or torch.compiler.is_exporting():
             return super().forward(input)
-        columns = input.flatten(0, -2).t()
+        columns = input.flatten(0, -2).contiguous().t()
         product = self.weight @ columns if self.bias is None else torch.addmm(self.bias[:, None], self.weight, columns)
-        return product.t().view(*input.shape[:-1], self.out_features)
+        return product.t().contiguous().view(*input.shape[:-1], self.out_features)

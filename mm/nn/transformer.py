@@ -221,8 +221,8 @@ class Transformer(nn.Module):
             context_mask: Visibility of the context.
             caches: From `caches`; filled as a side effect. They also keep the keys and values of the context, which later
                 calls need not give again.
-            position: Where ``x`` begins in the caches, behind what they hold if None. A scalar int64 tensor, for a single
-                position, keeps every shape the same from step to step, as torch.compile wants it.
+            position: Where ``x`` begins in the caches, behind what they hold if None. An int64 tensor ``(1,)``, for a
+                single position, keeps every shape the same from step to step, as torch.compile wants it.
             maps: Receives one dictionary of attention weights ``(B, H, T, S)`` a layer, part of the graph.
         """
         rotation = None if self.rotary is None else self._rotation(x.shape[1], caches, position)

@@ -3,7 +3,6 @@
 Source: https://github.com/huggingface/transformers (formats of its configurations and weights).
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,17 @@ from mm.errors import CheckpointError
 from mm.processor import Processor
 from mm.published.huggingface_processor import read_pixels, read_tokenizer
 from mm.published.huggingface_towers import OWN_NAMES, SIGLIP, image_tower, text_tower
-from mm.published.imported import PROMPTS, Imported, put, read_safetensors
+from mm.published.imported import (
+    PROMPTS,
+    Imported,
+    no_safetensors,
+    one_line,
+    pinned,
+    put,
+    read_safetensors,
+    reason,
+    widened,
+)
 from mm.systems.clip import ClipConfig
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -42,7 +51,7 @@ LATER = {
 """What is known but cannot be used yet, and why."""
 
 FILES = ("*.json", "*.safetensors", "*.txt")
-COMMIT = re.compile(r"[0-9a-f]{40}")
+PICKLED = ("pytorch_model.bin", "pytorch_model-*.bin")
 
 
 def resolve_repo(repo_id: str, revision: str | None) -> Path:
@@ -79,30 +88,52 @@ def resolve_repo(repo_id: str, revision: str | None) -> Path:
     except RepositoryNotFoundError:
         raise CheckpointError(f"'{name}': no such repository on the hub, or it is private; check the name") from None
     except (LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        first = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"'{name}': the hub cannot be reached and no earlier download is complete; give a local folder ({reason})"
+            f"'{name}': the hub cannot be reached and no earlier download is complete; give a local folder ({first})"
         ) from None
 
 
-def import_huggingface(folder: Path) -> Imported:
+def resolve_file(repo_id: str, name: str) -> Path | None:
+    """One small file of a Hugging Face repository, downloaded once; None where it cannot be had."""
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(repo_id, name))
+    except (ImportError, OSError, ValueError):
+        return None
+
+
+def import_huggingface(folder: Path, state: Mapping[str, Tensor] | None = None) -> Imported:
     """A folder with ``config.json``, safetensors, ``preprocessor_config.json`` and a tokenizer.
+
+    Args:
+        folder: Where they are.
+        state: All weights, where they were read already; None reads the folder's safetensors.
 
     Raises:
         CheckpointError: A file is missing or damaged, or the checkpoint needs what is not supported.
     """
+    with one_line(folder):
+        return _import_huggingface(folder, state)
+
+
+def pickled_weights(folder: Path) -> list[Path]:
+    """The files, one or shards, with the pickled weights of a folder that transformers wrote."""
+    return sorted(path for pattern in PICKLED for path in folder.glob(pattern))
+
+
+def _import_huggingface(folder: Path, state: Mapping[str, Tensor] | None) -> Imported:
     values = read_json(folder / CONFIG_FILE)
     architecture = _architecture(values, folder)
     config = _configuration(architecture, values, folder)
-    files = _weight_files(folder)
-    state = _read(files) if architecture in OWN_NAMES else _read_renamed(architecture, config, folder)
+    state = _prepared(_read(folder) if state is None else state)
+    if architecture not in OWN_NAMES:
+        state = _renamed(architecture, config, state, folder)
     pixels = read_pixels(folder, int(config.vision_config.image_size))
     tokenizer, limit = read_tokenizer(folder, siglip=architecture == SIGLIP)
-    try:
-        image = image_tower(architecture, config, state, pixels)
-        text = text_tower(architecture, config, state, tokenizer, str(folder))
-    except KeyError as error:
-        raise CheckpointError(f"{folder}: its weights have no {error}; download the checkpoint again") from None
+    image = image_tower(architecture, config, state, pixels)
+    text = text_tower(architecture, config, state, tokenizer, str(folder))
     if architecture == SIGLIP and limit < text.config.context_length:
         raise CheckpointError(f"{folder}: its tokenizer ends at {limit} tokens, its text tower at {text.config.context_length}")
     scale, bias = _scale(state), state.get("logit_bias")
@@ -131,7 +162,7 @@ def import_huggingface(folder: Path) -> Imported:
             "source": str(folder),
             "format": "transformers",
             "architecture": architecture,
-            **({"revision": folder.name} if COMMIT.fullmatch(folder.name) else {}),
+            **pinned(folder),
             **({"left_out": left_out} if left_out else {}),
         },
     )
@@ -163,8 +194,7 @@ def _configuration(architecture: str, values: Mapping[str, Any], folder: Path) -
         with quiet_transformers():
             return getattr(transformers, architecture).config_class.from_dict(portable(values))
     except Exception as error:  # validation errors of several libraries
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{folder / CONFIG_FILE}: is no configuration of {architecture}: {reason}") from None
+        raise CheckpointError(f"{folder / CONFIG_FILE}: is no configuration of {architecture}: {reason(error)}") from None
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -172,40 +202,34 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS_FILE).is_file():
         return [folder / WEIGHTS_FILE]
     if not (folder / INDEX_FILE).is_file():
-        pickled = next(iter(sorted(folder.glob("*.bin"))), None)
-        if pickled is not None:
-            read_safetensors(pickled)
-        raise CheckpointError(f"{folder}: holds no weights; expected {WEIGHTS_FILE}")
-    names = sorted(set(read_json(folder / INDEX_FILE, 64 << 20).get("weight_map", {}).values()))
-    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-    if outside or not names:
+        raise no_safetensors(folder, WEIGHTS_FILE, pickled_weights(folder))
+    with one_line(folder / INDEX_FILE):
+        names = sorted(set(read_json(folder / INDEX_FILE, 64 << 20)["weight_map"].values()))
+    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise CheckpointError(f"{folder / INDEX_FILE}: is no list of files in this folder; download it again")
     return [folder / name for name in names]
 
 
-def _read(files: list[Path]) -> dict[str, Tensor]:
+def _read(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in _weight_files(folder) for name, tensor in read_safetensors(file).items()}
+
+
+def _prepared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All weights in fp32, without the position numbers that older checkpoints hold."""
-    state = {name: tensor for file in files for name, tensor in read_safetensors(file).items()}
-    return {name: tensor.float() for name, tensor in state.items() if not name.endswith("position_ids")}
+    return widened({name: tensor for name, tensor in state.items() if not name.endswith("position_ids")})
 
 
-def _read_renamed(architecture: str, config: Any, folder: Path) -> dict[str, Tensor]:
+def _renamed(architecture: str, config: Any, state: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """Weights under the names of today's module. Raises `CheckpointError` where one is missing, which transformers makes up."""
     import transformers
 
     try:
         with quiet_transformers():
             model, report = getattr(transformers, architecture).from_pretrained(
-                folder,
-                config=config,
-                local_files_only=True,
-                use_safetensors=True,
-                dtype=torch.float32,
-                output_loading_info=True,
+                None, config=config, state_dict=dict(state), dtype=torch.float32, output_loading_info=True
             )
-    except Exception as error:  # damaged files, shapes that differ
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{folder}: its weights cannot be read as {architecture}: {reason}") from None
+    except Exception as error:  # shapes that differ
+        raise CheckpointError(f"{folder}: its weights cannot be read as {architecture}: {reason(error)}") from None
     if report["missing_keys"]:
         raise CheckpointError(
             f"{folder}: its weights have no {sorted(report['missing_keys'])[:3]}; download the checkpoint again"

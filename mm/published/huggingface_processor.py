@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tokenizers import Tokenizer
-
 from mm.config import read_json
 from mm.encoders.library_towers import quiet_transformers
 from mm.errors import CheckpointError
 from mm.media.geometry import ImageSpec
+from mm.published.imported import one_line, reason, token_id, triple
 from mm.tokenizers.text import CLIP_VOCAB_SIZE, MAX_FILE_BYTES, Cleaning, TextTokenizer
 
 PROCESSORS = ("CLIP", "ChineseCLIP", "Siglip", "Blip", "EfficientNet")
@@ -45,8 +44,9 @@ class Pixels:
 
 def read_pixels(folder: Path, image_size: int) -> Pixels:
     """The picture preparation of a folder, for a tower that takes ``image_size`` pixels. Raises `CheckpointError`."""
-    processor = _image_processor(folder)
-    return Pixels(_spec(processor, image_size, folder), *_normalisation(processor))
+    with one_line(f"{folder}: its picture preparation"):
+        processor = _image_processor(folder)
+        return Pixels(_spec(processor, image_size, folder), *_normalisation(processor))
 
 
 def _image_processor(folder: Path) -> Any:
@@ -68,8 +68,8 @@ def _image_processor(folder: Path) -> Any:
     try:
         with quiet_transformers():
             return getattr(transformers, f"{kind}ImageProcessor")(**values)
-    except (TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a {kind}ImageProcessor: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # validation errors of several libraries
+        raise CheckpointError(f"{path}: cannot be read as a {kind}ImageProcessor: {reason(error)}") from None
 
 
 def _spec(processor: Any, image_size: int, folder: Path) -> ImageSpec:
@@ -110,16 +110,11 @@ def _normalisation(processor: Any) -> tuple[tuple[float, float, float], tuple[fl
     """Mean and standard deviation of values in 0..1 that equal rescaling, shifting and normalising one after the other."""
     factor = 255 * (processor.rescale_factor if processor.do_rescale else 1.0)
     offset = 1.0 if processor.do_rescale and getattr(processor, "rescale_offset", False) else 0.0
-    mean = _triple(processor.image_mean if processor.do_normalize else 0.0)
-    std = _triple(processor.image_std if processor.do_normalize else 1.0)
-    again = _triple(processor.image_std if getattr(processor, "include_top", False) else 1.0)  # EfficientNet divides twice
+    mean = triple(processor.image_mean if processor.do_normalize else 0.0)
+    std = triple(processor.image_std if processor.do_normalize else 1.0)
+    again = triple(processor.image_std if getattr(processor, "include_top", False) else 1.0)  # EfficientNet divides twice
     first, second, third = ((m + offset) / factor for m in mean)
-    return (first, second, third), _triple([s * a / factor for s, a in zip(std, again, strict=True)])
-
-
-def _triple(value: Any) -> tuple[float, float, float]:
-    first, second, third = value if isinstance(value, list | tuple) else (value,) * 3
-    return float(first), float(second), float(third)
+    return (first, second, third), triple([s * a / factor for s, a in zip(std, again, strict=True)])
 
 
 def read_tokenizer(folder: Path, *, siglip: bool) -> tuple[TextTokenizer, int]:
@@ -129,7 +124,8 @@ def read_tokenizer(folder: Path, *, siglip: bool) -> tuple[TextTokenizer, int]:
     after SigLIP's lower case (and, for its first version, removal of punctuation), which is not part of that file.
     """
     settings = _settings(folder)
-    limit = min(int(settings.get("model_max_length") or UNLIMITED), UNLIMITED)
+    with one_line(f"{folder}: the model_max_length of its tokenizer"):
+        limit = min(int(settings.get("model_max_length") or UNLIMITED), UNLIMITED)
     if _is_clips(folder):
         return TextTokenizer.clip_bpe(), limit
     path = folder / "tokenizer.json"
@@ -162,10 +158,9 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 def _pad_id(path: Path, settings: Mapping[str, Any]) -> int:
     named = settings.get("pad_token") or settings.get("eos_token")
-    token = named.get("content") if isinstance(named, dict) else named
-    found = Tokenizer.from_file(str(path)).token_to_id(token) if isinstance(token, str) else None
+    found = token_id(path, named)
     if found is None:
-        raise CheckpointError(f"{path}: has no padding token {token!r}; its tokenizer_config.json must name one as pad_token")
+        raise CheckpointError(f"{path}: has no padding token {named!r}; its tokenizer_config.json must name one as pad_token")
     return found
 
 
@@ -192,5 +187,6 @@ def _convert(folder: Path, path: Path) -> None:
             tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         tokenizer.backend_tokenizer.save(str(path))
     except Exception as error:  # each of its tokenizers raises its own
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{folder}: no tokenizer.json, and none can be made from its other files: {reason}") from None
+        raise CheckpointError(
+            f"{folder}: no tokenizer.json, and none can be made from its other files: {reason(error)}"
+        ) from None

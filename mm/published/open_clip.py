@@ -14,17 +14,31 @@ from torch import Tensor
 from mm.config import read_json
 from mm.encoders.image import ImageEncoderConfig, build_image_encoder
 from mm.encoders.library import LibraryImageConfig, LibraryTextConfig
+from mm.encoders.library_towers import text_model_config
 from mm.encoders.text import TextEncoderConfig, from_open_clip
 from mm.errors import CheckpointError
 from mm.media.geometry import ImageSpec
 from mm.processor import Processor
-from mm.published.imported import PROMPTS, Imported, put, read_safetensors, take
+from mm.published.huggingface import resolve_file
+from mm.published.imported import (
+    PROMPTS,
+    Imported,
+    no_safetensors,
+    one_line,
+    pinned,
+    put,
+    read_safetensors,
+    take,
+    token_id,
+    triple,
+)
 from mm.published.timm_vit import clip_vit_config, clip_vit_weights, is_plain
 from mm.systems.clip import ClipConfig, ImageTower, Projection, TextTower
 from mm.tokenizers.text import Cleaning, TextTokenizer
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
+PICKLED = ("open_clip_pytorch_model.bin", "*.bin", "*.pt")
 TEXT_AT_THE_TOP = ("positional_embedding", "token_embedding.", "ln_final.", "text_projection", "transformer.", "attn_mask")
 """Names of the text tower in checkpoints of open_clip's first model class, which has no ``text.`` before them."""
 
@@ -38,27 +52,40 @@ PREPROCESSING: Mapping[str, Any] = {
 """open_clip's defaults, which are those of OpenAI's CLIP."""
 
 
-def import_folder(folder: Path) -> Imported:
+def import_folder(folder: Path, state: Mapping[str, Tensor] | None = None) -> Imported:
     """A folder that open_clip wrote: ``open_clip_config.json``, weights, and a tokenizer where it is not CLIP's.
+
+    Args:
+        folder: Where they are.
+        state: All weights, where they were read already; None reads the folder's safetensors.
 
     Raises:
         CheckpointError: A file is missing or damaged, or the checkpoint needs what is not supported.
     """
-    values = read_json(folder / CONFIG_FILE)
-    if "model_cfg" not in values:
-        raise CheckpointError(f"{folder / CONFIG_FILE}: has no 'model_cfg'; is this a folder written by open_clip?")
-    weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-    if weights is None:
-        pickled = next(iter(sorted([*folder.glob("*.bin"), *folder.glob("*.pt")])), folder / WEIGHT_FILES[0])
-        read_safetensors(pickled)
-        raise CheckpointError(f"{folder}: holds no weights; expected {WEIGHT_FILES[0]}")
-    return import_checkpoint(
-        values["model_cfg"],
-        read_safetensors(weights),
-        preprocessing=values.get("preprocess_cfg", {}),
-        folder=folder,
-        where=str(folder),
-    )
+    model_cfg, preprocessing = read_config(folder)
+    if state is None:
+        weights = find_weights(folder)
+        if weights is None:
+            raise no_safetensors(folder, WEIGHT_FILES[0], pickled_weights(folder))
+        state = read_safetensors(weights)
+    return import_checkpoint(model_cfg, state, preprocessing=preprocessing, folder=folder, where=str(folder))
+
+
+def read_config(folder: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Configuration and picture preparation of a folder that open_clip wrote. Raises `CheckpointError`."""
+    path = folder / CONFIG_FILE
+    values = read_json(path)
+    return _section(values, "model_cfg", path), _section({"preprocess_cfg": {}} | values, "preprocess_cfg", path)
+
+
+def find_weights(folder: Path) -> Path | None:
+    """The safetensors of a folder that open_clip wrote."""
+    return next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+
+
+def pickled_weights(folder: Path) -> list[Path]:
+    """The file with the pickled weights of such a folder, if it has one."""
+    return [path for pattern in PICKLED for path in sorted(folder.glob(pattern))][:1]
 
 
 def import_checkpoint(
@@ -77,15 +104,29 @@ def import_checkpoint(
         preprocessing: What differs from open_clip's default preparation of pictures.
         folder: Where a tokenizer is found, if it is not CLIP's.
         where: Name for messages.
+
+    Raises:
+        CheckpointError: Settings or weights are missing, damaged, or not supported.
     """
+    with one_line(where):
+        return _import_checkpoint(model_cfg, state, preprocessing, folder, where)
+
+
+def _import_checkpoint(
+    model_cfg: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    preprocessing: Mapping[str, Any],
+    folder: Path | None,
+    where: str,
+) -> Imported:
+    vision_cfg, text_cfg = _section(model_cfg, "vision_cfg", where), _section(model_cfg, "text_cfg", where)
     embed_dim, quick_gelu = int(model_cfg["embed_dim"]), bool(model_cfg.get("quick_gelu", False))
     picture = {**PREPROCESSING, **{key: value for key, value in preprocessing.items() if value is not None}}
     visual, text = take(state, "visual."), _text_state(state)
-    tokenizer = _tokenizer(model_cfg["text_cfg"], folder, where)
-    image_config, image_state, image_projection = _image_tower(
-        model_cfg["vision_cfg"], visual, embed_dim, quick_gelu, picture, where
-    )
-    text_config, text_state, text_projection = _text_tower(model_cfg["text_cfg"], text, embed_dim, quick_gelu, tokenizer.pad)
+    hf_config = _text_model(text_cfg["hf_model_name"], folder, where) if text_cfg.get("hf_model_name") else None
+    tokenizer = _tokenizer(text_cfg, hf_config, folder, where)
+    image_config, image_state, image_projection = _image_tower(vision_cfg, visual, embed_dim, quick_gelu, picture, where)
+    text_config, text_state, text_projection = _text_tower(text_cfg, hf_config, text, embed_dim, quick_gelu, tokenizer.pad)
     bias = state.get("logit_bias")
     config = ClipConfig(
         image=image_config,
@@ -111,8 +152,14 @@ def import_checkpoint(
             context_length=text_config.context_length,
             templates=PROMPTS,
         ),
-        card={"source": where, "format": "open_clip", **({"left_out": left_out} if left_out else {})},
+        card={"source": where, "format": "open_clip", **pinned(folder), **({"left_out": left_out} if left_out else {})},
     )
+
+
+def _section(values: Mapping[str, Any], key: str, where: object) -> Mapping[str, Any]:
+    if not isinstance(values.get(key), Mapping):
+        raise CheckpointError(f"{where}: has no section '{key}'; is it a configuration of open_clip?")
+    return values[key]
 
 
 def _image_spec(picture: Mapping[str, Any], size: int, where: str) -> ImageSpec:
@@ -139,7 +186,7 @@ def _image_tower(
     side = size if isinstance(size, int) else size[0]
     if not isinstance(size, int) and size[0] != size[1]:
         raise CheckpointError(f"{where}: takes pictures of {size[0]} x {size[1]} pixels; only square ones are supported")
-    mean, std = (_triple(picture[key]) for key in ("mean", "std"))
+    mean, std = (triple(picture[key]) for key in ("mean", "std"))
     own = (
         _timm_tower(vision, state, embed_dim, side, mean, std)
         if vision.get("timm_model_name")
@@ -221,16 +268,22 @@ def _timm_tower(
 
 
 def _text_tower(
-    text: Mapping[str, Any], state: Mapping[str, Tensor], embed_dim: int, quick_gelu: bool, pad_id: int
+    text: Mapping[str, Any],
+    hf_config: Mapping[str, Any] | None,
+    state: Mapping[str, Tensor],
+    embed_dim: int,
+    quick_gelu: bool,
+    pad_id: int,
 ) -> tuple[TextTower, dict[str, Tensor], Projection]:
     own = _own_text_config(text, quick_gelu, pad_id)
     if own is None:
+        values: dict[str, Any] = {"embed_dim": embed_dim, "quick_gelu": quick_gelu, "text_cfg": dict(text), "pad_id": pad_id}
         library = LibraryTextConfig(
             library="open_clip",
             architecture="text",
-            config={"embed_dim": embed_dim, "quick_gelu": quick_gelu, "text_cfg": dict(text), "pad_id": pad_id},
+            config=values if hf_config is None else values | {"hf_config": dict(hf_config)},
             context_length=text.get("context_length", 77),
-            vocab_size=text.get("vocab_size", 49408),
+            vocab_size=text.get("vocab_size", 49408) if hf_config is None else text_model_config(hf_config).vocab_size,
         )
         return library, put(state, "encoders.text.tower."), "none"
     projection: dict[str, Tensor] = {}
@@ -282,13 +335,36 @@ def _text_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if name.startswith(TEXT_AT_THE_TOP) and name != "attn_mask"}
 
 
-def _tokenizer(text: Mapping[str, Any], folder: Path | None, where: str) -> TextTokenizer:
-    """CLIP's own vocabulary, or the ``tokenizer.json`` that comes with the checkpoint."""
-    if not (text.get("hf_tokenizer_name") or text.get("hf_model_name")):
+def _text_model(name: str, folder: Path | None, where: str) -> Mapping[str, Any]:
+    """The ``config.json`` of a text model of transformers: beside the weights, else from the hub."""
+    from open_clip.hf_configs import arch_dict
+
+    beside = None if folder is None else folder / "config.json"
+    if beside is not None and beside.is_file() and (values := read_json(beside)).get("model_type") in arch_dict:
+        return values
+    published = resolve_file(name, "config.json")
+    if published is None:
+        raise CheckpointError(
+            f"{where}: its text tower is {name} of transformers, whose config.json is neither beside the weights nor to be had "
+            "from the hub; put it beside them"
+        )
+    return read_json(published)
+
+
+def _tokenizer(text: Mapping[str, Any], hf_config: Mapping[str, Any] | None, folder: Path | None, where: str) -> TextTokenizer:
+    """CLIP's own vocabulary, or the ``tokenizer.json`` that comes with the checkpoint or is published as its tokenizer."""
+    name = text.get("hf_tokenizer_name") or text.get("hf_model_name")
+    if not name:
         return TextTokenizer.clip_bpe()
     path = None if folder is None else folder / "tokenizer.json"
+    settings = None if folder is None else folder / "tokenizer_config.json"
     if path is None or not path.is_file():
-        raise CheckpointError(f"{where}: its texts need {text.get('hf_tokenizer_name')}'s tokenizer.json beside the weights")
+        path, settings = resolve_file(name, "tokenizer.json"), resolve_file(name, "tokenizer_config.json")
+    if path is None:
+        raise CheckpointError(
+            f"{where}: its texts need the tokenizer.json of {name}, which is neither beside the weights nor to be had from the "
+            "hub; put it beside them"
+        )
     options = dict(text.get("tokenizer_kwargs") or {})
     clean, strip_end = options.pop("clean", "whitespace"), bool(options.pop("strip_sep_token", False))
     cleanings = {
@@ -298,18 +374,14 @@ def _tokenizer(text: Mapping[str, Any], folder: Path | None, where: str) -> Text
     }
     if options or clean not in cleanings or text.get("tokenizer_mode"):
         raise CheckpointError(f"{where}: prepares texts by {text.get('tokenizer_kwargs')}, which is not supported")
-    pad = _pad_id(folder, text) if folder is not None else 0
+    pad = _pad_id(path, settings, text) if hf_config is None else text_model_config(hf_config).pad_token_id
     return TextTokenizer.from_file(path, pad=pad, cleaning=cleanings[clean], end=0 if strip_end else None)
 
 
-def _pad_id(folder: Path, text: Mapping[str, Any]) -> int:
+def _pad_id(path: Path, settings: Path | None, text: Mapping[str, Any]) -> int:
     """The id of the pad token that ``tokenizer_config.json`` names; open_clip pads with it."""
-    from tokenizers import Tokenizer
-
-    path = folder / "tokenizer_config.json"
-    named = read_json(path).get("pad_token") if path.is_file() else None
-    token = named.get("content") if isinstance(named, dict) else named
-    found = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(token) if isinstance(token, str) else None
+    named = read_json(settings).get("pad_token") if settings is not None and settings.is_file() else None
+    found = token_id(path, named)
     return int(text.get("pad_id", 0)) if found is None else found
 
 
@@ -317,8 +389,3 @@ def _projection_kind(projection: Mapping[str, Tensor]) -> Projection:
     if not projection:
         return "none"
     return "affine" if "bias" in projection else "linear"
-
-
-def _triple(value: Any) -> tuple[float, float, float]:
-    first, second, third = value if isinstance(value, list | tuple) else (value,) * 3
-    return float(first), float(second), float(third)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mm.errors import CheckpointError
-from mm.published.imported import Imported
+from mm.published.imported import UNUSABLE, Imported, reason, widened
 from mm.published.open_clip import import_checkpoint
 
 META = ("input_resolution", "context_length", "vocab_size")
@@ -23,11 +23,13 @@ def import_openai(state: Mapping[str, Tensor], where: str) -> Imported:
         state: All weights; fp16 ones are widened.
         where: Name for messages.
     """
-    weights = {name: tensor.float() for name, tensor in state.items() if name not in META}
+    weights = widened({name: tensor for name, tensor in state.items() if name not in META})
     try:
         config = _config(weights)
-    except KeyError as error:
-        raise CheckpointError(f"{where}: has no {error}; this is no checkpoint of OpenAI's CLIP, give --arch") from None
+    except UNUSABLE as error:
+        raise CheckpointError(
+            f"{where}: no checkpoint of OpenAI's CLIP, its weights are others ({reason(error)}); give --arch ARCHITECTURE/TAG"
+        ) from None
     return import_checkpoint(config, weights, preprocessing={}, folder=None, where=where)
 
 

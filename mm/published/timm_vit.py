@@ -114,8 +114,8 @@ def clip_vit_weights(state: Mapping[str, Tensor], *, average: bool = False) -> d
             layer, _, rest = name.removeprefix(BLOCKS).partition(".")
             part, _, kind = rest.replace("in_proj_", "in_proj.").rpartition(".")
             result[f"blocks.{layer}.{BLOCK_PARTS[part]}.{kind}"] = tensor
-    result["cls_token"] = result["cls_token"].reshape(1, 1, -1)
-    result["pos_embed"] = result["pos_embed"].unsqueeze(0)
+    result["cls_token"] = state["class_embedding"].reshape(1, 1, -1)
+    result["pos_embed"] = state["positional_embedding"].unsqueeze(0)
     if "norm_pre.weight" not in result:  # timm's patches have a bias where no norm follows them
         result["patch_embed.proj.bias"] = torch.zeros(result["patch_embed.proj.weight"].shape[0])
     if average:

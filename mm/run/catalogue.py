@@ -23,16 +23,21 @@ def catalogue() -> dict[str, dict[str, str]]:
 
 def describe(model: Model) -> dict[str, Any]:
     """Size, preparation, capabilities and system card of a model."""
-    text = model.processor.has_text
     return {
         "name": model.name,
         "system": model.config.name,
         "capabilities": sorted(model.capabilities),
         "parameters": model.parameters(),
-        "preparation": model.processor.stamp() | ({"vocabulary": model.processor.tokenizer.vocab_size} if text else {}),
+        "preparation": model.processor.stamp() | _text_preparation(model),
         "fingerprint": model.fingerprint,
         "card": dict(model.card),
     }
+
+
+def _text_preparation(model: Model) -> dict[str, Any]:
+    if not model.processor.has_text:
+        return {}
+    return {"vocabulary": model.processor.tokenizer.vocab_size, "templates": list(model.processor.templates)}
 
 
 def _card(name: str) -> Mapping[str, Any]:

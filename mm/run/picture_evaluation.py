@@ -205,7 +205,7 @@ def _copies(
     painter: Model, made: Sequence[Painting], source: Source, rows: Sequence[int], train: str | Source | None
 ) -> Result:
     """How near the pictures are to the model's training pictures, beside real pictures; nothing where those are unknown."""
-    train = train or painter.card.get("data")
+    train = train or painter.card.get("train")
     if train is None:
         return Result({}, {"copies": "not measured: give the training source"})
     known, real = _small(opened(train, painter), painter), _small(source, painter)

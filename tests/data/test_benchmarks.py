@@ -1,19 +1,23 @@
 """Published evaluation sets are read from copies in exactly their layouts, and what is missing from one is said in a line."""
 
 import gzip
+import json
 import pickle
 import shutil
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import benchmark_copies as copies
 import numpy as np
 import pytest
 
-from mm.data.benchmarks import BENCHMARKS, is_benchmark, open_benchmark
+from mm.data.benchmarks import BENCHMARKS, BenchmarkSource, is_benchmark, open_benchmark
+from mm.data.benchmarks.layout import Copy
 from mm.data.benchmarks.names import ASSETS, published, vocabulary
 from mm.data.benchmarks.plain_pickle import read_plain_pickle
+from mm.data.benchmarks.source import Files
 from mm.data.labels import label_of, label_task
 from mm.data.sources import revision
 from mm.errors import BadSample, DataError, UserError
@@ -356,6 +360,127 @@ def test_lists_that_are_something_else(tmp_path: Path) -> None:
     copies.text(tmp_path / "fgvc-aircraft-2013b" / "data" / "images_variant_test.txt", "0000001 Concorde\n")
     with pytest.raises(UserError, match="names the variant 'Concorde'"):
         open_benchmark(f"aircraft:{tmp_path}")
+
+
+def matlab(path: Path, **values: object) -> None:
+    from scipy.io import savemat
+
+    savemat(path, values)
+
+
+def annotations(path: Path, caption: object) -> None:
+    content = json.loads(path.read_text())
+    content["images"][0]["sentences"][0]["raw"] = caption
+    path.write_text(json.dumps(content))
+
+
+def emotions(path: Path, emotion: str) -> None:
+    path.write_text(path.read_text().replace("\n3,", f"\n{emotion},"))
+
+
+def no_pixels(raw: Path) -> None:
+    for kind, sizes in (("images-idx3", (0x803, 4, 0, 0)), ("labels-idx1", (0x801, 4))):
+        header = b"".join(size.to_bytes(4, "big") for size in sizes)
+        (raw / f"t10k-{kind}-ubyte").write_bytes(header + (bytes(4) if kind == "labels-idx1" else b""))
+
+
+def cars_with(path: Path, label: object) -> None:
+    rows = np.array([[(label, "00001.jpg"), (1, "00002.jpg")]], dtype=[("class", "O"), ("fname", "O")])
+    matlab(path, annotations=rows)
+
+
+PICTURES = copies.pixels(2, 32, 32, 3).transpose(1, 2, 3, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "damage", "message"),
+    [
+        ("coco", "dataset_coco.json", lambda path: annotations(path, 7), r"a caption of val2014/.*40\.jpg is no text"),
+        ("coco", "dataset_coco.json", lambda path: annotations(path, None), "is no text"),
+        ("coco", "dataset_coco.json", lambda path: annotations(path, ["a"]), "is no text"),
+        ("flowers", "flowers-102/imagelabels.mat", lambda path: matlab(path, labels=["a", "b"]), "whole numbers 'labels'"),
+        ("flowers", "flowers-102/imagelabels.mat", lambda path: matlab(path, labels=[0.5, 1]), "whole numbers 'labels'"),
+        ("flowers", "flowers-102/setid.mat", lambda path: matlab(path, tstid=[np.nan, 1]), "whole numbers 'tstid'"),
+        ("flowers", "flowers-102/setid.mat", lambda path: matlab(path, trnid=[1]), "whole numbers 'tstid'"),
+        ("cars", "stanford_cars/cars_test_annos_withlabels.mat", lambda path: cars_with(path, "two"), "numbers 'class'"),
+        ("cars", "stanford_cars/cars_test_annos_withlabels.mat", lambda path: cars_with(path, [1, 2]), "numbers 'class'"),
+        ("svhn", "test_32x32.mat", lambda path: matlab(path, X=PICTURES, y=["a", "b"]), "whole numbers 'y'"),
+        ("svhn", "test_32x32.mat", lambda path: matlab(path, X="pictures", y=[1, 2]), "lacks the pictures X"),
+        ("svhn", "test_32x32.mat", lambda path: matlab(path, y=[1, 2]), "lacks the pictures X"),
+        (
+            "aircraft",
+            "fgvc-aircraft-2013b/data/images_variant_test.txt",
+            lambda path: path.write_text("DC-10\n"),
+            "names the variant ''",
+        ),
+        (
+            "objectnet",
+            "objectnet-1.0/mappings/folder_to_objectnet_label.json",
+            lambda path: path.write_text('{"chair": ["Chair"]}'),
+            "are not the published ones",
+        ),
+        (
+            "cifar100",
+            "cifar-100-python/test",
+            lambda path: path.write_bytes(pickle.dumps({"data": copies.pixels(2, 3072), "fine_labels": [[1], [2]]}, 4)),
+            "not a CIFAR batch",
+        ),
+        ("mnist", "MNIST/raw", no_pixels, "pictures of 0 x 0 pixels, not 28 x 28"),
+        ("fer2013", "fer2013.csv", lambda path: emotions(path, "-7"), r"not the published table: KeyError\(-7\)"),
+        ("fer2013", "fer2013.csv", lambda path: emotions(path, "7"), "not the published table"),
+    ],
+)
+def test_damaged_copies(name: str, file: str, damage: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+    getattr(copies, name)(tmp_path)
+    damage(tmp_path / file)
+    with pytest.raises(UserError, match=message) as error:
+        open_benchmark(f"{name}:{tmp_path}")
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_whole_numbers_that_matlab_wrote_as_fractions(tmp_path: Path) -> None:
+    expected = copies.flowers(tmp_path)
+    matlab(tmp_path / "flowers-102" / "imagelabels.mat", labels=[77.0, 1.0, 102.0, 5.0, 6.0])
+    assert classes_of(open_benchmark(f"flowers:{tmp_path}")) == expected
+
+
+def test_labels_in_two_dimensions_are_refused(tmp_path: Path) -> None:
+    media = Files(tmp_path, ["a.jpg", "b.jpg"])
+    copy = Copy("mnist:x", "mnist", "test", tmp_path, "a layout", "zero-shot")
+    for labels in (np.array([[1], [2]]), np.array([0.5, 1.0]), np.array(["1", "2"])):
+        with pytest.raises(UserError, match="labels are no list of whole numbers; the layout is"):
+            BenchmarkSource(copy, media, vocabulary=vocabulary("mnist"), labels=labels)
+
+
+@pytest.mark.parametrize("caption", [None, 3])
+def test_pairs_of_captions_that_are_no_texts(caption: object, tmp_path: Path) -> None:
+    copies.winoground(tmp_path)
+    path = tmp_path / "data" / "examples.jsonl"
+    path.write_text(path.read_text().replace('"old young"', json.dumps(caption)))
+    with pytest.raises(UserError, match=r"a caption of ex_1_img_0\.png is no text"):
+        open_benchmark(f"winoground:{tmp_path}")
+    for key in ("caption", "negative_caption"):
+        entry = {"filename": "a.jpg", "caption": "right", "negative_caption": "wrong", key: caption}
+        copies.text(tmp_path / "swap_att.json", json.dumps({"0": entry}))
+        (tmp_path / "val2017").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match="is no text"):
+            open_benchmark(f"sugarcrepe/swap_att:{tmp_path}")
+
+
+@pytest.mark.parametrize("outside", ["/etc/passwd", "../secret.jpg", "val2014/../../secret.jpg"])
+def test_lists_cannot_name_files_outside_of_the_copy(outside: str, tmp_path: Path) -> None:
+    folder = tmp_path / "coco"
+    copies.coco(folder)
+    path = folder / "dataset_coco.json"
+    content = json.loads(path.read_text())
+    content["images"][0] |= {"filepath": "", "filename": outside}
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="which is not below it"):
+        open_benchmark(f"coco:{folder}")
+    content["images"][0]["filename"] = "val2014/two..dots.jpg"
+    path.write_text(json.dumps(content))
+    assert open_benchmark(f"coco:{folder}").key(0) == "val2014/two..dots.jpg"
 
 
 def test_winoground(tmp_path: Path) -> None:

@@ -18,8 +18,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 import mm
 from mm.encoders.image import ImageEncoderConfig
 from mm.encoders.text import TextEncoderConfig
-from mm.errors import CheckpointError
+from mm.errors import CheckpointError, UserError
+from mm.hub import from_imported
 from mm.published import huggingface
+from mm.published.convert import import_file
 from mm.tokenizers.text import TextTokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -298,6 +300,23 @@ def test_half_precision_shards_are_the_whole_checkpoint(tmp_path: Path) -> None:
     torch.testing.assert_close(model.embed_texts(TEXTS), text, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("name", ["clip-own-vocabulary", "align"])  # the suite's names, and renamed with batch norms
+def test_pickled_weights_are_converted_as_the_refusal_says(name: str, tmp_path: Path) -> None:
+    written(tmp_path, CASES[name])
+    expected = mm.load(tmp_path, device="cpu")
+    state = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    for i in range(2):
+        torch.save(dict(list(state.items())[i::2]), tmp_path / f"pytorch_model-0000{i + 1}-of-00002.bin")
+    torch.save({"lr": 1.0}, tmp_path / "training_args.bin")
+    with pytest.raises(CheckpointError, match=f"mm convert {tmp_path} --i-trust-this-file -o DIR"):
+        mm.load(tmp_path, device="cpu")
+    with pytest.raises(UserError, match="--i-trust-this-file"):
+        import_file(tmp_path, architecture=None, trusted=False)
+    converted = from_imported(import_file(tmp_path, architecture=None, trusted=True), name="converted", device="cpu")
+    assert converted.fingerprint == expected.fingerprint
+
+
 def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
@@ -313,9 +332,9 @@ def without(folder: Path, name: str) -> None:
     save_file(state, folder / "model.safetensors")
 
 
-def outside_shards(folder: Path) -> None:
+def shards(folder: Path, **index: Any) -> None:
     (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 FAULTS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
@@ -324,7 +343,31 @@ FAULTS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "no weights": ("clip-own-vocabulary", lambda f: (f / "model.safetensors").unlink(), "holds no weights"),
     "missing tensor": ("clip-own-vocabulary", lambda f: without(f, "visual_projection.weight"), "visual_projection.weight"),
     "tensor made up": ("blip", lambda f: without(f, "visual_projection.weight"), "visual_projection.weight"),
-    "shards outside": ("clip-own-vocabulary", outside_shards, "no list of files"),
+    "shards outside": (
+        "clip-own-vocabulary",
+        lambda f: shards(f, weight_map={"a": "../other.safetensors"}),
+        "no list of files",
+    ),
+    "list of shards": ("clip-own-vocabulary", lambda f: shards(f, weight_map=["model.safetensors"]), "index.json"),
+    "nested shards": ("clip-own-vocabulary", lambda f: shards(f, weight_map={"a": {}}), "index.json"),
+    "no shards": ("clip-own-vocabulary", shards, "index.json"),
+    "two means": ("clip-own-vocabulary", lambda f: edit(f / "preprocessor_config.json", image_mean=[0.5, 0.5]), "preparation"),
+    "words for means": ("blip", lambda f: edit(f / "preprocessor_config.json", image_mean=["a", "b", "c"]), "preparation"),
+    "word for a size": (
+        "clip-own-vocabulary",
+        lambda f: edit(f / "preprocessor_config.json", size={"shortest_edge": "x"}),
+        "preparation",
+    ),
+    "short size": ("blip", lambda f: edit(f / "preprocessor_config.json", size=["x"]), "preprocessor_config.json"),
+    "no scale": ("blip", lambda f: edit(f / "preprocessor_config.json", rescale_factor=0), "preparation"),
+    "word for a scale": ("blip", lambda f: edit(f / "preprocessor_config.json", rescale_factor="x"), "preparation"),
+    "word for a length": ("blip", lambda f: edit(f / "tokenizer_config.json", model_max_length="x"), "model_max_length"),
+    "endless length": ("blip", lambda f: edit(f / "tokenizer_config.json", model_max_length=float("inf")), "model_max_length"),
+    "damaged tokenizer": (
+        "blip",
+        lambda f: (f / "tokenizer.json").write_text('{"model": {}}'),
+        "cannot be read as a tokenizer",
+    ),
     "audio": ("clip-own-vocabulary", lambda f: edit(f / "config.json", model_type="clap"), "audio tower"),
     "single tower": ("clip-own-vocabulary", lambda f: edit(f / "config.json", model_type="vilt"), "one tower"),
     "unknown model": ("clip-own-vocabulary", lambda f: edit(f / "config.json", model_type="bert"), "'bert' is not supported"),

@@ -114,12 +114,28 @@ def sentencepiece_like_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
+def roberta_like(folder: Path) -> None:
+    """A small text model of transformers with its tokenizer, as its publisher has them on the hub."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel
+
+    names = ["<s>", "<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz▁"]
+    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="<pad>")
+    fast.save_pretrained(folder)
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    RobertaModel(RobertaConfig(vocab_size=40, max_position_embeddings=32, pad_token_id=1, **sizes)).save_pretrained(folder)
+
+
 def written(folder: Path, architecture: dict[str, Any], preprocessing: dict[str, Any] | None = None) -> Any:
     """Random weights of an architecture, written as open_clip writes folders; returns open_clip's model."""
     torch.manual_seed(0)
     config = json.loads(json.dumps({"embed_dim": 32, **architecture}))
     folder.mkdir()
-    if config["text_cfg"].get("hf_tokenizer_name"):
+    if config["text_cfg"].get("hf_tokenizer_name") == "local":
         sentencepiece_like_tokenizer(folder)
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocessing or {}}))
     with warnings.catch_warnings():
@@ -206,8 +222,42 @@ def test_the_published_preparation_is_taken_over(tmp_path: Path) -> None:
 def test_pickled_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
     written(tmp_path / "model", ARCHITECTURES["clip-vit"])
     (tmp_path / "model" / "open_clip_model.safetensors").rename(tmp_path / "model" / "open_clip_pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="mm convert"):
+    with pytest.raises(CheckpointError, match=f"mm convert {tmp_path / 'model'} --i-trust-this-file"):
         mm.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("pooler", ["mean_pooler", "cls_pooler"])
+def test_a_text_tower_of_transformers_equals_open_clips(pooler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files are read beside the weights or from the hub's cache; without both, the message says so."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    published, folder = tmp_path / "text", tmp_path / "model"
+    roberta_like(published)
+    text = {"hf_model_name": str(published), "hf_tokenizer_name": str(published), "hf_pooler_type": pooler}
+    reference = written(folder, {"vision_cfg": VIT, "text_cfg": {**text, "context_length": 20}})
+    with torch.no_grad():
+        ids = open_clip.tokenizer.HFTokenizer(str(published), context_length=20)(TEXTS)
+        expected = reference.encode_text(ids, normalize=True)
+    config = folder / "open_clip_config.json"
+    config.write_text(config.read_text().replace(str(published), "someone/text"))
+    with pytest.raises(CheckpointError, match=r"someone/text of transformers, whose config\.json is neither beside"):
+        mm.load(folder, device="cpu")
+
+    files = ("config.json", "tokenizer.json", "tokenizer_config.json")
+    for name in files:
+        (folder / name).write_bytes((published / name).read_bytes())
+    beside = mm.load(folder, device="cpu")
+    torch.testing.assert_close(beside.embed_texts(TEXTS), expected, rtol=0, atol=TOLERANCE)
+    saved = mm.load(mm.save(beside, tmp_path / "saved"), device="cpu")
+    torch.testing.assert_close(saved.embed_texts(TEXTS), expected, rtol=0, atol=TOLERANCE)
+
+    repository, commit = tmp_path / "cache" / "models--someone--text", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    for name in files:
+        (folder / name).rename(repository / "snapshots" / commit / name)
+    assert mm.load(folder, device="cpu").fingerprint == beside.fingerprint
 
 
 def test_an_unknown_tag_names_the_nearest() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mm.data.benchmarks.layout import Benchmark, Copy, class_folders
-from mm.data.benchmarks.lists import read_mat
+from mm.data.benchmarks.lists import read_mat, whole_numbers
 from mm.data.benchmarks.names import vocabulary
 from mm.data.benchmarks.plain_pickle import MAX_BYTES, read_plain_pickle
 from mm.data.benchmarks.source import BenchmarkSource, Files, Pixels
@@ -18,7 +18,7 @@ from mm.data.files import read_file
 from mm.errors import BadSample, DataError, UserError
 
 FER_SIDE = 48
-FER_EMOTIONS = (0, 1, 2, 3, 5, 6, 4)
+FER_EMOTIONS = dict(enumerate((0, 1, 2, 3, 5, 6, 4)))
 """Class of each number in the table, which counts angry, disgust, fear, happy, sad, surprise, neutral."""
 
 
@@ -68,7 +68,8 @@ def _batch(copy: Copy, path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
         raise copy.error(f"{path} cannot be read: {error.cause}") from None
     except (ValueError, KeyError) as error:
         raise DataError(f"{path}: not a CIFAR batch ({error}); download it again, or take the binary version") from None
-    if not isinstance(pixels, np.ndarray) or pixels.shape[1:] != (3 * 32 * 32,) or labels.dtype.kind != "i":
+    rows = isinstance(pixels, np.ndarray) and pixels.shape[1:] == (3 * 32 * 32,)
+    if not rows or labels.ndim != 1 or labels.dtype.kind != "i":
         raise DataError(f"{path}: not a CIFAR batch (no rows of 3072 bytes with whole numbers as labels); download it again")
     return pixels, labels
 
@@ -80,6 +81,8 @@ def _open_mnist(copy: Copy) -> BenchmarkSource:
         for kind in ("images-idx3", "labels-idx1")
     ]
     pictures, labels = (_idx(copy, file, dimensions) for file, dimensions in zip(files, (3, 1), strict=True))
+    if pictures.shape[1:] != (28, 28):
+        raise copy.error(f"{files[0]} has pictures of {pictures.shape[2]} x {pictures.shape[1]} pixels, not 28 x 28")
     return BenchmarkSource(copy, Pixels(pictures, files), vocabulary=vocabulary("mnist"), labels=labels)
 
 
@@ -109,10 +112,11 @@ def _open_stl(copy: Copy) -> BenchmarkSource:
 def _open_svhn(copy: Copy) -> BenchmarkSource:
     path = copy.find(f"{copy.split}_32x32.mat", f"svhn/{copy.split}_32x32.mat")
     arrays = read_mat(copy, path)
-    pictures = arrays.get("X")
-    if pictures is None or "y" not in arrays or pictures.shape[:3] != (32, 32, 3) or pictures.dtype != np.uint8:
-        raise copy.error(f"{path} lacks the pictures X (32, 32, 3, N) or the labels y")
-    labels = np.atleast_1d(arrays["y"]).astype(int) % 10  # the digit 0 is written as 10
+    pictures = np.asarray(arrays.get("X"))
+    if pictures.shape[:3] != (32, 32, 3) or pictures.dtype != np.uint8:
+        raise copy.error(f"{path} lacks the pictures X (32, 32, 3, N)")
+    labels = whole_numbers(copy, path, "y", arrays.get("y"))
+    labels = np.where(labels == 10, 0, labels)  # the digit 0 is written as 10
     media = Pixels(pictures.reshape(32, 32, 3, -1).transpose(3, 0, 1, 2), [path])
     return BenchmarkSource(copy, media, vocabulary=vocabulary("svhn"), labels=labels)
 
@@ -145,11 +149,13 @@ def _open_pcam(copy: Copy) -> BenchmarkSource:
         with _h5(files[1]) as file:
             labels = np.asarray(file["y"]).reshape(-1)
         with _h5(files[0]) as file:
-            length = file["x"].shape[0]
+            length, *shape = file["x"].shape
     except ImportError:
         raise UserError(f"{copy.spec}: reading {names[0]} takes h5py; pip install h5py") from None
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, ValueError, AttributeError) as error:
         raise copy.error(f"{files[0].parent} holds files that cannot be read: {error}") from None
+    if shape != [96, 96, 3]:
+        raise copy.error(f"{files[0]} holds no pictures of 96 x 96 pixels")
     media = Pixels(_H5Pictures(files[0], length), files)
     return BenchmarkSource(copy, media, vocabulary=vocabulary("pcam"), labels=labels)
 
@@ -169,8 +175,8 @@ def _open_fer(copy: Copy) -> BenchmarkSource:
     try:
         pictures = np.array([np.array(row["pixels"].split(), np.uint8).reshape(FER_SIDE, FER_SIDE) for row in rows])
         labels = [FER_EMOTIONS[int(row["emotion"])] for row in rows]
-    except (ValueError, IndexError, OverflowError) as error:
-        raise copy.error(f"{table} is not the published table: {error}") from None
+    except (ValueError, KeyError, OverflowError) as error:
+        raise copy.error(f"{table} is not the published table: {error!r}") from None
     return BenchmarkSource(copy, Pixels(pictures, [table]), vocabulary=words, labels=labels)
 
 

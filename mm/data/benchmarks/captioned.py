@@ -77,9 +77,10 @@ def _flickr_table(copy: Copy, path: Path) -> Captions:
 
 
 def _captioned(copy: Copy, root: Path, captions: Captions) -> BenchmarkSource:
+    files = Files(root, list(captions))
     if captions and not any((root / path).exists() for path in captions):
         raise copy.error(f"none of its pictures is there, such as {root / next(iter(captions))}")
-    return BenchmarkSource(copy, Files(root, list(captions)), captions=list(captions.values()))
+    return BenchmarkSource(copy, files, captions=list(captions.values()))
 
 
 SETS: Mapping[str, Benchmark] = {

@@ -22,7 +22,7 @@ def _open_winoground(copy: Copy) -> BenchmarkSource:
     sides = [(row, side) for row in rows for side in (0, 1)]
     try:
         names = [str(row[f"image_{side}"]) for row, side in sides]
-        captions = [(str(row[f"caption_{side}"]),) for row, side in sides]
+        captions = [(row[f"caption_{side}"],) for row, side in sides]
         extras = [{"example": row["id"], "side": side, "tag": row.get("collapsed_tag")} for row, side in sides]
     except KeyError as error:
         raise copy.error(f"{table} has a line without {error}") from None
@@ -53,10 +53,12 @@ def _open_sugarcrepe(copy: Copy) -> BenchmarkSource:
     root = copy.find("val2017", "images/val2017")
     try:
         files = Files(root, [str(entry["filename"]) for _, _, entry in entries], [f"{c}/{n}" for c, n, _ in entries])
-        captions = [(str(entry["caption"]),) for _, _, entry in entries]
-        extras = [{"category": category, "negative": str(entry["negative_caption"])} for category, _, entry in entries]
+        captions = [(entry["caption"],) for _, _, entry in entries]
+        extras = [{"category": category, "negative": entry["negative_caption"]} for category, _, entry in entries]
     except (KeyError, TypeError) as error:
         raise copy.error(f"an entry lacks {error}") from None
+    if not all(isinstance(extra["negative"], str) for extra in extras):
+        raise copy.error("a negative_caption is no text")
     return BenchmarkSource(copy, files, captions=captions, extras=extras)
 
 

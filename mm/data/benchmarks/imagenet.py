@@ -88,7 +88,7 @@ def _open_objectnet(copy: Copy) -> BenchmarkSource:
         raise copy.error(f"no mappings/folder_to_objectnet_label.json and images in {base}")
     names = copy.json(mappings / "folder_to_objectnet_label.json")
     shared = copy.json(mappings / "objectnet_to_imagenet_1k.json")
-    if not isinstance(names, dict) or not isinstance(shared, dict):
+    if not isinstance(names, dict) or not isinstance(shared, dict) or not all(isinstance(n, str) for n in names.values()):
         raise copy.error(f"the files in {mappings} are not the published ones")
     kept = sorted(folder for folder, name in names.items() if name in shared)
     templates = tuple(published("imagenet")["templates"])

@@ -30,6 +30,18 @@ def read_mat(copy: Copy, path: Path) -> Mapping[str, Any]:
         raise DataError(f"{copy.spec}: {path} is no MATLAB file that can be read: {error}") from None
 
 
+def whole_numbers(copy: Copy, path: Path, name: str, value: Any) -> np.ndarray:
+    """A value of a MATLAB file as int64 ``(N,)``; MATLAB also writes whole numbers as fractions. Raises `UserError`."""
+    try:
+        numbers = np.atleast_1d(np.asarray(value))
+    except ValueError:  # lists of different lengths
+        numbers = np.empty(0, dtype=object)
+    fit = numbers.ndim == 1 and numbers.dtype.kind in "iuf" and (np.abs(numbers) < 1 << 53).all()  # which NaN is not
+    if not fit or (numbers != numbers.round()).any():
+        raise copy.error(f"{path} lacks a list of whole numbers '{name}'")
+    return numbers.astype(np.int64)
+
+
 def _open_food(copy: Copy) -> BenchmarkSource:
     base = copy.find("food-101", ".")
     table = base / "meta" / f"{copy.split}.json"
@@ -55,9 +67,8 @@ def _open_flowers(copy: Copy) -> BenchmarkSource:
     base = copy.find("flowers-102", ".")
     key = {"train": "trnid", "val": "valid", "test": "tstid"}[copy.split]
     splits, labels = read_mat(copy, base / "setid.mat"), read_mat(copy, base / "imagelabels.mat")
-    if key not in splits or "labels" not in labels:
-        raise copy.error(f"{base}/setid.mat or imagelabels.mat lacks '{key}' or 'labels'")
-    numbers, classes = np.atleast_1d(splits[key]).astype(int), np.atleast_1d(labels["labels"]).astype(int)
+    numbers = whole_numbers(copy, base / "setid.mat", key, splits.get(key))
+    classes = whole_numbers(copy, base / "imagelabels.mat", "labels", labels.get("labels"))
     if len(numbers) and not 1 <= numbers.min() <= numbers.max() <= len(classes):
         raise copy.error(f"{base}/setid.mat names pictures that imagelabels.mat does not have")
     pairs = [(f"image_{number:05d}.jpg", int(classes[number - 1]) - 1) for number in numbers]
@@ -71,7 +82,8 @@ def _open_cars(copy: Copy) -> BenchmarkSource:
     rows = np.atleast_1d(read_mat(copy, table).get("annotations", []))
     if not classes or not len(rows) or not {"fname", "class"} <= set(rows.dtype.names or ()):
         raise copy.error(f"{table} lacks file names and classes, or devkit/cars_meta.mat their names")
-    pairs = [(str(row["fname"]), int(row["class"]) - 1) for row in rows]
+    labels = whole_numbers(copy, table, "class", rows["class"].tolist()) - 1
+    pairs = [(str(name), int(label)) for name, label in zip(rows["fname"], labels, strict=True)]
     return _listed(copy, base / f"cars_{copy.split}", pairs, vocabulary("cars", classes))
 
 
@@ -81,11 +93,12 @@ def _open_aircraft(copy: Copy) -> BenchmarkSource:
     table = base / f"images_variant_{copy.split}.txt"
     classes = _lines(copy, base / "variants.txt")
     index = {name: label for label, name in enumerate(classes)}
-    rows = [line.split(" ", 1) for line in _lines(copy, table)]
-    for row in rows:
-        if row[-1] not in index:
-            raise copy.error(f"{table} names the variant '{row[-1]}', which variants.txt does not have")
-    return _listed(copy, base / "images", [(f"{row[0]}.jpg", index[row[1]]) for row in rows], vocabulary("aircraft", classes))
+    rows = [line.partition(" ") for line in _lines(copy, table)]
+    for _, _, variant in rows:
+        if variant not in index:
+            raise copy.error(f"{table} names the variant '{variant}', which variants.txt does not have")
+    pairs = [(f"{number}.jpg", index[variant]) for number, _, variant in rows]
+    return _listed(copy, base / "images", pairs, vocabulary("aircraft", classes))
 
 
 def _open_dtd(copy: Copy) -> BenchmarkSource:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 from mm.data.benchmarks.layout import Copy
 from mm.data.benchmarks.names import Vocabulary
 from mm.data.files import read_file, revision_of
-from mm.errors import BadSample
+from mm.errors import BadSample, DataError
 from mm.media.image import DEFAULT_LIMITS
 from mm.types import Sample
 
@@ -48,12 +49,22 @@ class Files:
         paths: Relative paths.
         keys: Ids; default: the paths.
         decode: Turns the bytes of a file into those of a format that mm reads, where they are not.
+
+    Raises:
+        DataError: A path leads out of the root: the lists that hold them were downloaded.
     """
 
     root: Path
     paths: Sequence[str]
     keys: Sequence[str] | None = None
     decode: Callable[[bytes, str], bytes] | None = None
+
+    def __post_init__(self) -> None:
+        for path in self.paths:
+            if os.path.isabs(path) or (".." in path and ".." in Path(path).parts):
+                raise DataError(
+                    f"{self.root}: a list of the set names '{path}', which is not below it; download the list again"
+                )
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -115,7 +126,7 @@ class BenchmarkSource:
         evaluation: What figures are published for.
 
     Raises:
-        UserError: The copy holds no sample.
+        UserError: The copy holds no sample, or labels or captions that do not fit.
     """
 
     def __init__(
@@ -136,16 +147,23 @@ class BenchmarkSource:
         self.templates = vocabulary.templates if vocabulary else ()
         self._copy, self._media, self._modality = copy, media, modality
         self._vocabulary, self._captions, self._extras = vocabulary, captions, extras
-        self._labels = None if labels is None else np.asarray(labels, dtype=np.int64)
-        if vocabulary is not None and self._labels is not None:
-            self._check_labels(self._labels, len(vocabulary.classes))
+        self._labels = None
+        if vocabulary is not None and labels is not None:
+            self._labels = self._checked(np.asarray(labels), len(vocabulary.classes))
+        for index, texts in enumerate(captions or ()):
+            if not all(isinstance(text, str) for text in texts):
+                raise copy.error(f"a caption of {media.key(index)} is no text")
         self.fingerprint = _digest(copy.name, copy.split, *(media.key(index) for index in range(len(media))))
 
-    def _check_labels(self, labels: np.ndarray, num_classes: int) -> None:
-        if len(labels) != len(self._media):
-            raise self._copy.error(f"{len(self._media)} samples and {len(labels)} labels")
+    def _checked(self, labels: np.ndarray, num_classes: int) -> np.ndarray:
+        """Labels as int64, one a sample, each a class."""
+        if labels.size != len(self._media):
+            raise self._copy.error(f"{len(self._media)} samples and {labels.size} labels")
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            raise self._copy.error("labels are no list of whole numbers")
         if labels.min() < 0 or labels.max() >= num_classes:
             raise self._copy.error(f"labels go from {labels.min()} to {labels.max()}, and there are {num_classes} classes")
+        return labels.astype(np.int64)
 
     @property
     def revision(self) -> str:
