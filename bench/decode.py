@@ -62,7 +62,7 @@ class Gpt2(nn.Module):
     @staticmethod
     def _renamed(state: dict[str, Tensor], width: int) -> dict[str, Tensor]:
         """Their names and layouts to ours: (in, out) matrices are transposed, query, key and value are split."""
-        renamed = {name: state["wte.weight"] for name in ("embedding.tokens.weight", "head.weight")}
+        renamed = dict.fromkeys(("embedding.tokens.weight", "head.weight"), state["wte.weight"])
         renamed["embedding.positions.weight"] = state["wpe.weight"]
         places = {
             "ln_1": "attention_residual.norm",

@@ -453,12 +453,15 @@ def list_everything() -> None:
 @app.command()
 def convert(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Weights of open_clip or OpenAI's CLIP, or a folder of open_clip or transformers.")
+        Path,
+        typer.Argument(metavar="FILE", help="Weights of open_clip or OpenAI's CLIP, or a folder of open_clip or transformers."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="New model folder.")],
     arch: Annotated[
         str | None,
-        typer.Option(help="open_clip's, with /TAG where its tags differ: ViT-B-32/openai; OpenAI's files and folders need none."),
+        typer.Option(
+            help="open_clip's, with /TAG where its tags differ: ViT-B-32/openai; OpenAI's files and folders need none."
+        ),
     ] = None,
     trusted: Annotated[
         bool, typer.Option("--i-trust-this-file", help="Read a pickled file, which can run whatever its writer put in.")

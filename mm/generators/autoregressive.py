@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from mm.errors import UserError
 from mm.generators.sampling import draw, guided, sample_generators

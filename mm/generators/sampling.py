@@ -34,9 +34,7 @@ def gumbel_noise(
     return uniform.clamp_(min=SMALLEST).log_().neg_().log_().neg_().to(device)
 
 
-def guided(
-    conditional: Float[Tensor, "*b v"], unconditional: Float[Tensor, "*b v"], scale: float
-) -> Float[Tensor, "*b v"]:
+def guided(conditional: Float[Tensor, "*b v"], unconditional: Float[Tensor, "*b v"], scale: float) -> Float[Tensor, "*b v"]:
     """Classifier-free guidance of logits: scale 1 is the conditional alone, 0 the unconditional, above 1 exaggerates."""
     return torch.lerp(unconditional, conditional, scale)
 

@@ -13,9 +13,10 @@ class Linear(nn.Linear):
     sizes the layers are nearly all of a step. From 5 rows on it is the other way round. Results differ in rounding alone.
     """
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
-        few = input.shape[:-1].numel() in FEW_ROWS and input.device.type == "cpu" and input.dtype == torch.float32
-        if not few or torch.is_grad_enabled() or torch.compiler.is_exporting():
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.shape[:-1].numel()
+        few = isinstance(rows, int) and rows in FEW_ROWS  # a size that is only a symbol belongs to an export for any batch
+        if torch.is_grad_enabled() or not few or input.device.type != "cpu" or input.dtype != torch.float32:
             return super().forward(input)
         columns = input.flatten(0, -2).contiguous().t()
         product = self.weight @ columns if self.bias is None else torch.addmm(self.bias[:, None], self.weight, columns)

@@ -129,4 +129,3 @@ def _layers(module: nn.Module) -> Iterator[tuple[str, list[str]]]:
             weights = [weight for weight, value in found if isinstance(value, Tensor) and value.requires_grad]
             if weights:
                 yield name, weights
-

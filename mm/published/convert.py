@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mm.errors import CheckpointError, UserError
+from mm.published.image_tokenizers import import_tokenizer_folder
 from mm.published.imported import Imported, read_safetensors, reason, widened
 from mm.published.resolve import import_folder, import_weights, pickled_weights
 
@@ -32,6 +33,9 @@ def import_file(path: Path, *, architecture: str | None, trusted: bool) -> Impor
     if path.is_dir():
         if architecture is not None:
             raise UserError(f"{path}: a folder states its own architecture; leave out --arch, or name the file in it")
+        tokenizer = import_tokenizer_folder(path, trusted=trusted)
+        if tokenizer is not None:
+            return tokenizer
         files = pickled_weights(path)
         state = {name: tensor for file in files for name, tensor in _read(file, trusted).items()}
         imported = import_folder(path, state or None)

@@ -17,7 +17,10 @@ from torch import Tensor
 
 from mm.config import StrictConfig, read_json, read_yaml, validate
 from mm.errors import CheckpointError, UserError
-from mm.published.imported import put, read_safetensors, take
+from mm.media.image import ImageSpec
+from mm.processor import Processor
+from mm.published.imported import Imported, put, read_safetensors, take
+from mm.systems.published_vq import PublishedVqConfig
 from mm.tokenizers.library_image import (
     DvaeConfig,
     LibraryImageTokenizerConfig,
@@ -95,6 +98,16 @@ UNREADABLE = (
     AssertionError,
 )
 """What torch raises for files that are no checkpoint, or a damaged one."""
+
+
+def import_tokenizer_folder(folder: Path, *, trusted: bool = False) -> Imported | None:
+    """A folder with a published picture tokenizer as a model of the suite, or None; errors as for `import_image_tokenizer`."""
+    found = import_image_tokenizer(folder, trusted=trusted)
+    if found is None:
+        return None
+    config = PublishedVqConfig(tokenizer=found.config)
+    processor = Processor(image=ImageSpec(size=config.picture_side))
+    return Imported(config=config, state=put(found.state, "tokenizer."), processor=processor, card=found.card)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mm.errors import CheckpointError
 from mm.published import huggingface, open_clip
+from mm.published.image_tokenizers import import_tokenizer_folder
 from mm.published.imported import Imported, read_safetensors
 from mm.published.openai import import_openai
 
@@ -54,9 +55,17 @@ def import_model(model: str) -> Imported | None:
 
 
 def import_folder(folder: Path, state: Mapping[str, Tensor] | None = None) -> Imported | None:
-    """A folder in open_clip's or transformers' layout, or None for any other; ``state`` as for the importers of the two."""
+    """A folder in open_clip's or transformers' layout or of a picture tokenizer, or None for any other.
+
+    Args:
+        folder: What to read.
+        state: Its weights where they are pickled and have been read, as for the importers of the first two layouts.
+    """
     if (folder / open_clip.CONFIG_FILE).is_file():
         return open_clip.import_folder(folder, state)
+    tokenizer = import_tokenizer_folder(folder) if state is None else None
+    if tokenizer is not None:
+        return tokenizer
     if (folder / huggingface.CONFIG_FILE).is_file():
         return huggingface.import_huggingface(folder, state)
     return None

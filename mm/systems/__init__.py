@@ -9,26 +9,35 @@ from pydantic import Field
 
 from mm.config import validate
 from mm.errors import ConfigError
-from mm.systems import clip, dalle, muse, vilt, vq
+from mm.systems import clip, dalle, muse, published_vq, vilt, vq
 from mm.systems.clip import ClipConfig
 from mm.systems.dalle import DalleConfig
 from mm.systems.muse import MuseConfig
+from mm.systems.published_vq import PublishedVqConfig
 from mm.systems.vilt import ViltConfig
 from mm.systems.vq import VqConfig
 from mm.types import System
 
-SystemConfig = ClipConfig | VqConfig | DalleConfig | MuseConfig | ViltConfig
+SystemConfig = ClipConfig | VqConfig | PublishedVqConfig | DalleConfig | MuseConfig | ViltConfig
 """The union of all systems' configurations."""
 
 NamedSystem = Annotated[SystemConfig, Field(discriminator="name")]
 """What ``system:`` may hold, told apart by ``name``."""
 
-MODULES: Mapping[str, ModuleType] = {"clip": clip, "vq": vq, "dalle": dalle, "muse": muse, "vilt": vilt}
+MODULES: Mapping[str, ModuleType] = {
+    "clip": clip,
+    "vq": vq,
+    "published-vq": published_vq,
+    "dalle": dalle,
+    "muse": muse,
+    "vilt": vilt,
+}
 """Name to the file that composes the system."""
 
 CONFIGS: Mapping[str, type[SystemConfig]] = {
     "clip": ClipConfig,
     "vq": VqConfig,
+    "published-vq": PublishedVqConfig,
     "dalle": DalleConfig,
     "muse": MuseConfig,
     "vilt": ViltConfig,

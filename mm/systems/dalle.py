@@ -30,9 +30,9 @@ from mm.nn.freeze import freeze
 from mm.nn.initialise import initialise
 from mm.nn.masks import Raster, dalle_layer_pattern
 from mm.nn.transformer import Block, FeedForward, Transformer
-from mm.systems import vq
+from mm.systems.published_vq import PublishedVq, TokenizerConfig, build_tokenizer
 from mm.systems.settings import SystemSettings
-from mm.systems.vq import Vq, VqConfig
+from mm.systems.vq import Vq
 from mm.tokenizers.image import kept_tokens
 from mm.types import Batch, Losses, OnPicture, Sampling, System, TextBatch
 
@@ -68,7 +68,7 @@ class DalleConfig(SystemSettings):
     """
 
     name: Literal["dalle"] = "dalle"
-    tokenizer: str | VqConfig = "emoji-vq"
+    tokenizer: TokenizerConfig = "emoji-vq"
     text: PromptConfig = PromptConfig()
     width: int = Field(default=192, ge=1)
     layers: int = Field(default=8, ge=1)
@@ -83,7 +83,7 @@ class DalleConfig(SystemSettings):
 
     @property
     def picture_side(self) -> int:
-        assert isinstance(self.tokenizer, VqConfig), "known once the tokenizer is loaded"
+        assert not isinstance(self.tokenizer, str), "known once the tokenizer is loaded"
         return self.tokenizer.picture_side
 
     @property
@@ -112,7 +112,7 @@ class Dalle(System):
         config: Sizes and weights.
     """
 
-    def __init__(self, tokenizer: Vq, tower: SingleTower, config: DalleConfig) -> None:
+    def __init__(self, tokenizer: Vq | PublishedVq, tower: SingleTower, config: DalleConfig) -> None:
         super().__init__()
         self.tokenizer = freeze(tokenizer)
         self.tower = tower
@@ -225,7 +225,7 @@ class Dalle(System):
 
 def build(config: DalleConfig, parts: Mapping[str, Any] | None = None) -> Dalle:
     """Build DALL-E with fresh weights; ``parts["tokenizer"]`` may hold a trained tokenizer."""
-    tokenizer = (parts or {}).get("tokenizer") or vq.build_named(config.tokenizer)
+    tokenizer = (parts or {}).get("tokenizer") or build_tokenizer(config.tokenizer)
 
     def make_block(_: int) -> Block:
         return Block(

@@ -25,9 +25,9 @@ from mm.nn.freeze import freeze
 from mm.nn.initialise import initialise
 from mm.nn.masks import attention_mask
 from mm.nn.transformer import Block, FeedForward, Transformer
-from mm.systems import vq
+from mm.systems.published_vq import PublishedVq, TokenizerConfig, build_tokenizer
 from mm.systems.settings import SystemSettings
-from mm.systems.vq import Vq, VqConfig
+from mm.systems.vq import Vq
 from mm.tokenizers.image import kept_tokens
 from mm.types import Batch, Losses, OnPicture, Sampling, System, TextBatch
 
@@ -49,7 +49,7 @@ class MuseConfig(SystemSettings):
     """
 
     name: Literal["muse"] = "muse"
-    tokenizer: str | VqConfig = "emoji-vq"
+    tokenizer: TokenizerConfig = "emoji-vq"
     text: TextEncoderConfig = TextEncoderConfig(
         width=192, layers=2, context_length=16, vocab_size=2048, causal=False, pooling="mean"
     )
@@ -64,7 +64,7 @@ class MuseConfig(SystemSettings):
 
     @property
     def picture_side(self) -> int:
-        assert isinstance(self.tokenizer, VqConfig), "known once the tokenizer is loaded"
+        assert not isinstance(self.tokenizer, str), "known once the tokenizer is loaded"
         return self.tokenizer.picture_side
 
     @property
@@ -94,7 +94,7 @@ class Muse(System):
         config: Sizes and weights.
     """
 
-    def __init__(self, tokenizer: Vq, text: TextEncoder, transformer: Transformer, config: MuseConfig) -> None:
+    def __init__(self, tokenizer: Vq | PublishedVq, text: TextEncoder, transformer: Transformer, config: MuseConfig) -> None:
         super().__init__()
         self.tokenizer = freeze(tokenizer)
         self.text = text
@@ -199,7 +199,7 @@ def hide(ids: Tensor) -> Tensor:
 
 def build(config: MuseConfig, parts: Mapping[str, Any] | None = None) -> Muse:
     """Build Muse with fresh weights; ``parts["tokenizer"]`` may hold a trained tokenizer."""
-    tokenizer = (parts or {}).get("tokenizer") or vq.build_named(config.tokenizer)
+    tokenizer = (parts or {}).get("tokenizer") or build_tokenizer(config.tokenizer)
 
     def make_block(_: int) -> Block:
         return Block(

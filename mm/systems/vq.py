@@ -233,10 +233,3 @@ def build(config: VqConfig, parts: Mapping[str, Any] | None = None) -> Vq:
         discriminator=PatchDiscriminator(config.discriminator_width) if config.adversarial_weight else None,
         perceptual=perceptual,
     )
-
-
-def build_named(config: str | VqConfig) -> Vq:
-    """A tokenizer with fresh weights for a system that stands on it. Raises `ConfigError` for a mere name."""
-    if isinstance(config, str):
-        raise ConfigError(f"tokenizer: '{config}' names a model; give it as a part, or its configuration in its place")
-    return build(config)

@@ -15,9 +15,12 @@ from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mm.errors import CheckpointError, UserError
+import mm
+from mm.errors import CheckpointError, ConfigError, UserError
 from mm.published.image_tokenizers import import_image_tokenizer
+from mm.systems.dalle import DalleConfig, build
 from mm.tokenizers.library_image import DvaeConfig, LibraryImageTokenizer, VqModelConfig, build_library_image_tokenizer
+from mm.types import Batch, Sampling, TextBatch
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -128,6 +131,29 @@ def test_folder_of_diffusers(tmp_path: Path, changes: dict[str, Any]) -> None:
     if model.config.lookup_from_codebook:
         decoded = model.decode(ids.flatten(), force_not_quantize=True, shape=(len(image), 8, 8, 4)).sample
         assert_same_pictures(tokenizer, ids, (decoded + 1) / 2)
+
+
+def test_a_published_tokenizer_is_a_model_and_carries_a_painter(tmp_path: Path) -> None:
+    """Through the front door: `mm.load`, `mm.save`, and as the ``tokenizer`` of a system that stands on it."""
+    vq_model(sample_size=64).save_pretrained(tmp_path / "published")
+    model = mm.load(tmp_path / "published")
+    assert model.capabilities == {"tokenizes"}
+    assert model.processor.image_spec.size == 64
+    image = torch.nn.functional.interpolate(pictures().float(), 64).round().to(torch.uint8)
+    ids = model.system.encode(image)
+    mm.save(model, tmp_path / "saved")
+    again = mm.load(tmp_path / "saved")
+    assert torch.equal(again.system.encode(image), ids)
+    assert torch.equal(again.system.decode(ids), model.system.decode(ids))
+    with pytest.raises(ConfigError, match="held fixed"):
+        model.system.loss(Batch(("a",), image[:1]), 0)
+    config = DalleConfig.model_validate({"tokenizer": model.config, "width": 16, "layers": 1, "heads": 2})
+    assert config.picture_side == 64
+    dalle = build(config, {"tokenizer": model.system})
+    assert dalle.num_image == ids.shape[1]
+    text = TextBatch(torch.ones(1, 3, dtype=torch.int64), torch.tensor([3]))
+    assert dalle.paint(text, [0], Sampling(guidance=1.0)).shape == (1, 3, 64, 64)
+    assert {name.partition(".")[0] for name, p in dalle.named_parameters() if not p.requires_grad} == {"tokenizer"}
 
 
 def test_attention_as_diffusers_named_it_before(tmp_path: Path) -> None:
