@@ -136,10 +136,10 @@ def eval_retrieval(
 ) -> None:
     """Image-text retrieval both ways: R@1, R@5, R@10 and median rank, with all captions of a picture."""
     from mm import show
-    from mm.run.evaluation import evaluate_retrieval
+    from mm.run.tasks import evaluate_any_retrieval
 
     with show.progress_bar("encoding") as progress:
-        result = evaluate_retrieval(
+        result = evaluate_any_retrieval(
             model,
             data,
             image_field=image_field,

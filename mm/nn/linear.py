@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-FEW_ROWS = range(2, 5)
+FEW_ROWS = range(2, 4)
 
 
 class Linear(nn.Linear):
-    """torch's linear layer, with the operands exchanged in fp32 inference on CPUs for 2 to 4 rows.
+    """torch's linear layer, with the operands exchanged in fp32 inference on CPUs for 2 or 3 rows.
 
     MKL computes ``weight @ x.T`` for 2 rows, which is one picture with guidance, in half the time of ``x @ weight.T``; at such
-    sizes the layers are nearly all of a step. From 5 rows on it is the other way round. Results differ in rounding alone.
+    sizes the layers are nearly all of a step. From 4 rows on it is the other way round. Results differ in rounding alone.
     """
 
     def forward(self, input: Tensor) -> Tensor:

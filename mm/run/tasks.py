@@ -7,13 +7,34 @@ from typing import Any
 from mm.errors import UserError
 from mm.evaluation.metrics import Result
 from mm.hub import Model
-from mm.run.evaluation import evaluate_compositional, evaluate_retrieval, evaluate_zero_shot
+from mm.run.evaluation import evaluate_compositional, evaluate_retrieval, evaluate_zero_shot, loaded, opened
+from mm.run.matching import evaluate_matching
 from mm.run.picture_evaluation import evaluate_generation, evaluate_reconstruction
-from mm.types import Source
+from mm.types import Embeds, Matches, Source
+
+
+def evaluate_any_retrieval(
+    model: str | Path | Model,
+    data: str | Source,
+    *,
+    image_field: str | None = None,
+    text_field: str | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    cache: bool = True,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> Result:
+    """Retrieval by vectors, or by reading all pairs where a model has no shared space; arguments as `evaluate_retrieval`."""
+    model = loaded(model, device, precision)
+    source = opened(data, model, image_field=image_field, text_field=text_field)
+    if isinstance(model.system, Matches) and not isinstance(model.system, Embeds):
+        return evaluate_matching(model, source, progress=progress)
+    return evaluate_retrieval(model, source, cache=cache, progress=progress)
+
 
 TASKS: Mapping[str, Callable[..., Result]] = {
     "zero-shot": evaluate_zero_shot,
-    "retrieval": evaluate_retrieval,
+    "retrieval": evaluate_any_retrieval,
     "compositional": evaluate_compositional,
     "reconstruction": evaluate_reconstruction,
     "generation": evaluate_generation,

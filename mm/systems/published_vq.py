@@ -82,7 +82,7 @@ REFERENCE = TAG_PREFIX + "reference"
 
 
 def _kind(value: Any) -> str:
-    """Whether a tokenizer is given by the name of a model, or which configuration it has; the suite's own where none is said."""
+    """Whether a tokenizer is the name of a model, or which configuration it has; the suite's own where none is said."""
     if isinstance(value, str):
         return REFERENCE
     return str(value.get("name", "vq") if isinstance(value, Mapping) else getattr(value, "name", ""))

@@ -90,7 +90,7 @@ class Collapse:
 
         Args:
             step: Number of the step.
-            parts: Named parts of the loss, of which ``batch_usage`` is looked at: the share of the codes that a batch could use.
+            parts: Named parts of the loss; ``batch_usage`` is looked at, the share of the codes that a batch could use.
         """
         if "batch_usage" not in parts:
             return None

@@ -143,6 +143,35 @@ def test_generation_is_measured(workshop: Path) -> None:
     assert result.protocol["prompts"].startswith("4 class names")
 
 
+def test_a_single_tower_retrieves_by_reading_all_pairs(workshop: Path) -> None:
+    from mm.data.sources import open_source
+
+    system = {
+        "name": "vilt",
+        "image_size": 16,
+        "patch_size": 4,
+        "width": 16,
+        "layers": 1,
+        "heads": 2,
+        "vocab_size": 262,
+        "context_length": 8,
+    }
+    run(workshop, "vilt", system, validation=True)
+    model, pictures = mm.load(workshop / "vilt"), str(workshop / "pictures")
+    result = mm.evaluate("retrieval", model, pictures)
+    source = open_source(pictures)
+    samples = [source.read(index) for index in range(len(source))]
+    image = model.processor.images([sample.media["image"] for sample in samples])
+    text = model.processor.text([sample.texts[0] for sample in samples])
+    with torch.no_grad():
+        logits = torch.stack(
+            [model.system.match(model.system.encode_image(one[None].expand(len(samples), -1, -1, -1)), text) for one in image]
+        )
+    right = (logits.argmax(1) == torch.arange(len(samples))).float().mean().item()
+    assert result.metrics["image_to_text_r1"].value == pytest.approx(right)
+    assert result.protocol["compared"] == "144 pairs, each read together"
+
+
 def test_a_judge_that_chooses_is_refused(workshop: Path) -> None:
     one = str(workshop / "clip-a")
     with pytest.raises(UserError, match="also chooses"):

@@ -1,0 +1,74 @@
+"""Retrieval with a model that reads every picture together with every text: no vectors, only pairs."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mm.data.loader import Loader
+from mm.errors import UserError
+from mm.evaluation.metrics import Result
+from mm.evaluation.retrieval import retrieval
+from mm.hub import Model
+from mm.run.evaluation import stamp
+from mm.run.preparation import EvalPreparation
+from mm.types import Encoded, Matches, Source
+
+Progress = Callable[[int, int | None], None]
+
+PAIRS_AT_ONCE = 256
+
+
+def evaluate_matching(model: Model, source: Source, *, progress: Progress | None = None) -> Result:
+    """Retrieval both ways by the logits of all pairs. A picture is encoded once, its pairs with all texts are read in tiles.
+
+    Args:
+        model: Its system `Matches`.
+        source: Captioned pictures.
+        progress: Called with (pairs done, pairs in all).
+
+    Raises:
+        UserError: No sample of the source has a caption.
+    """
+    assert isinstance(model.system, Matches)
+    preparation = EvalPreparation(model.processor)
+    loader = Loader(
+        source, preparation, preparation.collate, batch_size=1, seed=0, tail="short", shuffle=False, substitute=False
+    )
+    pictures: list[Tensor] = []
+    captions: list[tuple[str, ...]] = []
+    for batch in loader.one_epoch():
+        assert batch.image is not None
+        if batch.captions[0]:
+            pictures.append(batch.image)
+            captions.append(batch.captions[0])
+    if not pictures:
+        raise UserError(
+            f"{source.name}: no sample has a caption; put a .txt beside each picture or a caption column in the table"
+        )
+    texts = [caption for several in captions for caption in several]
+    scores = _all_pairs(model, pictures, texts, progress)
+    image_of = torch.tensor([row for row, several in enumerate(captions) for _ in several])
+    facts = stamp(model, source, loader.accounting.describe()) | {"compared": f"{scores.numel()} pairs, each read together"}
+    return retrieval(
+        scores, torch.eye(len(texts)), image_of, protocol=facts
+    )  # a row of scores, times a unit vector, is a score
+
+
+@torch.no_grad()
+def _all_pairs(model: Model, pictures: Sequence[Tensor], texts: Sequence[str], progress: Progress | None) -> Tensor:
+    """Logits of every picture with every text, ``(N, M)``, fp32."""
+    system = model.system
+    assert isinstance(system, Matches)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # texts of like length share a tile
+    tiles = [order[start : start + PAIRS_AT_ONCE] for start in range(0, len(order), PAIRS_AT_ONCE)]
+    prepared = [model.processor.text([texts[i] for i in tile]).to(model.device) for tile in tiles]
+    scores = torch.empty(len(pictures), len(texts))
+    for row, picture in enumerate(pictures):
+        image = system.encode_image(picture.to(model.device))
+        for tile, text in zip(tiles, prepared, strict=True):
+            repeated = Encoded(*(part.expand(len(text), *part.shape[1:]) for part in (image.tokens, image.mask, image.pooled)))
+            scores[row, tile] = system.match(repeated, text).float().cpu()
+        if progress:
+            progress((row + 1) * len(texts), scores.numel())
+    return scores
