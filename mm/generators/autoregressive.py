@@ -1,8 +1,8 @@
 """Autoregressive decoding: one token after the other, from static caches, with guidance in the same batch.
 
-Guidance (https://arxiv.org/abs/2207.12598) doubles the rows: the first B are conditional, the last B unconditional. It may act in
-a part of the progress only (https://arxiv.org/abs/2404.07724): before it, the unconditional rows fill their caches; behind it,
-they leave the batch and the caches.
+Guidance (https://arxiv.org/abs/2207.12598) doubles the rows: the first B are conditional, the last B unconditional. It may act
+in a part of the progress only (https://arxiv.org/abs/2404.07724): before it, the unconditional rows fill their caches; behind
+it, they leave the batch and the caches.
 
 Shapes: B samples, R rows (B, or 2 B with guidance), P known first tokens, N tokens in all, V vocabulary.
 """
@@ -98,7 +98,7 @@ def stream(
         model: What to decode.
         prompt: Rows of what `NextToken.prefill` takes, B of them.
         seeds: One a sample.
-        sampling: ``temperature``, ``top_k``, ``top_p``, ``guidance`` and its interval; token i of N has progress ``i / (N - 1)``.
+        sampling: ``temperature``, ``top_k``, ``top_p``, ``guidance`` and its interval; token i is at ``i / (N - 1)``.
         num_tokens: N, known ones included.
         unconditional: The prompts without a condition, of the shape of ``prompt``; needed where there is guidance.
         prefix: Known first tokens, read in one pass.

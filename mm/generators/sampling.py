@@ -48,7 +48,7 @@ def keep_top_k(logits: Float[Tensor, "*b v"], k: int) -> Float[Tensor, "*b v"]:
 
 
 def keep_top_p(logits: Float[Tensor, "*b v"], p: float) -> Float[Tensor, "*b v"]:
-    """Minus infinity for all but the fewest likeliest tokens whose probabilities add up to ``p``, and what equals the last of them.
+    """Minus infinity for all but the fewest likeliest tokens whose probabilities add up to ``p``, and what equals their last.
 
     The likeliest token is kept for every ``p`` in 0..1; 1 keeps all.
     """
