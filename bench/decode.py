@@ -2,9 +2,9 @@
 
     python bench/decode.py --compile --json decode.json    (about 40 minutes on two cores; --layers 2 --tokens 32 for a look)
 
-All sides hold the same random GPT-2 (12 layers, 768 wide, 12 heads, GPT-2's vocabulary) and continue the same prompts greedily by
-256 tokens at guidance scale 3, the unconditional prompts being other tokens of the same length. In fp32 all must choose the same
-tokens, or no speed is reported.
+All sides hold the same random GPT-2 (12 layers, 768 wide, 12 heads, GPT-2's vocabulary) and continue the same prompts greedily
+by 256 tokens at guidance scale 3, the unconditional prompts being other tokens of the same length. In fp32 all must choose the
+same tokens, or no speed is reported.
 """
 
 import argparse
@@ -72,9 +72,9 @@ class Gpt2(nn.Module):
             "mlp.c_proj": "feed_forward.output",
             "ln_f": "transformer.final_norm",
         }
-        for name, tensor in state.items():
+        for name, given in state.items():
             part, kind = name.rsplit(".", 1)
-            tensor = tensor.t().contiguous() if tensor.ndim == 2 else tensor
+            tensor = given.t().contiguous() if given.ndim == 2 else given
             if part == "ln_f":
                 renamed[f"{places[part]}.{kind}"] = tensor
             elif part.startswith("h."):

@@ -67,7 +67,11 @@ def _all_pairs(model: Model, pictures: Sequence[Tensor], texts: Sequence[str], p
     for row, picture in enumerate(pictures):
         image = system.encode_image(picture.to(model.device))
         for tile, text in zip(tiles, prepared, strict=True):
-            repeated = Encoded(*(part.expand(len(text), *part.shape[1:]) for part in (image.tokens, image.mask, image.pooled)))
+            repeated = Encoded(
+                tokens=image.tokens.expand(len(text), -1, -1),
+                mask=image.mask.expand(len(text), -1),
+                pooled=image.pooled.expand(len(text), -1),
+            )
             scores[row, tile] = system.match(repeated, text).float().cpu()
         if progress:
             progress((row + 1) * len(texts), scores.numel())
