@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mm.errors import UserError
-from mm.generators.sampling import draw, guided, sample_generators
+from mm.generators.sampling import check_sampling, draw, guided, sample_generators
 from mm.nn.attention import KVCache
 from mm.types import Sampling
 
@@ -51,15 +51,21 @@ class Compiled:
     """A model whose step is compiled by torch.compile, once for each number of rows and of tokens. Keep it for later calls.
 
     Args:
-        model: A module that is a `NextToken`; its weights must not change any more.
+        model: Its weights must not change any more: on CPUs they become part of what is compiled, in the layout that suits it.
     """
 
     def __init__(self, model: NextToken) -> None:
+        from torch._inductor import config
+
         self.prefill = model.prefill
-        self._step = torch.compile(model.step, dynamic=False, fullgraph=True)
+        self._config = config
+        self._step = torch.compile(model.step, dynamic=False)
 
     def step(self, ids: Int64[Tensor, " r"], index: int | Tensor, caches: list[KVCache]) -> Float[Tensor, "r v"]:
-        return self._step(ids, torch.as_tensor(index, device=ids.device).view(1), caches)
+        """See `NextToken.step`."""
+        # set as an option of torch.compile, freezing comes too late to reach the tracing of parameters
+        with self._config.patch(freezing=ids.device.type == "cpu"):
+            return self._step(ids, torch.as_tensor(index, device=ids.device).view(1), caches)
 
 
 def generate(
@@ -108,11 +114,12 @@ def stream(
         Ids ``(B, n)`` that grow up to ``(B, N)``.
 
     Raises:
-        UserError: counts that do not fit each other, or guidance without ``unconditional``.
+        UserError: counts that do not fit each other, `check_sampling`, or guidance without ``unconditional``.
     """
     batch_size = len(prompt)
     known = torch.empty(batch_size, 0, dtype=torch.int64, device=prompt.device) if prefix is None else prefix
     start = known.shape[1]
+    check_sampling(sampling)
     _check(batch_size, seeds, known, num_tokens, every)
     ids = known.new_empty(batch_size, num_tokens)
     ids[:, :start] = known
@@ -151,6 +158,8 @@ def _guided_tokens(sampling: Sampling, num_tokens: int) -> range:
 
 
 def _check(batch_size: int, seeds: Sequence[int], known: Tensor, num_tokens: int, every: int) -> None:
+    if num_tokens < 1:
+        raise UserError(f"{num_tokens} tokens; take at least 1")
     if len(seeds) != batch_size:
         raise UserError(f"{len(seeds)} seeds for {batch_size} prompts; give one each")
     if len(known) != batch_size or known.shape[1] > num_tokens:

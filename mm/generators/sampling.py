@@ -16,7 +16,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mm.errors import UserError
+from mm.types import Sampling
+
 SMALLEST = torch.finfo(torch.float32).tiny
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raises `UserError` for a temperature, ``top_k`` or ``top_p`` that mean nothing."""
+    if sampling.temperature < 0:
+        raise UserError(f"temperature is {sampling.temperature}; take 0 for the likeliest token, or more")
+    if sampling.top_k < 0:
+        raise UserError(f"top_k is {sampling.top_k}; take 0 for all tokens, or the number of the likeliest")
+    if not 0 < sampling.top_p <= 1:
+        raise UserError(f"top_p is {sampling.top_p}; take a probability above 0, or 1 for all tokens")
 
 
 def sample_generators(seeds: Sequence[int]) -> list[torch.Generator]:

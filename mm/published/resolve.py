@@ -13,6 +13,7 @@ from mm.published import huggingface, open_clip
 from mm.published.image_tokenizers import import_tokenizer_folder
 from mm.published.imported import Imported, read_safetensors
 from mm.published.openai import import_openai
+from mm.published.timm_folder import import_timm
 
 HUB = "hf-hub:"
 REVISION = "@"
@@ -55,7 +56,7 @@ def import_model(model: str) -> Imported | None:
 
 
 def import_folder(folder: Path, state: Mapping[str, Tensor] | None = None) -> Imported | None:
-    """A folder in open_clip's or transformers' layout or of a picture tokenizer, or None for any other.
+    """A folder in the layout of open_clip, timm or transformers or of a picture tokenizer, or None for any other.
 
     Args:
         folder: What to read.
@@ -63,9 +64,8 @@ def import_folder(folder: Path, state: Mapping[str, Tensor] | None = None) -> Im
     """
     if (folder / open_clip.CONFIG_FILE).is_file():
         return open_clip.import_folder(folder, state)
-    tokenizer = import_tokenizer_folder(folder) if state is None else None
-    if tokenizer is not None:
-        return tokenizer
+    if state is None and (found := import_tokenizer_folder(folder) or import_timm(folder)) is not None:
+        return found
     if (folder / huggingface.CONFIG_FILE).is_file():
         return huggingface.import_huggingface(folder, state)
     return None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -34,6 +34,7 @@ from mm.training.parallel import World, gather_bytes, open_world
 from mm.types import Source
 
 Progress = Callable[[int, int], None]
+T = TypeVar("T")
 
 BATCH_SIZE = 64
 CAPTION_LABEL = "txt"
@@ -91,7 +92,7 @@ def evaluate_zero_shot(
         baseline: Labelled source for nearest neighbour on pixels, ``none`` for no baseline; default: the source's own, if any.
         device: Where to compute; ``auto`` chooses.
         precision: See `mm.hub.load`.
-        cache: Remember the vectors of this model on this source in the cache folder.
+        cache: Remember the vectors of this model on this source and of its texts in the cache folder.
         progress: Called with (done, total) while encoding.
 
     Returns:
@@ -109,7 +110,8 @@ def evaluate_zero_shot(
     fingerprint = model.fingerprint
     with open_world(model.device.type) as world:
         encoded = encode(model, source, cache=cache, progress=progress, world=world, fingerprint=fingerprint)
-        vectors = class_vectors(embed_texts_together(model, world), task.classes, prompts)
+        embed, key = embed_texts_together(model, world), [fingerprint, task.classes, prompts] if cache else None
+        vectors = text_vectors(lambda: class_vectors(embed, task.classes, prompts), key, world)
     fields = [sample["fields"] for sample in encoded.samples]
     rows, labels = labelled(fields, task, source)
     result = zero_shot(
@@ -145,7 +147,7 @@ def evaluate_retrieval(
         text_field: Column or field that holds the captions, likewise.
         device: Where to compute; ``auto`` chooses.
         precision: See `mm.hub.load`.
-        cache: Remember the vectors of this model on this source in the cache folder.
+        cache: Remember the vectors of this model on this source and of its texts in the cache folder.
         progress: Called with (done, total) while encoding.
 
     Raises:
@@ -166,7 +168,8 @@ def evaluate_retrieval(
                 f"{source.name}: no sample has a caption; put a .txt beside each picture or a caption column in the table"
             )
         captions = [caption for row in rows for caption in encoded.samples[row]["captions"]]
-        texts = embed_texts_together(model, world)(captions)
+        embed = embed_texts_together(model, world)
+        texts = text_vectors(lambda: embed(captions), [fingerprint, captions] if cache else None, world)
     image_of = torch.tensor([position for position, row in enumerate(rows) for _ in encoded.samples[row]["captions"]])
     return retrieval(encoded.images[rows], texts, image_of, protocol=stamp(model, source, encoded.accounting, fingerprint))
 
@@ -229,7 +232,7 @@ def encode(
         UserError: No sample of the source can be used, more than a fifth cannot, or one of a published set cannot.
     """
     path = _cache_file(fingerprint or model.fingerprint, source) if cache else None
-    remembered = _recall(path) if path else None
+    remembered = _recall(path, _unpack) if path else None
     world = world or World(0, 1, model.device)
     if all(flag == b"1" for flag in gather_bytes(b"0" if remembered is None else b"1", world)) and remembered is not None:
         return _encoded(source, *remembered)
@@ -264,9 +267,30 @@ def embed_texts_together(model: Model, world: World) -> Callable[[Sequence[str]]
     def embed(texts: Sequence[str]) -> Tensor:
         first, last = _stretch(len(texts), world)
         parts = gather_bytes(save({"vectors": model.embed_texts(texts[first:last])}), world)
-        return torch.cat([load_tensors(part)["vectors"] for part in parts])
+        return torch.cat([_vectors(part) for part in parts])
 
     return embed
+
+
+def text_vectors(compute: Callable[[], Tensor], key: Sequence[Any] | None, world: World) -> Tensor:
+    """Vectors of texts, remembered where ``key`` says whose they are: a data set has the same prompts at every evaluation.
+
+    Args:
+        compute: Gives them; called by all processes, or by none.
+        key: The model's fingerprint and all that the vectors depend on; None does not remember.
+        world: This process among all.
+    """
+    if key is None:
+        return compute()
+    digest = hashlib.sha256(json.dumps(["texts", *key]).encode()).hexdigest()
+    path = cache_folder() / "vectors" / f"{digest[:32]}.safetensors"
+    remembered = _recall(path, _vectors)
+    if all(flag == b"1" for flag in gather_bytes(b"0" if remembered is None else b"1", world)) and remembered is not None:
+        return remembered
+    vectors = compute()
+    if world.is_main:
+        _remember(path, save({"vectors": vectors.contiguous()}))
+    return vectors
 
 
 def _encode_here(model: Model, source: Source, progress: Progress | None) -> tuple[Tensor, list[Mapping[str, Any]], Accounting]:
@@ -405,12 +429,16 @@ def _cache_file(fingerprint: str, source: Source) -> Path:
     return cache_folder() / "vectors" / f"{key[:32]}.safetensors"
 
 
-def _recall(path: Path) -> tuple[Tensor, list[Mapping[str, Any]], Accounting] | None:
-    """Vectors encoded before; a damaged file is made again, it is only a cache."""
+def _vectors(data: bytes) -> Tensor:
+    return load_tensors(data)["vectors"]
+
+
+def _recall(path: Path, read: Callable[[bytes], T]) -> T | None:
+    """What was encoded before; a damaged file is made again, it is only a cache."""
     if not path.is_file():
         return None
     try:
-        return _unpack(path.read_bytes())
+        return read(path.read_bytes())
     except (SafetensorError, KeyError, ValueError, TypeError, OSError):
         with suppress(OSError):
             path.unlink()

@@ -9,16 +9,17 @@ from pydantic import Field
 
 from mm.config import validate
 from mm.errors import ConfigError
-from mm.systems import clip, dalle, muse, published_vq, vilt, vq
+from mm.systems import clip, dalle, image_tower, muse, published_vq, vilt, vq
 from mm.systems.clip import ClipConfig
 from mm.systems.dalle import DalleConfig
+from mm.systems.image_tower import ImageTowerConfig
 from mm.systems.muse import MuseConfig
 from mm.systems.published_vq import PublishedVqConfig
 from mm.systems.vilt import ViltConfig
 from mm.systems.vq import VqConfig
 from mm.types import System
 
-SystemConfig = ClipConfig | VqConfig | PublishedVqConfig | DalleConfig | MuseConfig | ViltConfig
+SystemConfig = ClipConfig | ImageTowerConfig | VqConfig | PublishedVqConfig | DalleConfig | MuseConfig | ViltConfig
 """The union of all systems' configurations."""
 
 NamedSystem = Annotated[SystemConfig, Field(discriminator="name")]
@@ -26,6 +27,7 @@ NamedSystem = Annotated[SystemConfig, Field(discriminator="name")]
 
 MODULES: Mapping[str, ModuleType] = {
     "clip": clip,
+    "image-tower": image_tower,
     "vq": vq,
     "published-vq": published_vq,
     "dalle": dalle,
@@ -36,6 +38,7 @@ MODULES: Mapping[str, ModuleType] = {
 
 CONFIGS: Mapping[str, type[SystemConfig]] = {
     "clip": ClipConfig,
+    "image-tower": ImageTowerConfig,
     "vq": VqConfig,
     "published-vq": PublishedVqConfig,
     "dalle": DalleConfig,

@@ -14,6 +14,7 @@ from mm.hub import Model, make_folder
 from mm.run.adaptation import evaluate_probe
 from mm.run.evaluation import encode, evaluate_compositional, evaluate_retrieval, evaluate_zero_shot
 from mm.training.devices import choose_device
+from mm.training.parallel import World
 
 PICTURES = 12
 
@@ -167,3 +168,25 @@ def test_an_export_is_checked_before_its_model_is_loaded(tmp_path: Path) -> None
         export("no such model", tmp_path / "new", "torch")
     assert not (tmp_path / "new").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+
+def test_text_vectors_are_computed_once_and_made_again_when_the_cache_is_damaged(tmp_path: Path, monkeypatch) -> None:
+    from mm.run.evaluation import text_vectors
+
+    monkeypatch.setenv("MM_CACHE", str(tmp_path))
+    alone, calls = World(0, 1, torch.device("cpu")), []
+
+    def compute() -> torch.Tensor:
+        calls.append(1)
+        return torch.arange(6.0).view(2, 3)
+
+    for _ in range(2):
+        assert torch.equal(text_vectors(compute, ["model", ("a", "b")], alone), torch.arange(6.0).view(2, 3))
+    assert len(calls) == 1
+    text_vectors(compute, ["other model", ("a", "b")], alone)
+    text_vectors(compute, None, alone)
+    assert len(calls) == 3
+    for file in (tmp_path / "vectors").iterdir():
+        file.write_bytes(b"damaged")
+    assert torch.equal(text_vectors(compute, ["model", ("a", "b")], alone), torch.arange(6.0).view(2, 3))
+    assert len(calls) == 4
