@@ -22,7 +22,8 @@ KINDS = ("learned", "rotary", "cross", "sparse")
 
 
 class Painter(nn.Module):
-    """A small decoder of a prompt of TEXT ids; "cross" attends to the prompt instead of continuing it."""
+    """A small decoder of a prompt of TEXT ids; "cross" attends to the prompt instead of continuing it, "rotary" and "sparse" group
+    queries, and in "sparse" each head sees other positions."""
 
     def __init__(self, kind: str, num_layers: int = 2) -> None:
         super().__init__()
@@ -37,14 +38,14 @@ class Painter(nn.Module):
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.5)
         far = torch.arange(TEXT + TOKENS)[:, None] - torch.arange(TEXT + TOKENS)
-        self.visible = [(far >= 0) & (far % (2 + layer) <= 1) for layer in range(num_layers)]
+        heads = torch.arange(HEADS)[:, None, None]
+        self.visible = [far % (2 + layer + heads) <= 1 for layer in range(num_layers)]  # (H, Q, K), later ones included
         self.eval()
 
     def _block(self, layer: int) -> Block:
-        grouped = {"num_kv_heads": 2} if self.kind == "rotary" else {}
         cross = MultiHeadAttention(WIDTH, HEADS, context_width=WIDTH) if self.kind == "cross" and layer else None
         return Block(
-            attention=MultiHeadAttention(WIDTH, HEADS, **grouped),
+            attention=MultiHeadAttention(WIDTH, HEADS, num_kv_heads=2 if self.kind in ("rotary", "sparse") else None),
             feed_forward=GatedFeedForward(WIDTH, 32) if self.kind == "rotary" else FeedForward(WIDTH, 32, nn.GELU()),
             norm=functools.partial(nn.LayerNorm, WIDTH),
             cross_attention=cross,
@@ -61,7 +62,7 @@ class Painter(nn.Module):
 
     def _masks(self, length: int) -> Mask | list[Mask]:
         if self.kind == "sparse":
-            return [Mask(visible[:length, :length]) for visible in self.visible]
+            return [Mask(visible[:, :length, :length].tril()) for visible in self.visible]
         return attention_mask(length, causal=True)
 
     def uncached(self, prompt: Tensor, ids: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ class Painter(nn.Module):
             x = x + self.positions.weight[position]
         masks: Mask | list[Mask] = Mask()
         if self.kind == "sparse":
-            masks = [Mask(visible[position, : self.start + TOKENS].view(1, -1)) for visible in self.visible]
+            masks = [Mask(visible[:, position].view(HEADS, 1, -1)) for visible in self.visible]
         return self.head(self.transformer(x[:, None], mask=masks, caches=caches, position=position)[:, 0])
 
 
@@ -193,7 +194,9 @@ def test_nothing_that_is_given_changes() -> None:
     given = (*prompts(), prefix, *painter.state_dict().values())
     copies = [tensor.clone() for tensor in given]
     prompt, nothing = given[:2]
+    expected = generate(painter, prompt, [0, 1, 2], Sampling(), TOKENS, unconditional=nothing, prefix=prefix)
     for part in stream(painter, prompt, [0, 1, 2], Sampling(), TOKENS, unconditional=nothing, prefix=prefix):
+        assert torch.equal(part, expected[:, : part.shape[1]])
         part.zero_()  # what was handed out is the caller's: later results do not see it
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(given, copies, strict=True))
 

@@ -1,0 +1,86 @@
+"""The list of systems is whole: each has its configuration, its file, its words in the catalogue, its capabilities."""
+
+import pytest
+import torch
+
+from mm.errors import ConfigError
+from mm.run.catalogue import catalogue
+from mm.systems import CONFIGS, MODULES, SystemConfig, build, read_system
+from mm.types import CAPABILITIES, Matches, Paints, Sampling, System, TextBatch, capabilities
+
+PUBLISHED_VQ = {"tokenizer": {"kind": "dvae", "image_size": 16, "width": 8, "vocab_size": 16, "code_width": 8, "num_blocks": 1}}
+VQ = {"tokenizer": {"name": "vq", "tokenizer": {"image_size": 16, "patch": 2, "widths": [8, 16]}}}
+REQUIRED: dict[str, dict[str, object]] = {"published-vq": PUBLISHED_VQ, "dalle": VQ, "muse": VQ}
+ABLE = {
+    "clip": {"embeds"},
+    "image-tower": {"embeds"},
+    "vq": {"tokenizes"},
+    "published-vq": {"tokenizes"},
+    "dalle": {"paints"},
+    "muse": {"paints"},
+    "vilt": {"matches"},
+}
+
+
+def small(name: str) -> tuple[SystemConfig, System]:
+    torch.manual_seed(0)
+    config = read_system({"name": name, **REQUIRED.get(name, {})}, "test")
+    return config, build(config)
+
+
+def test_both_lists_and_the_catalogue_name_the_same_systems() -> None:
+    assert MODULES.keys() == CONFIGS.keys() == ABLE.keys()
+    words = catalogue()["systems"]
+    assert words.keys() == MODULES.keys()
+    assert all(len(line) > 20 for line in words.values())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_system_is_what_its_configuration_says(name: str) -> None:
+    config, system = small(name)
+    assert config.name == name
+    assert capabilities(system) == ABLE[name]
+    assert ABLE[name] <= CAPABILITIES.keys()
+    assert config.picture_side > 0
+    limits = config.text_limits
+    if limits is not None:
+        assert config.with_vocabulary(limits[0] + 5).text_limits == (limits[0] + 5, limits[1])
+    assert read_system(config.model_dump(mode="json"), "test") == config
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_casting_for_inference_keeps_a_system_usable(name: str) -> None:
+    """In bf16 a system gives nearly what it gives in fp32; tokens stay exactly the same."""
+    config, system = small(name)
+    system.eval()
+    image = torch.randint(0, 256, (2, 3, config.picture_side, config.picture_side), dtype=torch.uint8)
+    with torch.no_grad():
+        before = _what_it_gives(system, image)
+        system.cast_(torch.bfloat16)
+        after = _what_it_gives(system, image)
+        text = TextBatch(torch.ones(2, 5, dtype=torch.int64), torch.tensor([5, 3]))
+        if isinstance(system, Paints):
+            assert system.paint(text, [0, 1], Sampling(steps=3)).shape == image.shape
+        if isinstance(system, Matches):
+            assert system.match(system.encode_image(image), text).dtype == torch.float32
+    if before.is_floating_point():
+        assert torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).min() > 0.98
+    else:
+        assert torch.equal(before, after)
+
+
+def _what_it_gives(system: System, image: torch.Tensor) -> torch.Tensor:
+    able = capabilities(system)
+    if "embeds" in able:
+        return system.embed_image(image)  # pyright: ignore[reportCallIssue]
+    if "matches" in able:
+        return system.encode_image(image).tokens  # pyright: ignore[reportCallIssue]
+    tokenizer = system.tokenizer if "paints" in able else system
+    return tokenizer.encode(image)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+
+
+def test_an_unknown_system_is_told_with_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'dalle'"):
+        read_system({"name": "dall-e"}, "test")
+    with pytest.raises(ConfigError, match="systems: clip"):
+        read_system(None, "test")
