@@ -224,8 +224,8 @@ def eval_reconstruction(
 def eval_generation(
     model: ModelArgument,
     data: DataOption,
+    judge: Annotated[str, typer.Option(metavar="MODEL", help="Looks at the pictures; independent of model and ranker.")],
     limit: Annotated[int, typer.Option(min=1, help="Number of prompts, drawn among the class names of SRC.")] = 100,
-    judge: Annotated[str, typer.Option(metavar="MODEL", help="Independent of model and ranker.")] = "emoji-judge",
     ranker: Annotated[str, typer.Option(metavar="MODEL", help="Chooses the best candidate of each prompt.")] = "emoji-clip",
     best_of: Annotated[int, typer.Option(min=1, help="Candidates of each prompt.")] = 8,
     train: Annotated[
@@ -253,8 +253,8 @@ def eval_generation(
         result = evaluate_generation(
             model,
             data,
-            limit=limit,
             judge=judge,
+            limit=limit,
             ranker=ranker,
             best_of=best_of,
             train=train,

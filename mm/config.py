@@ -187,11 +187,16 @@ def validate(cls: type[C], values: Mapping[str, Any], where: str) -> C:
 
 def _explain(cls: type[BaseModel], problem: Any) -> str:
     location = [part for part in problem["loc"] if isinstance(part, int) or not part.startswith(("function-", TAG_PREFIX))]
-    key = ".".join(str(part) for part in location)
+    written = _written(cls, location)
+    key = ".".join(map(str, written))
+    if problem["type"] == "union_tag_invalid":
+        given, tags = str(problem["ctx"]["tag"]), [tag.strip("'") for tag in problem["ctx"]["expected_tags"].split(", ")]
+        near = difflib.get_close_matches(given, tags, n=1)
+        return f"'{key}': there is no '{given}'; " + (f"did you mean '{near[0]}'?" if near else f"there are {', '.join(tags)}")
     if problem["type"] == "extra_forbidden":
         known, unknown = _valid_keys(cls, location[:-1]), str(location[-1])
         near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
-        parent = ".".join(map(str, location[:-1]))
+        parent = ".".join(map(str, written[:-1]))
         hint = f"did you mean '{near[0]}'?" if near else f"valid keys here: {', '.join(known)}"
         return f"unknown key '{unknown}'" + (f" in '{parent}'" if parent else "") + f"; {hint}"
     if problem["type"] == "missing":
@@ -199,6 +204,26 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     got = "" if isinstance(problem.get("input"), dict) else f", got {problem.get('input')!r}"
     return f"'{key}': {message}{got}" if key else message
+
+
+def _written(cls: type[BaseModel], location: Sequence[int | str]) -> list[int | str]:
+    """A validation location as its writer knows it: without the tags of unions, which pydantic puts between the keys."""
+    candidates: list[Any] = [cls]
+    written: list[int | str] = []
+    for part in location:
+        chosen = [candidate for candidate in candidates if part not in candidate.model_fields and part == _tag(candidate)]
+        if chosen:
+            candidates = chosen
+            continue
+        written.append(part)
+        if not isinstance(part, int):
+            candidates = [
+                model
+                for candidate in candidates
+                if part in candidate.model_fields
+                for model in _models_in(candidate.model_fields[part].annotation)
+            ]
+    return written
 
 
 def _valid_keys(cls: type[BaseModel], location: Sequence[int | str]) -> list[str]:
@@ -224,9 +249,9 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _tag(cls: type[BaseModel]) -> str | None:
-    """The value of a discriminating ``name`` field, which pydantic puts into error locations."""
-    name = cls.model_fields.get("name")
-    return name.default if name is not None and isinstance(name.default, str) else None
+    """The value of a discriminating ``name`` or ``kind`` field, which pydantic puts into error locations."""
+    field = cls.model_fields.get("name") or cls.model_fields.get("kind")
+    return field.default if field is not None and isinstance(field.default, str) else None
 
 
 def to_dict(config: BaseModel) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Configuration: strict, precise in its errors, and equal after a round trip through YAML."""
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +44,22 @@ def write(folder: Path, text: str) -> Path:
     path = folder / "run.yaml"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def test_keys_of_unions_are_shown_as_they_are_written() -> None:
+    from mm.run.config import RunConfig
+
+    values = {"system": {"name": "vq", "tokenizer": {"quantizer": {"kind": "fsq"}}}, "data": {"train": "x"}}
+    cases = {
+        "system.tokenizer.widht=[3]": "unknown key 'widht' in 'system.tokenizer'; did you mean 'widths'",
+        "system.tokenizer.quantizer.level=[3]": "unknown key 'level' in 'system.tokenizer.quantizer'; did you mean 'levels'",
+        "system.tokenizer.quantizer.kind=foo": "'system.tokenizer.quantizer': there is no 'foo'; there are fsq, vq, gumbel",
+        "system.name=dall-e": "'system': there is no 'dall-e'; did you mean 'dalle'",
+        "system.tokenizer.patch=x": "'system.tokenizer.patch'",
+    }
+    for override, message in cases.items():
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            validate(RunConfig, apply_overrides(values, [override]), "test")
 
 
 def test_file_and_overrides_meet(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def best(paintings: Sequence[Painting], ranker: Model, best_of: int = 1) -> list
 def _painter(model: Model) -> Paints:
     if not isinstance(model.system, Paints):
         able = ", ".join(sorted(model.capabilities)) or "nothing yet"
-        raise UserError(f"{model.name} cannot paint (it can: {able}); take a model such as emoji-dalle")
+        raise UserError(f"{model.name} cannot paint (it can: {able}); train one with configs/dalle.yaml")
     return model.system
 
 

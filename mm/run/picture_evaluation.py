@@ -62,7 +62,7 @@ def evaluate_reconstruction(
     model = loaded(model, device, precision)
     tokenizer = model.system
     if not isinstance(tokenizer, Tokenizes):
-        raise UserError(f"{model.name} does not turn pictures into tokens; take a model such as emoji-vq")
+        raise UserError(f"{model.name} does not turn pictures into tokens; train one with configs/vq.yaml")
     source = opened(data, model)
     loader, usage = _loader(source, model), CodeUsage(tokenizer.vocab_size)
     noise, likeness = [], []
@@ -95,8 +95,8 @@ def evaluate_generation(
     model: str | Path | Model,
     data: str | Source,
     *,
+    judge: str | Path | Model,
     limit: int = 100,
-    judge: str | Path | Model = "emoji-judge",
     ranker: str | Path | Model | None = "emoji-clip",
     best_of: int = 8,
     train: str | Source | None = None,
@@ -112,8 +112,8 @@ def evaluate_generation(
     Args:
         model: A loaded model or a MODEL reference; it must be able to paint.
         data: A labelled source: its names are the prompts, its pictures the real ones.
-        limit: Number of prompts, drawn with ``seed`` among the classes that the source has pictures of.
         judge: A model with a shared space that shares neither weights nor seed nor architecture with model and ranker.
+        limit: Number of prompts, drawn with ``seed`` among the classes that the source has pictures of.
         ranker: Chooses the best of ``best_of`` candidates; None for ``best_of`` 1.
         best_of: Candidates of each prompt.
         train: What the model was trained on, to see whether it copies; default: the source that its card names.
@@ -185,7 +185,7 @@ def _independent(judge: Model, painter: Model, ranker: Model | None) -> None:
     """A judge that is the ranker, or part of the painter, would praise what it chose itself."""
     for other, role in ((ranker, "chooses"), (painter, "paints")):
         if other is not None and other.fingerprint == judge.fingerprint:
-            raise UserError(f"judge: {judge.name} also {role}; judging needs a model of its own, such as emoji-judge")
+            raise UserError(f"judge: {judge.name} also {role}; judging needs a model of its own, see configs/judge.yaml")
 
 
 def _prompts(labels: Tensor, limit: int, seed: int) -> Tensor:
