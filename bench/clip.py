@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a fresh clone
 
 import mm
 from mm.hub import Model
+from mm.nn.freeze import folded_weights
 from mm.training.config import TrainConfig
 from mm.training.parallel import World
 from mm.training.step import Stepper, compile_parts
@@ -117,6 +118,16 @@ def text_cases(folder: Path, architecture: str, repeats: int) -> list[Case]:
     return cases
 
 
+def with_folded_weights(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The peer gets what ours has: weights as constants of its compiled code."""
+
+    def folded() -> Tensor:
+        with folded_weights(torch.device("cpu")):
+            return call()
+
+    return folded
+
+
 def image_cases(folder: Path, architecture: str, repeats: int) -> list[Case]:
     """Picture vectors of prepared pixels, batch 32."""
     pixels = torch.randint(0, 256, (BATCH, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -125,11 +136,12 @@ def image_cases(folder: Path, architecture: str, repeats: int) -> list[Case]:
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (spec.mean, spec.std))
     normalised = (pixels / 255 - mean) / std
     compiled = peer(folder, "bf16")
-    compiled.visual.compile(options={"freezing": True})
+    compiled.visual.compile()
     calls: dict[str, Callable[[], Tensor]] = {}
     for name, model in {"fp32": peer(folder), "bf16": peer(folder, "bf16"), "bf16, compiled by hand": compiled}.items():
         inputs = normalised if name == "fp32" else normalised.bfloat16()
-        calls[name] = torch.no_grad()(lambda model=model, inputs=inputs: model.encode_image(inputs, normalize=True))
+        calls[name] = lambda model=model, inputs=inputs: model.encode_image(inputs, normalize=True)
+        calls[name] = torch.no_grad()(with_folded_weights(calls[name]) if "compiled" in name else calls[name])
     reference = calls["fp32"]()
     calls["bf16, compiled by hand"]()
     cases = []

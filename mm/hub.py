@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from mm.config import read_json, read_yaml, validate
 from mm.errors import CheckpointError, UserError
+from mm.nn.freeze import folded_weights
 from mm.nn.lora import LoraConfig, add_lora, merge_lora
 from mm.processor import Processor
 from mm.published.imported import Imported
@@ -95,14 +97,14 @@ class Model:
         compiler for it; weights are folded into the compiled code, so they must not change afterwards.
         """
         for encoder in self._embedding_system().encoders().values():
-            encoder.compile(dynamic=False, options={"freezing": True} if self.device.type == "cpu" else None)
+            encoder.compile(dynamic=False)
         self.compiled_rows = rows
         return self
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         """Prepared pictures, uint8 ``(B, 3, S, S)``, to unit vectors ``(B, D)`` in fp32 on the CPU."""
         system, rows = self._embedding_system(), self.compiled_rows or len(pixels)
-        with torch.no_grad():
+        with torch.no_grad(), self._as_compiled():
             parts = [system.embed_image(_filled(part, rows).to(self.device))[: len(part)] for part in pixels.split(rows)]
         return torch.cat(parts).float().cpu()
 
@@ -120,7 +122,7 @@ class Model:
         system, batch_size = self._embedding_system(), self.compiled_rows or batch_size
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         vectors: list[Tensor] = []
-        with torch.no_grad():
+        with torch.no_grad(), self._as_compiled():
             for start in range(0, len(order), batch_size):
                 batch = self.processor.text([texts[i] for i in order[start : start + batch_size]])
                 rows = len(batch)
@@ -145,6 +147,9 @@ class Model:
         """Parameter counts of the top-level parts, and ``total``."""
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.system.named_children()}
         return counts | {"total": sum(p.numel() for p in self.system.parameters())}
+
+    def _as_compiled(self) -> AbstractContextManager[object]:
+        return folded_weights(self.device) if self.compiled_rows else nullcontext()
 
     def _in_few_shapes(self, batch: TextBatch) -> TextBatch:
         """Filled up with padding behind the texts, which no text's vector depends on, and with rows."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from mm.errors import UserError
 from mm.generators.sampling import check_sampling, draw, guided, sample_generators
 from mm.nn.attention import KVCache
+from mm.nn.freeze import folded_weights
 from mm.types import Sampling
 
 
@@ -55,16 +56,12 @@ class Compiled:
     """
 
     def __init__(self, model: NextToken) -> None:
-        from torch._inductor import config
-
         self.prefill = model.prefill
-        self._config = config
         self._step = torch.compile(model.step, dynamic=False)
 
     def step(self, ids: Int64[Tensor, " r"], index: int | Tensor, caches: list[KVCache]) -> Float[Tensor, "r v"]:
         """See `NextToken.step`."""
-        # set as an option of torch.compile, freezing comes too late to reach the tracing of parameters
-        with self._config.patch(freezing=ids.device.type == "cpu"):
+        with folded_weights(ids.device):
             return self._step(ids, torch.as_tensor(index, device=ids.device).view(1), caches)
 
 

@@ -24,8 +24,8 @@ KINDS = ("learned", "rotary", "cross", "sparse")
 class Painter(nn.Module):
     """A small decoder of a prompt of TEXT ids.
 
-    "cross" attends to the prompt instead of continuing it; "rotary" and "sparse" group their queries; in "sparse" each head sees
-    other positions.
+    "cross" attends to the prompt instead of continuing it; "rotary" and "sparse" group their queries; in "sparse" heads see
+    different positions.
     """
 
     def __init__(self, kind: str, num_layers: int = 2) -> None:

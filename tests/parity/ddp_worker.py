@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from toy_training import ToyClip, ToyRegression, ToyStream, make, toy_config
 
-from mm.config import validate
 from mm.errors import UserError
-from mm.systems import SystemConfig, build
+from mm.systems import build, read_system
 from mm.training.loop import train
 from mm.training.parallel import environment, open_world
 from mm.types import Batch, System, TextBatch
@@ -51,7 +50,7 @@ def tiny_clip() -> System:
         "text": {"width": 16, "layers": 1, "heads": 2, "context_length": 8, "vocab_size": 40},
         "embed_dim": 8,
     }
-    return build(validate(SystemConfig, values, "test"))
+    return build(read_system(values, "test"))
 
 
 def merge(states: list[dict]) -> dict:
