@@ -63,7 +63,7 @@ class DualTower(nn.Module):
             encoder.cast_(dtype)  # pyright: ignore[reportCallIssue] - every encoder has it
 
     def scale(self) -> Float[Tensor, ""]:
-        """The multiplier of cosines, in 1..100 after `clamp_`."""
+        """The multiplier of cosines; without a bias in 1..100 after `clamp_`."""
         return self.logit_scale.float().exp()
 
     def scores(self, queries: Float[Tensor, "q d"], items: Float[Tensor, "m d"]) -> Float[Tensor, "q m"]:
@@ -74,8 +74,12 @@ class DualTower(nn.Module):
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Keep the multiplier in 1..100; to be called after each optimizer step."""
-        self.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
+        """Keep a softmax's multiplier in 1..100, as CLIP does; to be called after each optimizer step.
+
+        SigLIP's is free: its published one is about 117, which fine-tuning must not cut.
+        """
+        if self.logit_bias is None:
+            self.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
 
 
 def unit(vectors: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:

@@ -1,5 +1,7 @@
 """The CLIP system: it learns, every option does what it says, and impossible configurations stop early."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -113,6 +115,15 @@ def test_scale_is_clamped_after_a_step() -> None:
         model.towers.logit_scale.fill_(9.0)
     model.after_step(0)
     assert model.towers.scale().item() == pytest.approx(100)
+
+
+def test_siglips_scale_is_free() -> None:
+    """The published one is about 117: fine-tuning must not begin by cutting it."""
+    model = small(loss="siglip")
+    with torch.no_grad():
+        model.towers.logit_scale.fill_(math.log(117))
+    model.after_step(0)
+    assert model.towers.scale().item() == pytest.approx(117)
 
 
 def test_queue_holds_the_features_of_applied_steps_only() -> None:
