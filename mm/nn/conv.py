@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mm.nn.attention import MultiHeadAttention
+from mm.nn.ends import end
 
 GROUPS = 32
 """Most groups of a group norm; fewer where the width is not a multiple."""
@@ -75,13 +76,13 @@ class PictureEncoder(nn.Module):
 
     def __init__(self, patch: int, widths: Sequence[int], num_blocks: int, out_width: int, num_heads: int = 0) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.PixelUnshuffle(patch), nn.Conv2d(3 * patch * patch, widths[0], 3, padding=1)]
+        layers: list[nn.Module] = [nn.PixelUnshuffle(patch), end(nn.Conv2d(3 * patch * patch, widths[0], 3, padding=1))]
         for stage, width in enumerate(widths):
             if stage:
                 layers.append(nn.Conv2d(widths[stage - 1], width, 4, stride=2, padding=1))
             heads = num_heads if stage == len(widths) - 1 else 0
             layers += _stage(width, num_blocks, heads)
-        layers += [group_norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], out_width, 1)]
+        layers += [group_norm(widths[-1]), nn.SiLU(), end(nn.Conv2d(widths[-1], out_width, 1))]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b d h w"]:
@@ -104,7 +105,7 @@ class PictureDecoder(nn.Module):
         self, in_width: int, patch: int, widths: Sequence[int], num_blocks: int, out_channels: int = 3, num_heads: int = 0
     ) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(in_width, widths[-1], 3, padding=1)]
+        layers: list[nn.Module] = [end(nn.Conv2d(in_width, widths[-1], 3, padding=1))]
         for stage in reversed(range(len(widths))):
             heads = num_heads if stage == len(widths) - 1 else 0
             layers += _stage(widths[stage], num_blocks, heads)
@@ -112,7 +113,7 @@ class PictureDecoder(nn.Module):
                 layers += [nn.Conv2d(widths[stage], 4 * widths[stage - 1], 1), nn.PixelShuffle(2)]
         layers += [group_norm(widths[0]), nn.SiLU()]
         self.layers = nn.Sequential(*layers)
-        self.output = nn.Conv2d(widths[0], out_channels * patch * patch, 3, padding=1)
+        self.output = end(nn.Conv2d(widths[0], out_channels * patch * patch, 3, padding=1))
         self.shuffle = nn.PixelShuffle(patch)
 
     def forward(self, features: Float[Tensor, "b d h w"]) -> Float[Tensor, "b c H W"]:

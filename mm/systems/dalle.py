@@ -26,8 +26,10 @@ from mm.fusion.single_tower import SingleTower
 from mm.generators.autoregressive import stream
 from mm.nn.attention import KVCache, MultiHeadAttention
 from mm.nn.embeddings import GridPositions, LearnedPositions
+from mm.nn.ends import end
 from mm.nn.freeze import freeze
 from mm.nn.initialise import initialise
+from mm.nn.linear import Linear
 from mm.nn.masks import Raster, dalle_layer_pattern
 from mm.nn.transformer import Block, FeedForward, Transformer
 from mm.systems.published_vq import PublishedVq, TokenizerConfig, build_tokenizer
@@ -124,8 +126,8 @@ class Dalle(System):
             self.vocab_size + self.num_text, config.width
         )  # words, then the padding of each position
         self.image_tokens = nn.Embedding(tokenizer.vocab_size, config.width)
-        self.text_head = nn.Linear(config.width, self.vocab_size)
-        self.image_head = nn.Linear(config.width, tokenizer.vocab_size)
+        self.text_head = end(Linear(config.width, self.vocab_size))
+        self.image_head = end(Linear(config.width, tokenizer.vocab_size))
 
     def cast_(self, dtype: torch.dtype) -> None:
         """Hold all but the tokenizer in another floating type, for inference."""

@@ -21,6 +21,7 @@ from mm.encoders.text import TextEncoder, TextEncoderConfig, build_text_encoder
 from mm.generators.masked import generate
 from mm.nn.attention import MultiHeadAttention
 from mm.nn.embeddings import GridPositions
+from mm.nn.ends import end
 from mm.nn.freeze import freeze
 from mm.nn.initialise import initialise
 from mm.nn.masks import attention_mask
@@ -106,7 +107,7 @@ class Muse(System):
         self.words = nn.Linear(text.width, config.width)
         self.no_words = nn.Parameter(torch.zeros(config.width))
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(config.width, tokenizer.vocab_size)
+        self.head = end(nn.Linear(config.width, tokenizer.vocab_size))
 
     def cast_(self, dtype: torch.dtype) -> None:
         """Hold all but the tokenizer in another floating type, for inference."""

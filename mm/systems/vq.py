@@ -28,6 +28,8 @@ from mm.tokenizers.image import GumbelConfig, ImageTokenizer, ImageTokenizerConf
 from mm.types import Batch, Losses, System
 
 DISCRIMINATOR_BETAS = (0.5, 0.9)
+PERFECT = 1e-4
+"""Mean squared error, in pixels of -1..1, below which ``reconstruction: psnr`` asks for little more (46 dB)."""
 
 
 class VqConfig(SystemSettings):
@@ -35,7 +37,8 @@ class VqConfig(SystemSettings):
 
     Args:
         tokenizer: The network.
-        reconstruction: Distance of pixels in -1..1, ``l2`` or ``l1``; ``pixels: laplace`` has its own likelihood.
+        reconstruction: Distance of pixels in -1..1: ``l2``, ``l1``, or ``psnr``, the logarithm of each picture's ``l2``, by
+            which simple pictures count like rich ones; ``pixels: laplace`` has its own likelihood.
         perceptual: MODEL whose picture encoder gives perceptual distances; none by default.
         perceptual_weight: Of that distance.
         adversarial_weight: Of deceiving a patch discriminator, on top of the adaptive weight; 0 leaves it out.
@@ -45,7 +48,7 @@ class VqConfig(SystemSettings):
 
     name: Literal["vq"] = "vq"
     tokenizer: ImageTokenizerConfig = ImageTokenizerConfig()
-    reconstruction: Literal["l2", "l1"] = "l2"
+    reconstruction: Literal["l2", "l1", "psnr"] = "l2"
     perceptual: str | None = None
     perceptual_weight: float = Field(default=1.0, gt=0)
     adversarial_weight: float = Field(default=0.0, ge=0)
@@ -174,6 +177,8 @@ class Vq(System):
     def _distance(self, output: Tensor, pixels: Tensor) -> Tensor:
         if self.tokenizer.laplace:
             return logit_laplace(output, pixels)
+        if self.config.reconstruction == "psnr":
+            return ((output.float() - pixels).square().mean((1, 2, 3)) + PERFECT).log().mean()
         measure = F.mse_loss if self.config.reconstruction == "l2" else F.l1_loss
         return measure(output.float(), pixels)
 
@@ -226,7 +231,9 @@ def build(config: VqConfig, parts: Mapping[str, Any] | None = None) -> Vq:
                 f"perceptual: '{config.perceptual}' has a picture encoder without feature maps; take another model"
             )
     if config.tokenizer.pixels == "laplace" and config.reconstruction != "l2":
-        raise ConfigError("reconstruction: l1 does not go with pixels: laplace, which has its own likelihood; leave it out")
+        raise ConfigError(
+            f"reconstruction: {config.reconstruction} does not go with pixels: laplace, which has its own likelihood"
+        )
     return Vq(
         build_image_tokenizer(config.tokenizer),
         config,

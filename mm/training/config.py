@@ -15,6 +15,8 @@ class TrainConfig(StrictConfig):
         batch_size: Samples of a step, over all processes.
         accumulate: Number of slices that each process computes one after the other, to fit a large batch into memory. Exact for
             systems that cache gradients (contrastive ones), an average of slice losses otherwise.
+        optimizer: ``adamw``, or ``muon``: orthogonalised momentum for the matrices inside the network, AdamW for the rest. The
+            same ``lr`` serves both.
         lr: Peak learning rate.
         betas: AdamW's averaging rates of the gradient and of its square.
         eps: AdamW's constant in the denominator.
@@ -41,6 +43,7 @@ class TrainConfig(StrictConfig):
     steps: int = Field(default=1000, ge=1)
     batch_size: int = Field(default=256, ge=1)
     accumulate: int = Field(default=1, ge=1)
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = Field(default=1e-6, gt=0)

@@ -1,7 +1,8 @@
-"""AdamW, its learning-rate schedule, clipping, and its state by parameter name."""
+"""The optimizer, its learning-rate schedule, clipping, and its state by parameter name."""
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,16 +10,23 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from mm.errors import CheckpointError
 from mm.training.config import TrainConfig
+from mm.training.muon import Muon, split_groups
 from mm.types import System
 
 
-def build_optimizer(system: System, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over `System.parameter_groups`; a group's ``lr_scale`` multiplies its learning rate (default 1)."""
+def build_optimizer(system: System, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW or Muon over `System.parameter_groups`; a group's ``lr_scale`` multiplies its learning rate (default 1)."""
     groups = [group for group in system.parameter_groups() if len(group["params"])]
-    fused = device.type in ("cpu", "cuda", "mps")
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=fused
-    )
+    options: dict[str, Any] = {
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+        "betas": config.betas,
+        "eps": config.eps,
+        "fused": device.type in ("cpu", "cuda", "mps"),
+    }
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **options)
+    return Muon(*split_groups(groups, system), **options)
 
 
 def lr_factor(step: int, config: TrainConfig) -> float:
