@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mm.nn.attention import KVCache
 from mm.nn.embeddings import GridPositions, LearnedPositions
-from mm.nn.masks import Mask, Raster, attention_mask
+from mm.nn.masks import EVERYTHING, Mask, Raster, attention_mask
 from mm.nn.transformer import Transformer
 from mm.types import Encoded
 
@@ -49,13 +49,14 @@ class SingleTower(nn.Module):
         self.rasters = tuple(rasters)
 
     def join(
-        self, parts: Mapping[str, Encoded | Tensor], starts: Mapping[str, int] | None = None
+        self, parts: Mapping[str, Encoded | Tensor], starts: Mapping[str, int | Tensor] | None = None
     ) -> tuple[Float[Tensor, "b n d"], Bool[Tensor, "b n"] | None, dict[str, slice]]:
         """One sequence of the given modalities, with positions and types added.
 
         Args:
             parts: Features ``(B, n, D)`` by modality, as tensors where there is no padding; modalities may be left out.
-            starts: Positions of the first tokens in their modalities, 0 where none is given.
+            starts: Positions of the first tokens in their modalities, 0 where none is given; an int64 tensor ``(1,)`` is that of
+                a single token.
 
         Returns:
             The tokens, which of them may be attended to (None for all), and where each modality is.
@@ -77,8 +78,9 @@ class SingleTower(nn.Module):
         self,
         parts: Mapping[str, Encoded | Tensor],
         *,
-        starts: Mapping[str, int] | None = None,
+        starts: Mapping[str, int | Tensor] | None = None,
         caches: list[KVCache] | None = None,
+        position: Tensor | None = None,
     ) -> Encoded:
         """Fuse modalities.
 
@@ -86,15 +88,22 @@ class SingleTower(nn.Module):
             parts: See `join`; with ``caches``, only what is not in them yet, and without padding.
             starts: See `join`.
             caches: From ``transformer.caches``, for step-by-step decoding; filled as a side effect.
+            position: Where a single token is in the sequence, int64 ``(1,)``, for a causal tower whose step is compiled: no shape
+                and no number then changes from step to step. Behind what the caches hold if None.
 
         Returns:
             Fused tokens; ``extras`` holds the slice of each modality by its name. What is pooled is the first token, or, in a
             causal tower, the last.
         """
         x, keys, slices = self.join(parts, starts)
-        known = caches[0].length if caches else 0
-        assert keys is None or not known, "what is decoded step by step has no padding"
-        tokens = self.transformer(x, mask=self._masks(x.shape[1], known + x.shape[1], keys, x.device), caches=caches)
+        if position is not None:
+            assert caches is not None and self.causal, "positions are given to causal decoding from caches"
+            masks = self._masks_at(position, caches[0].keys.shape[2])
+        else:
+            known = caches[0].length if caches else 0
+            assert keys is None or not known, "what is decoded step by step has no padding"
+            masks = self._masks(x.shape[1], known + x.shape[1], keys, x.device)
+        tokens = self.transformer(x, mask=masks, caches=caches, position=position)
         mask = x.new_ones(x.shape[:2], dtype=torch.bool) if keys is None else keys
         return Encoded(tokens, mask, tokens[:, -1 if self.causal else 0], slices)
 
@@ -102,6 +111,17 @@ class SingleTower(nn.Module):
         """One mask for all layers, or one for each; layers of the same pattern share theirs."""
         options = {"causal": self.causal, "keys": keys, "device": device}
         masks = {raster: attention_mask(num_queries, num_keys, raster=raster, **options) for raster in set(self.rasters)}
+        return self._by_layer(masks)
+
+    def _masks_at(self, position: Tensor, capacity: int) -> Mask | list[Mask]:
+        """The same for a single query at ``position`` among ``capacity`` keys, those behind it not yet excluded."""
+        keys = torch.arange(capacity, device=position.device)
+        masks = {
+            raster: EVERYTHING if raster is None else Mask(raster.visible(position, keys)) for raster in set(self.rasters)
+        }
+        return self._by_layer(masks)
+
+    def _by_layer(self, masks: Mapping[Raster | None, Mask]) -> Mask | list[Mask]:
         if len(masks) == 1:
             return masks[self.rasters[0]]
         return [masks[raster] for raster in self.rasters]

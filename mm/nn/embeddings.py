@@ -21,8 +21,11 @@ class LearnedPositions(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_positions, width))
         self.weight.no_decay = True  # pyright: ignore[reportAttributeAccessIssue]
 
-    def forward(self, length: int, offset: int = 0) -> Float[Tensor, "t d"]:
-        """Vectors of the positions ``offset`` to ``offset + length``."""
+    def forward(self, length: int, offset: int | Tensor = 0) -> Float[Tensor, "t d"]:
+        """Vectors of the positions ``offset`` to ``offset + length``; an int64 tensor ``(1,)`` looks up a single one."""
+        if isinstance(offset, Tensor):
+            assert length == 1, "a position in a tensor is a single one"
+            return self.weight[offset]
         assert offset + length <= len(self.weight), f"{len(self.weight)} positions, {offset + length} were asked for"
         return self.weight[offset : offset + length]
 
@@ -138,7 +141,14 @@ class GridPositions(nn.Module):
         super().__init__()
         self.rows, self.columns = LearnedPositions(rows, width), LearnedPositions(columns, width)
 
-    def forward(self, length: int | None = None, offset: int = 0) -> Float[Tensor, "n d"]:
-        """Vectors of the cells ``offset`` to ``offset + length``, of all from ``offset`` on if no length is given."""
+    def forward(self, length: int | None = None, offset: int | Tensor = 0) -> Float[Tensor, "n d"]:
+        """Vectors of the cells ``offset`` to ``offset + length``, of all from ``offset`` on if no length is given.
+
+        An int64 tensor ``(1,)`` in place of ``offset`` looks up a single cell.
+        """
+        if isinstance(offset, Tensor):
+            assert length == 1, "a cell in a tensor is a single one"
+            num_columns = len(self.columns.weight)
+            return self.rows.weight[offset // num_columns] + self.columns.weight[offset % num_columns]
         cells = (self.rows.weight[:, None] + self.columns.weight).flatten(0, 1)
         return cells[offset:] if length is None else cells[offset : offset + length]

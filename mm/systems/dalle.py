@@ -210,9 +210,9 @@ class Dalle(System):
 
     def step(self, ids: Tensor, index: int | Tensor, caches: list[KVCache]) -> Tensor:
         """See `mm.generators.autoregressive.NextToken`."""
-        assert isinstance(index, int), "positions are looked up by number"
         part = {"image": self.image_tokens(ids[:, None])}
-        return self.image_head(self.tower(part, starts={"image": index}, caches=caches).pooled)
+        position = self.num_text + index if isinstance(index, Tensor) else None
+        return self.image_head(self.tower(part, starts={"image": index}, caches=caches, position=position).pooled)
 
     def _kept(self, image: Tensor, keep: Tensor) -> Tensor:
         """The first tokens of pictures, as far as all their pixels are kept. Raises `UserError` for parts further below."""

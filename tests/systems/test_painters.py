@@ -7,6 +7,7 @@ import torch
 
 from mm.config import validate
 from mm.errors import UserError
+from mm.generators.autoregressive import Compiled, generate
 from mm.systems import CONFIGS, build
 from mm.systems.dalle import Dalle, DalleConfig
 from mm.systems.muse import Muse, hide
@@ -93,8 +94,9 @@ def test_overfits_one_batch(variant: str) -> None:
     assert (made == wanted).flatten(1).all(1).sum() >= 3, "the pictures of a learned batch come back from their texts"
 
 
+@pytest.mark.parametrize("indices", ["numbers", "tensors"])
 @pytest.mark.parametrize("variant", ["dalle", "dalle-sparse", "cogview"])
-def test_cached_decoding_gives_the_logits_of_whole_sequences(variant: str) -> None:
+def test_cached_decoding_gives_the_logits_of_whole_sequences(variant: str, indices: str) -> None:
     system = spread(small(variant))
     assert isinstance(system, Dalle)
     ids = torch.randint(0, system.tokenizer.vocab_size, (3, system.num_image))
@@ -103,8 +105,20 @@ def test_cached_decoding_gives_the_logits_of_whole_sequences(variant: str) -> No
     logits, caches = system.prefill(prompt, ids[:, :3], system.num_image)
     found = [logits]
     for index in range(3, system.num_image - 1):
-        found.append(system.step(ids[:, index], index, caches))
+        found.append(system.step(ids[:, index], torch.tensor([index]) if indices == "tensors" else index, caches))
     torch.testing.assert_close(torch.stack(found, 1), whole[:, 3:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inside of torch
+@pytest.mark.parametrize("variant", ["dalle", "dalle-sparse"])
+def test_compiled_steps_choose_the_same_tokens(variant: str) -> None:
+    torch._dynamo.reset()
+    system = spread(small(variant))
+    assert isinstance(system, Dalle)
+    prompt, nothing = system.prompt(texts(6, 2)), system.prompt(texts(0, 0))
+    options = {"prompt": prompt, "unconditional": nothing, "seeds": [1, 2], "sampling": Sampling(), "num_tokens": system.num_image}
+    assert torch.equal(generate(Compiled(system), **options), generate(system, **options))
 
 
 def test_what_is_behind_a_text_makes_no_difference() -> None:
