@@ -116,9 +116,7 @@ class SingleTower(nn.Module):
     def _masks_at(self, position: Tensor, capacity: int) -> Mask | list[Mask]:
         """The same for a single query at ``position`` among ``capacity`` keys, those behind it not yet excluded."""
         keys = torch.arange(capacity, device=position.device)
-        masks = {
-            raster: EVERYTHING if raster is None else Mask(raster.visible(position, keys)) for raster in set(self.rasters)
-        }
+        masks = {raster: EVERYTHING if raster is None else Mask(raster.visible(position, keys)) for raster in set(self.rasters)}
         return self._by_layer(masks)
 
     def _by_layer(self, masks: Mapping[Raster | None, Mask]) -> Mask | list[Mask]:

@@ -14,6 +14,10 @@ from mm.nn.linear import Linear
 from mm.nn.masks import EVERYTHING, Mask
 
 
+MATRIX_UNITS = torch.cpu._is_amx_tile_supported()
+"""Whether this machine's CPU multiplies bf16 matrices in units of their own (AMX)."""
+
+
 class KVCache:
     """Keys and values of one layer, allocated once for ``capacity`` positions and filled from the left.
 
@@ -144,18 +148,21 @@ class MultiHeadAttention(nn.Module):
         elif query.shape[2] == 1 and query.device.type == "cpu" and not dropout:
             attended = _attend_once(query, key, value, mask.allowed)
         else:
-            attended = F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=mask.allowed,
-                is_causal=mask.causal,
-                dropout_p=dropout,
-                enable_gqa=self.num_kv_heads != query.shape[1],
-            )
+            attended = _attend(query, key, value, mask, dropout)
         if mask.empty is not None:
             attended = attended.masked_fill(mask.empty, 0.0)
         return self.output(attended.transpose(1, 2).flatten(2)), weights
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout: float) -> Tensor:
+    """The fused kernel; in fp32 where its backward pass in bf16 takes four times as long: on CPUs without matrix units."""
+    options = {"is_causal": mask.causal, "dropout_p": dropout, "enable_gqa": key.shape[1] != query.shape[1]}
+    slow = query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad and not MATRIX_UNITS
+    if not slow:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask.allowed, **options)
+    with torch.autocast("cpu", enabled=False):
+        triple = query.float(), key.float(), value.float()
+        return F.scaled_dot_product_attention(*triple, attn_mask=mask.allowed, **options).to(query.dtype)
 
 
 def _attention_weights(query: Tensor, key: Tensor, mask: Mask) -> Tensor:

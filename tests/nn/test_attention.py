@@ -118,3 +118,25 @@ def test_mask_flag_and_mask_tensor_agree() -> None:
     tensor = Mask(allowed=Mask(causal=True).tensor(LENGTH, LENGTH, torch.device("cpu")))
     module, x = attention(), sequence()
     torch.testing.assert_close(module(x, mask=Mask(causal=True))[0], module(x, mask=tensor)[0], atol=1e-6, rtol=1e-5)
+
+
+def test_bf16_training_on_a_cpu_gives_the_gradients_of_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways through the fused kernel: its own bf16, and the fp32 detour of CPUs without matrix units."""
+    torch.manual_seed(0)
+    attention = MultiHeadAttention(16, 4, num_kv_heads=2)
+    x = torch.randn(3, 7, 16)
+    causal = attention_mask(7, causal=True)
+
+    def gradient(autocast: bool) -> torch.Tensor:
+        attention.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            result, _ = attention(x, mask=causal)
+        assert result.dtype == (torch.bfloat16 if autocast else torch.float32)
+        result.float().square().sum().backward()
+        assert attention.query.weight.grad is not None
+        return attention.query.weight.grad.clone()
+
+    exact = gradient(autocast=False)
+    for units in (False, True):
+        monkeypatch.setattr("mm.nn.attention.MATRIX_UNITS", units)
+        torch.testing.assert_close(gradient(autocast=True), exact, rtol=0.05, atol=0.02 * exact.abs().max().item())

@@ -117,7 +117,13 @@ def test_compiled_steps_choose_the_same_tokens(variant: str) -> None:
     system = spread(small(variant))
     assert isinstance(system, Dalle)
     prompt, nothing = system.prompt(texts(6, 2)), system.prompt(texts(0, 0))
-    options = {"prompt": prompt, "unconditional": nothing, "seeds": [1, 2], "sampling": Sampling(), "num_tokens": system.num_image}
+    options = {
+        "prompt": prompt,
+        "unconditional": nothing,
+        "seeds": [1, 2],
+        "sampling": Sampling(),
+        "num_tokens": system.num_image,
+    }
     assert torch.equal(generate(Compiled(system), **options), generate(system, **options))
 
 
