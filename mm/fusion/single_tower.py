@@ -88,8 +88,8 @@ class SingleTower(nn.Module):
             parts: See `join`; with ``caches``, only what is not in them yet, and without padding.
             starts: See `join`.
             caches: From ``transformer.caches``, for step-by-step decoding; filled as a side effect.
-            position: Where a single token is in the sequence, int64 ``(1,)``, for a causal tower whose step is compiled: no shape
-                and no number then changes from step to step. Behind what the caches hold if None.
+            position: Where a single token is in the sequence, int64 ``(1,)``, for a causal tower whose step is compiled: no
+                shape and no number then changes from step to step. Behind what the caches hold if None.
 
         Returns:
             Fused tokens; ``extras`` holds the slice of each modality by its name. What is pooled is the first token, or, in a
@@ -97,7 +97,8 @@ class SingleTower(nn.Module):
         """
         x, keys, slices = self.join(parts, starts)
         if position is not None:
-            assert caches is not None and self.causal, "positions are given to causal decoding from caches"
+            assert caches is not None, "positions are those of decoding from caches"
+            assert self.causal, "only a causal tower is decoded step by step"
             masks = self._masks_at(position, caches[0].keys.shape[2])
         else:
             known = caches[0].length if caches else 0

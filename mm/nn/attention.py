@@ -13,7 +13,6 @@ from mm.nn.embeddings import rotate
 from mm.nn.linear import Linear
 from mm.nn.masks import EVERYTHING, Mask
 
-
 MATRIX_UNITS = torch.cpu._is_amx_tile_supported()
 """Whether this machine's CPU multiplies bf16 matrices in units of their own (AMX)."""
 
