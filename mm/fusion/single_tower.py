@@ -55,8 +55,8 @@ class SingleTower(nn.Module):
 
         Args:
             parts: Features ``(B, n, D)`` by modality, as tensors where there is no padding; modalities may be left out.
-            starts: Positions of the first tokens in their modalities, 0 where none is given; an int64 tensor ``(1,)`` is that of
-                a single token.
+            starts: Positions of the first tokens in their modalities, 0 where none is given; an int64 tensor ``(1,)`` is that
+                of a single token.
 
         Returns:
             The tokens, which of them may be attended to (None for all), and where each modality is.
