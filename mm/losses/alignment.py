@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mm.losses.precision import full_precision
+from mm.nn.precision import full_precision
 
 BETA = 0.5
 ITERATIONS = 50

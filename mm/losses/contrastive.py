@@ -17,9 +17,9 @@ from torch import Tensor
 
 from mm.losses.gather import Gather
 from mm.losses.partition import Excluded, automatic_chunk_size, log_partitions
-from mm.losses.precision import full_precision
 from mm.losses.queue import Queued
 from mm.losses.sigmoid import softplus_excess
+from mm.nn.precision import full_precision
 
 
 @full_precision

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mm.losses.precision import full_precision
+from mm.nn.precision import full_precision
 
 DENSE_LIMIT = 1 << 21
 """Largest number of logits that the automatic choice keeps whole (8 MiB in fp32); from here on tiles are not slower."""

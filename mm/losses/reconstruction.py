@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mm.losses.precision import full_precision
+from mm.nn.precision import full_precision
 
 ADAPTIVE_EPS = 1e-4
 MAX_ADAPTIVE_WEIGHT = 1e4
@@ -46,9 +46,10 @@ def perceptual_distance(
     return torch.stack(distances).mean()
 
 
+@full_precision
 def hinge_loss(real_logits: Tensor, made_logits: Tensor) -> Float[Tensor, ""]:
     """Of a discriminator: real patches above 1, made ones below -1 cost nothing (https://arxiv.org/abs/1705.02894)."""
-    return (F.relu(1 - real_logits).mean() + F.relu(1 + made_logits).mean()) / 2
+    return (F.relu(1 - real_logits.float()).mean() + F.relu(1 + made_logits.float()).mean()) / 2
 
 
 def frozen_call(module: nn.Module, x: Tensor) -> Tensor:

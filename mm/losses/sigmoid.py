@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mm.losses.precision import full_precision
+from mm.nn.precision import full_precision
 
 SOFTPLUS_THRESHOLD = 40.0
 """Above it softplus(x) is x to within fp64 precision."""

@@ -11,8 +11,3 @@ def end(layer: L) -> L:
     """Mark a layer that takes in raw data or gives out the network's result."""
     layer.weight.end = True  # pyright: ignore[reportAttributeAccessIssue]
     return layer
-
-
-def is_end(layer: nn.Module) -> bool:
-    """Whether `end` marked the layer."""
-    return getattr(layer.weight, "end", False)

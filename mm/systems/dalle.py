@@ -2,13 +2,14 @@
 
 Papers: DALL-E https://arxiv.org/abs/2102.12092 (texts of a fixed length whose padding has a token of its own at every position;
 row, column and convolutional attention with ``sparse_attention``; text and picture losses weighted 1 : 7), CogView
-https://arxiv.org/abs/2105.13290 (``norm: sandwich``, ``text_loss_weight: 1``), classifier-free guidance
+https://arxiv.org/abs/2105.13290 (``norm: sandwich``, ``image_loss_weight: 1``), classifier-free guidance
 https://arxiv.org/abs/2207.12598 (``caption_dropout``).
 
 Deviations from DALL-E: the tokenizer is whatever ``tokenizer`` names, by default with finite scalar quantization; attention is
 dense by default, which for a few hundred tokens is faster; padding is not predicted; a dropped caption is all padding, so that
-guidance is trained and needs no second network. CogView's PB-relax is what torch's fused attention does anyway: the maximum is
-subtracted and sums are in fp32.
+guidance is trained and needs no second network; words and picture tokens are averaged apart before they are weighted, each
+sample's by itself, so that a batch may be cut into slices (CogView averages over all tokens). CogView's PB-relax is what
+torch's fused attention does anyway: the maximum is subtracted and sums are in fp32.
 """
 
 import functools
@@ -36,6 +37,7 @@ from mm.systems.published_vq import PublishedVq, TokenizerConfig, build_tokenize
 from mm.systems.settings import SystemSettings
 from mm.systems.vq import Vq
 from mm.tokenizers.image import kept_tokens
+from mm.tokenizers.memory import TokenMemory
 from mm.types import Batch, Losses, OnPicture, Sampling, System, TextBatch
 
 
@@ -63,10 +65,12 @@ class DalleConfig(SystemSettings):
         mlp_ratio: Hidden width of the feed-forward over ``width``.
         norm: Norms before each branch (``pre``), or before and after it (``sandwich``).
         sparse_attention: DALL-E's row, column and convolutional attention instead of dense attention.
-        dropout: Of each block's branches and of the embedding, in training.
+        dropout: Of each block's branches, in training.
         text_loss_weight: Of predicting the next word, relative to ``image_loss_weight``.
         image_loss_weight: Of predicting the next picture token.
         caption_dropout: Share of captions that are left out in training.
+        remember_tokens: Number of pictures whose tokens are kept in memory, for data that is not changed at random: then the
+            tokenizer's work is done in the first epoch.
     """
 
     name: Literal["dalle"] = "dalle"
@@ -82,6 +86,7 @@ class DalleConfig(SystemSettings):
     text_loss_weight: float = Field(default=1.0, ge=0)
     image_loss_weight: float = Field(default=7.0, gt=0)
     caption_dropout: float = Field(default=0.1, ge=0, lt=1)
+    remember_tokens: int = Field(default=0, ge=0)
 
     @property
     def picture_side(self) -> int:
@@ -119,6 +124,7 @@ class Dalle(System):
         self.tokenizer = freeze(tokenizer)
         self.tower = tower
         self.config = config
+        self._encode = TokenMemory(tokenizer.encode, config.remember_tokens) if config.remember_tokens else tokenizer.encode
         self.num_text, self.vocab_size = config.text.context_length, config.text.vocab_size
         rows, columns = tokenizer.grid
         self.num_image = rows * columns
@@ -149,10 +155,10 @@ class Dalle(System):
         return self.text_head(hidden[:, : self.num_text - 1]), self.image_head(hidden[:, self.num_text - 1 :])
 
     def loss(self, batch: Batch, step: int) -> Losses:
-        """Weighted mean of the cross-entropy of the next word and of the next picture token, in nats."""
+        """Weighted mean of the cross-entropy of the next word (0 where the caption is left out) and picture token, in nats."""
         assert batch.image is not None
         assert batch.text is not None
-        ids = self.tokenizer.encode(batch.image)
+        ids = self._encode(batch.image)
         lengths = batch.text.lengths
         if self.training and self.config.caption_dropout:
             lengths = lengths.masked_fill(torch.rand(len(batch), device=lengths.device) < self.config.caption_dropout, 0)
@@ -160,8 +166,8 @@ class Dalle(System):
         text_logits, image_logits = self.forward_logits(text, ids)
         words = text[:, 1:].masked_fill(text[:, 1:] >= self.vocab_size, -100)
         image_loss = F.cross_entropy(image_logits.float().flatten(0, 1), ids.flatten())
-        word_losses = F.cross_entropy(text_logits.float().flatten(0, 1), words.flatten(), ignore_index=-100, reduction="sum")
-        text_loss = word_losses / (words >= 0).sum().clamp(min=1)
+        word_losses = F.cross_entropy(text_logits.float().transpose(1, 2), words, ignore_index=-100, reduction="none")
+        text_loss = (word_losses.sum(1) / (words >= 0).sum(1).clamp(min=1)).mean()
         weights = self.config.text_loss_weight, self.config.image_loss_weight
         total = (weights[0] * text_loss + weights[1] * image_loss) / sum(weights)
         return Losses(total, {"image": image_loss.detach(), "text": text_loss.detach()})
@@ -227,7 +233,7 @@ class Dalle(System):
 
 def build(config: DalleConfig, parts: Mapping[str, Any] | None = None) -> Dalle:
     """Build DALL-E with fresh weights; ``parts["tokenizer"]`` may hold a trained tokenizer."""
-    tokenizer = (parts or {}).get("tokenizer") or build_tokenizer(config.tokenizer)
+    tokenizer = build_tokenizer(config.tokenizer, parts)
 
     def make_block(_: int) -> Block:
         return Block(

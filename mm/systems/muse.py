@@ -30,7 +30,11 @@ from mm.systems.published_vq import PublishedVq, TokenizerConfig, build_tokenize
 from mm.systems.settings import SystemSettings
 from mm.systems.vq import Vq
 from mm.tokenizers.image import kept_tokens
+from mm.tokenizers.memory import TokenMemory
 from mm.types import Batch, Losses, OnPicture, Sampling, System, TextBatch
+
+HIDDEN_SHARE = 2 / math.pi
+"""Of the tokens, on average over the cosine schedule."""
 
 
 class MuseConfig(SystemSettings):
@@ -47,6 +51,7 @@ class MuseConfig(SystemSettings):
         dropout: Of each block's branches and of the embedding, in training.
         label_smoothing: Share of the target that is spread evenly over all codes.
         caption_dropout: Share of captions that are left out in training.
+        remember_tokens: See `mm.systems.dalle.DalleConfig`.
     """
 
     name: Literal["muse"] = "muse"
@@ -62,6 +67,7 @@ class MuseConfig(SystemSettings):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     caption_dropout: float = Field(default=0.1, ge=0, lt=1)
+    remember_tokens: int = Field(default=0, ge=0)
 
     @property
     def picture_side(self) -> int:
@@ -101,6 +107,7 @@ class Muse(System):
         self.text = text
         self.transformer = transformer
         self.config = config
+        self._encode = TokenMemory(tokenizer.encode, config.remember_tokens) if config.remember_tokens else tokenizer.encode
         self.mask_id, self.num_tokens = tokenizer.vocab_size, tokenizer.grid[0] * tokenizer.grid[1]
         self.tokens = nn.Embedding(tokenizer.vocab_size + 1, config.width)  # the last is the hidden token
         self.positions = GridPositions(*tokenizer.grid, config.width)
@@ -117,19 +124,23 @@ class Muse(System):
         self.no_words.data = self.no_words.data.to(dtype)
 
     def loss(self, batch: Batch, step: int) -> Losses:
-        """Cross-entropy of the hidden tokens, in nats; the share of hidden ones is drawn for each picture."""
+        """Cross-entropy of the hidden tokens, in nats; the share of hidden ones is drawn for each picture.
+
+        The sum is divided by the number of tokens that is hidden on average, the same for every slice of a batch.
+        """
         assert batch.image is not None
         assert batch.text is not None
-        ids = self.tokenizer.encode(batch.image)
+        ids = self._encode(batch.image)
         hidden = hide(ids)
         words, known = self.context(batch.text)
         if self.training and self.config.caption_dropout:
             dropped = torch.rand(len(ids), device=ids.device) < self.config.caption_dropout
             words, known = self._without_words(words, known, dropped)
         logits = self.predict(ids.masked_fill(hidden, self.mask_id), words, known)[hidden]
-        loss = F.cross_entropy(logits.float(), ids[hidden], label_smoothing=self.config.label_smoothing)
+        losses = F.cross_entropy(logits.float(), ids[hidden], label_smoothing=self.config.label_smoothing, reduction="none")
+        loss = losses.sum() / (HIDDEN_SHARE * ids.numel())
         correct = (logits.argmax(-1) == ids[hidden]).float().mean()
-        return Losses(loss, {"image": loss.detach(), "token_accuracy": correct.detach()})
+        return Losses(loss, {"image": losses.detach().mean(), "token_accuracy": correct.detach()})
 
     def context(self, text: TextBatch) -> tuple[Tensor, Tensor]:
         """Word features ``(B, T, D)`` and which of them are there ``(B, T)``."""
@@ -200,7 +211,7 @@ def hide(ids: Tensor) -> Tensor:
 
 def build(config: MuseConfig, parts: Mapping[str, Any] | None = None) -> Muse:
     """Build Muse with fresh weights; ``parts["tokenizer"]`` may hold a trained tokenizer."""
-    tokenizer = (parts or {}).get("tokenizer") or build_tokenizer(config.tokenizer)
+    tokenizer = build_tokenizer(config.tokenizer, parts)
 
     def make_block(_: int) -> Block:
         return Block(

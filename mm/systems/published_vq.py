@@ -100,8 +100,17 @@ def build(config: PublishedVqConfig, parts: Mapping[str, Any] | None = None) -> 
     return PublishedVq(build_library_image_tokenizer(config.tokenizer))
 
 
-def build_tokenizer(config: str | VqConfig | PublishedVqConfig) -> Vq | PublishedVq:
-    """A tokenizer with fresh weights for a system that stands on it. Raises `ConfigError` for a mere name."""
+def build_tokenizer(config: str | VqConfig | PublishedVqConfig, parts: Mapping[str, Any] | None = None) -> Vq | PublishedVq:
+    """The tokenizer of a system that stands on it: ``parts["tokenizer"]``, or one with fresh weights.
+
+    Raises:
+        ConfigError: A mere name without the part, or a part that is no picture tokenizer.
+    """
+    given = (parts or {}).get("tokenizer")
+    if isinstance(given, Vq | PublishedVq):
+        return given
+    if given is not None:
+        raise ConfigError("tokenizer: this model does not turn pictures into tokens; take emoji-vq or a run of configs/vq.yaml")
     if isinstance(config, str):
         raise ConfigError(f"tokenizer: '{config}' names a model; give it as a part, or its configuration in its place")
     return vq.build(config) if isinstance(config, VqConfig) else build(config)

@@ -11,21 +11,22 @@ too, so that it knows something when it is first listened to.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm.errors import ConfigError
 from mm.losses.reconstruction import adaptive_weight, frozen_call, hinge_loss, logit_laplace, perceptual_distance
 from mm.nn.discriminator import PatchDiscriminator
+from mm.nn.freeze import freeze
 from mm.nn.quantize import CodeUsage, GumbelQuantizer, VectorQuantizer
 from mm.systems.settings import SystemSettings
 from mm.tokenizers.image import GumbelConfig, ImageTokenizer, ImageTokenizerConfig, build_image_tokenizer
-from mm.types import Batch, Losses, System
+from mm.types import Batch, Embeds, Losses, System
 
 DISCRIMINATOR_BETAS = (0.5, 0.9)
 PERFECT = 1e-4
@@ -67,6 +68,7 @@ class VqConfig(SystemSettings):
         return {} if self.perceptual is None else {"perceptual": self.perceptual}
 
 
+@runtime_checkable
 class Stages(Protocol):
     """What perceptual distances need of a picture encoder."""
 
@@ -82,7 +84,7 @@ class Vq(System):
         tokenizer: Encoder, quantizer and decoder.
         config: Weights of the losses.
         discriminator: Judges reconstructions, where `VqConfig.adversarial_weight` is above 0.
-        perceptual: Gives feature maps; held fixed and no part of the saved weights.
+        perceptual: Gives feature maps (`Stages`); held fixed and no part of the saved weights.
     """
 
     def __init__(
@@ -91,12 +93,18 @@ class Vq(System):
         config: VqConfig,
         *,
         discriminator: PatchDiscriminator | None = None,
-        perceptual: Stages | None = None,
+        perceptual: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer, self.config = tokenizer, config
         self.discriminator = discriminator
-        self._perceptual = [perceptual] if perceptual is not None else []  # in a list: not a child, so not saved
+        self._perceptual = [] if perceptual is None else [freeze(perceptual)]  # in a list: not a child, so not saved
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Vq":
+        """Take what is no child along to other devices."""
+        for network in self._perceptual:
+            network._apply(fn)
+        return super()._apply(fn, recurse)
 
     @property
     def vocab_size(self) -> int:
@@ -120,6 +128,8 @@ class Vq(System):
         """Reconstruction, the quantizer's own loss, and where configured perceptual and adversarial losses."""
         assert batch.image is not None
         tokenizer = self.tokenizer
+        if isinstance(tokenizer.quantizer, GumbelQuantizer):
+            tokenizer.quantizer.temperature = _annealed(self._gumbel, step)
         pixels = tokenizer.normalise(batch.image)
         quantized = tokenizer.quantize(pixels)
         output = tokenizer.reconstruct(quantized.codes)
@@ -141,12 +151,9 @@ class Vq(System):
         """Stays in fp32: in bf16 neighbouring codes merge."""
 
     def after_step(self, step: int) -> None:
-        """Move the codebook; anneal the Gumbel temperature."""
-        quantizer = self.tokenizer.quantizer
-        if isinstance(quantizer, VectorQuantizer):
-            quantizer.update_()
-        if isinstance(quantizer, GumbelQuantizer):
-            quantizer.temperature = _annealed(self._gumbel, step + 1)
+        """Move the codebook."""
+        if isinstance(self.tokenizer.quantizer, VectorQuantizer):
+            self.tokenizer.quantizer.update_()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The discriminator has its own averaging rates."""
@@ -190,6 +197,7 @@ class Vq(System):
 
     def _perceptual_distance(self, output: Tensor, image: Tensor) -> Tensor:
         [network] = self._perceptual
+        assert isinstance(network, Stages)
         with torch.no_grad():
             target = network.stages(image.float() / 255)
         return perceptual_distance(network.stages(self.tokenizer.shares(output)), target)
@@ -225,10 +233,11 @@ def build(config: VqConfig, parts: Mapping[str, Any] | None = None) -> Vq:
     """Build a tokenizer with fresh weights; ``parts["perceptual"]`` is a system with a picture encoder."""
     perceptual = None
     if parts and "perceptual" in parts:
-        perceptual = parts["perceptual"].encoders()["image"]
-        if not hasattr(perceptual, "stages"):
+        system = parts["perceptual"]
+        perceptual = system.encoders()["image"] if isinstance(system, Embeds) else None
+        if not isinstance(perceptual, Stages):
             raise ConfigError(
-                f"perceptual: '{config.perceptual}' has a picture encoder without feature maps; take another model"
+                f"perceptual: '{config.perceptual}' has no picture encoder with feature maps; take a model such as emoji-clip"
             )
     if config.tokenizer.pixels == "laplace" and config.reconstruction != "l2":
         raise ConfigError(

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from mm.config import StrictConfig
 from mm.nn.conv import PictureDecoder, PictureEncoder
+from mm.nn.precision import full_precision
 from mm.nn.quantize import FiniteScalarQuantizer, GumbelQuantizer, Quantized, VectorQuantizer
+from mm.tokenizers.limits import check_ids, check_pictures
 
 LAPLACE_EPS = 0.1
 """Pixels are squeezed into (eps, 1 - eps) for logit-Laplace distributions (https://arxiv.org/abs/2102.12092, A.3)."""
@@ -67,7 +69,9 @@ class GumbelConfig(StrictConfig):
         codebook_size: Number of codes.
         width: D.
         temperature: First and last temperature, annealed over ``anneal_steps``.
-        kl_weight: Largest weight of the divergence from the uniform prior, reached linearly after ``kl_steps``.
+        kl_weight: Largest weight of the divergence from the uniform prior, reached linearly after ``kl_steps``. The divergence
+            is a mean over tokens, the reconstruction one over pixels and channels: DALL-E's 6.6, of a sum over tokens, is
+            0.034 here (6.6 times 1,024 tokens over 3 x 256 x 256).
         anneal_steps: Steps until the last temperature (cosine).
         kl_steps: Steps until the largest weight.
     """
@@ -113,6 +117,8 @@ class ImageTokenizerConfig(StrictConfig):
             raise ValueError("widths: at least one stage is needed")
         if self.image_size % self.stride:
             raise ValueError(f"image_size {self.image_size} must be a multiple of the token's side of {self.stride} pixels")
+        if self.num_heads and self.num_blocks == 1:
+            raise ValueError("num_heads: attention stands between blocks, take num_blocks 2 or more")
         if self.num_heads and self.widths[-1] % self.num_heads:
             raise ValueError(f"the last of widths, {self.widths[-1]}, must be a multiple of num_heads {self.num_heads}")
         return self
@@ -126,6 +132,7 @@ class ImageTokenizer(nn.Module):
         quantizer: Of `mm.nn.quantize`.
         decoder: Codes ``(B, D, h, w)`` to pixels in -1..1, ``(B, 3, H, W)``, or to location and log scale in logit space,
             ``(B, 6, H, W)``.
+        image_size: Side of the square picture in pixels.
         grid: Rows and columns of tokens.
         laplace: Whether the decoder gives a logit-Laplace distribution.
     """
@@ -136,12 +143,13 @@ class ImageTokenizer(nn.Module):
         quantizer: FiniteScalarQuantizer | VectorQuantizer | GumbelQuantizer,
         decoder: PictureDecoder,
         *,
+        image_size: int,
         grid: tuple[int, int],
         laplace: bool = False,
     ) -> None:
         super().__init__()
         self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
-        self.grid, self.laplace = grid, laplace
+        self.image_size, self.grid, self.laplace = image_size, grid, laplace
 
     @property
     def vocab_size(self) -> int:
@@ -149,13 +157,17 @@ class ImageTokenizer(nn.Module):
         return self.quantizer.codebook_size
 
     @torch.no_grad()
+    @full_precision
     def encode(self, image: UInt8[Tensor, "b 3 H W"]) -> Int64[Tensor, "b n"]:
-        """Token ids of pictures, uint8 in 0..255."""
+        """Token ids of pictures, uint8 in 0..255. Raises `UserError` for pictures of another size."""
+        check_pictures(image, self.image_size)
         return self.quantize(self.normalise(image)).ids
 
     @torch.no_grad()
+    @full_precision
     def decode(self, ids: Int64[Tensor, "b n"]) -> UInt8[Tensor, "b 3 H W"]:
-        """Pictures of token ids, uint8 in 0..255."""
+        """Pictures of token ids, uint8 in 0..255. Raises `UserError` for another number of tokens, or unknown ids."""
+        check_ids(ids, self.grid, self.vocab_size)
         return self.to_pixels(self.reconstruct(self.quantizer.lookup(ids)))
 
     def quantize(self, pixels: Float[Tensor, "b 3 H W"]) -> Quantized:
@@ -195,6 +207,7 @@ def build_image_tokenizer(config: ImageTokenizerConfig) -> ImageTokenizer:
         PictureEncoder(**stages, out_width=in_width),
         quantizer,
         PictureDecoder(quantizer.width, **stages, out_channels=6 if laplace else 3),
+        image_size=config.image_size,
         grid=(side, side),
         laplace=laplace,
     )

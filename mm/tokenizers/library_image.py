@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from mm.config import StrictConfig
 from mm.errors import UserError
+from mm.nn.precision import full_precision
 from mm.tokenizers.image import LAPLACE_EPS
+from mm.tokenizers.limits import check_ids, check_pictures
 
 BUILD_FAILURES = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError)
 """What diffusers raises for sizes and options that a network cannot have."""
@@ -257,23 +259,18 @@ class LibraryImageTokenizer(nn.Module):
         return self.network.vocab_size
 
     @torch.no_grad()
+    @full_precision
     def encode(self, image: UInt8[Tensor, "b 3 H W"]) -> Int64[Tensor, "b n"]:
         """Token ids of pictures, uint8 in 0..255. Raises `UserError` for pictures of another size."""
-        if image.shape[1:] != (3, self.image_size, self.image_size):
-            size = self.image_size
-            raise UserError(
-                f"image tokenizer: pictures of shape {tuple(image.shape[1:])} where (3, {size}, {size}) is expected; "
-                "prepare them with the model's processor"
-            )
+        check_pictures(image, self.image_size)
         return self.network.ids(image.float() / 255).flatten(1)
 
     @torch.no_grad()
+    @full_precision
     def decode(self, ids: Int64[Tensor, "b n"]) -> UInt8[Tensor, "b 3 H W"]:
-        """Pictures of token ids, uint8 in 0..255. Raises `UserError` for another number of tokens."""
-        rows, columns = self.grid
-        if ids.shape[1] != rows * columns:
-            raise UserError(f"image tokenizer: {ids.shape[1]} tokens where {rows} x {columns} make a picture")
-        pixels = self.network.pixels(ids.view(-1, rows, columns)).float()
+        """Pictures of token ids, uint8 in 0..255. Raises `UserError` for another number of tokens, or unknown ids."""
+        check_ids(ids, self.grid, self.vocab_size)
+        pixels = self.network.pixels(ids.view(-1, *self.grid)).float()
         return (255 * pixels.clamp(0, 1)).round().to(torch.uint8)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mm.nn.ends import is_end
 from mm.training.devices import choose_dtype
 
 MOMENTUM = 0.95
@@ -90,11 +89,13 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 def split_groups(groups: Sequence[dict[str, Any]], module: nn.Module) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Parts of parameter groups for `Muon`: those of matrices within the network, and the rest.
 
-    The matrices are the weights of linear layers and ungrouped convolutions that are no end of the network (`mm.nn.ends`) and
-    not shared with an embedding.
+    The matrices are the weights of linear layers and ungrouped convolutions that are not shared with an embedding and have no
+    attribute ``end``, which marks the first and last layers of a network.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)]
-    inner = {id(layer.weight) for layer in layers if getattr(layer, "groups", 1) == 1 and not is_end(layer)}
+    inner = {
+        id(layer.weight) for layer in layers if getattr(layer, "groups", 1) == 1 and not getattr(layer.weight, "end", False)
+    }
     inner -= {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
 
     def part(matrices: bool) -> list[dict[str, Any]]:

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from mm.config import validate
-from mm.errors import UserError
+from mm.errors import ConfigError, UserError
 from mm.generators.autoregressive import Compiled, generate
 from mm.systems import CONFIGS, build
 from mm.systems.dalle import Dalle, DalleConfig
 from mm.systems.muse import Muse, hide
+from mm.systems.vq import Vq
+from mm.tokenizers.memory import TokenMemory
 from mm.types import Batch, Paints, Sampling, System, TextBatch
 
 VQ = {"tokenizer": {"image_size": 16, "patch": 2, "widths": [8, 16], "quantizer": {"kind": "fsq", "levels": [5, 5, 3]}}}
@@ -202,11 +204,65 @@ def test_padding_is_not_predicted_and_losses_are_weighted() -> None:
     prompt = system.prompt(data.text)
     logits, _ = system.forward_logits(prompt, system.tokenizer.encode(data.image))
     terms = [
-        -logits[row, position].log_softmax(-1)[prompt[row, position + 1]]
+        [-logits[row, place].log_softmax(-1)[prompt[row, place + 1]] for place in range(int(data.text.lengths[row]) - 1)]
         for row in range(4)
-        for position in range(int(data.text.lengths[row]) - 1)
     ]
-    torch.testing.assert_close(losses.parts["text"], torch.stack(terms).mean().detach())
+    expected = torch.stack([torch.stack(of_sample).mean() for of_sample in terms]).mean()
+    torch.testing.assert_close(losses.parts["text"], expected.detach())
+
+
+def test_slices_of_a_batch_have_the_gradient_of_the_whole() -> None:
+    system = small("dalle", caption_dropout=0.0)
+    data = batch()
+    system.loss(data, 0).total.backward()
+    whole = {name: p.grad.clone() for name, p in system.named_parameters() if p.grad is not None}
+    system.zero_grad()
+    for row in range(4):
+        (system.loss(data[row : row + 1], 0).total / 4).backward()
+    for name, parameter in system.named_parameters():
+        if name in whole:
+            torch.testing.assert_close(parameter.grad, whole[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["dalle", "muse"])
+def test_remembered_tokens_are_those_that_the_tokenizer_gives(variant: str) -> None:
+    system = small(variant, remember_tokens=3, caption_dropout=0.0)
+    data, encoded = batch(), []
+    tokenizer = system.tokenizer
+    assert isinstance(tokenizer, Vq)
+    memory = TokenMemory(lambda image: encoded.append(image) or tokenizer.encode(image), 3)
+    assert data.image is not None
+    for expected in (4, 5, 6):  # the fourth picture is never remembered
+        assert torch.equal(memory(data.image), tokenizer.encode(data.image))
+        assert len(encoded) == expected
+    plain = small(variant, caption_dropout=0.0)
+    torch.manual_seed(5)
+    first = system.loss(data, 0).total
+    torch.manual_seed(5)
+    assert torch.equal(first, plain.loss(data, 0).total)
+
+
+def test_tokens_are_the_same_within_autocast() -> None:
+    tokenizer = small("dalle").tokenizer
+    assert isinstance(tokenizer, Vq)
+    image = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    ids = tokenizer.encode(image)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tokenizer.encode(image), ids)
+        assert torch.equal(tokenizer.decode(ids), tokenizer.tokenizer.decode(ids))
+    with pytest.raises(UserError, match=r"pictures of shape \(3, 20, 20\) where \(3, 16, 16\)"):
+        tokenizer.encode(torch.zeros(1, 3, 20, 20, dtype=torch.uint8))
+    with pytest.raises(UserError, match="ids from 0 to 75 where 0 to 74 are known"):
+        tokenizer.decode(torch.full((1, 16), 75).triu(1))
+    with pytest.raises(UserError, match="12 tokens where 4 x 4"):
+        tokenizer.decode(ids[:, :12])
+
+
+@pytest.mark.parametrize("variant", ["dalle", "muse"])
+def test_only_a_tokenizer_can_be_stood_on(variant: str) -> None:
+    config = validate(CONFIGS[variant], SIZES | VARIANTS[variant], "test")
+    with pytest.raises(ConfigError, match="does not turn pictures into tokens"):
+        build(config, {"tokenizer": torch.nn.Identity()})
 
 
 def test_the_share_of_hidden_tokens_follows_the_cosine() -> None:
@@ -222,8 +278,6 @@ def test_the_share_of_hidden_tokens_follows_the_cosine() -> None:
 
 
 def test_configurations_that_cannot_be() -> None:
-    from mm.errors import ConfigError
-
     with pytest.raises(ConfigError, match="multiple of heads"):
         validate(DalleConfig, {"width": 10, "heads": 3}, "test")
     assert isinstance(small("muse"), Muse)

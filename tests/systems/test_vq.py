@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from mm.config import validate
+from mm.errors import ConfigError
 from mm.systems.vq import Vq, VqConfig, build
 from mm.types import Batch, Tokenizes
 
-SMALL = {"image_size": 16, "patch": 2, "widths": [8, 16], "num_blocks": 1, "num_heads": 2}
+SMALL = {"image_size": 16, "patch": 2, "widths": [8, 16], "num_blocks": 2, "num_heads": 2}
 QUANTIZERS = {
     "fsq": {"kind": "fsq", "levels": [5, 5, 3]},
     "vq": {"kind": "vq", "codebook_size": 24, "width": 4},
@@ -116,7 +117,7 @@ def test_the_temperature_falls_and_the_divergence_rises() -> None:
     quantizer = system.tokenizer.quantizer
     temperatures = []
     for step in range(12):
-        system.after_step(step)
+        system.loss(batch(), step)
         temperatures.append(quantizer.temperature)
     assert temperatures == sorted(temperatures, reverse=True)
     assert temperatures[-1] == pytest.approx(1 / 16)
@@ -142,13 +143,34 @@ def test_perceptual_distances_come_from_a_picture_encoder() -> None:
     config = validate(VqConfig, {"tokenizer": SMALL | {"image_size": 64}, "perceptual": "emoji-clip"}, "test")
 
     class Embedder:
+        embed_image = embed_text = scores = print
+
         def encoders(self) -> dict[str, torch.nn.Module]:
             return {"image": encoder}
 
-    system = build(config, {"perceptual": Embedder()})
+    system = build(config, {"perceptual": Embedder()}).train()
     losses = system.loss(batch(side=64), 0)
     assert float(losses.parts["perceptual"]) > 0
     assert not any("perceptual" in name for name in system.state_dict())
+    losses.total.backward()
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in encoder.parameters())
+    assert not encoder.training
+    system.to("meta")
+    assert {parameter.device.type for parameter in encoder.parameters()} == {"meta"}
+    with pytest.raises(ConfigError, match="no picture encoder with feature maps"):
+        build(config, {"perceptual": small()})
+
+
+def test_gumbel_temperature_depends_on_the_step_alone() -> None:
+    """So a resumed run goes on as if nothing had happened."""
+    system, resumed = small("gumbel").train(), small("gumbel").train()
+    for step in range(4):
+        system.loss(batch(), step)
+        system.after_step(step)
+    torch.manual_seed(0)
+    live = system.loss(batch(), 4).total
+    torch.manual_seed(0)
+    assert torch.equal(resumed.loss(batch(), 4).total, live)
 
 
 def test_a_collapsing_codebook_is_told_once_with_its_remedy() -> None:

@@ -1,4 +1,4 @@
-"""Losses are computed in the precision of their inputs, whatever surrounds them."""
+"""What is computed in the precision of its inputs, whatever surrounds it: losses, tokens."""
 
 from collections.abc import Callable
 from functools import wraps
