@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm.config import read_json, read_yaml, validate
 from mm.errors import CheckpointError, UserError
@@ -78,11 +78,7 @@ class Model:
         """Digest of network, weights and preparation: equal fingerprints give equal vectors."""
         vocabulary = self.processor.tokenizer.to_json() if self.processor.has_text else ""
         parts = (self.config.model_dump_json(), json.dumps(self.processor.to_dict()), vocabulary)
-        digest = hashlib.sha256("\n".join(parts).encode())
-        for name, tensor in sorted(self.system.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return _digest(self.system, "\n".join(parts))
 
     @property
     def embed_dim(self) -> int:
@@ -202,6 +198,7 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
         raise CheckpointError(f"{config_path}: has no 'system' section; is this a model folder written by mm?")
     config = read_system(values["system"], f"{config_path} (system)")
     parts = load_parts(config.parts())
+    _check_parts(parts, values.get("parts", {}), config_path)
     system = build(config, {name: part.system for name, part in parts.items()})
     if values.get("tune"):
         add_lora(system, validate(LoraConfig, values["tune"], f"{config_path} (tune)"))
@@ -241,6 +238,25 @@ def embed_parts(config: SystemConfig, parts: Mapping[str, Model]) -> SystemConfi
 def _part_weights(parts: Mapping[str, Model]) -> dict[str, Tensor]:
     """Weights of parts under the names that they have in the whole network."""
     return {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part.system.state_dict().items()}
+
+
+def _check_parts(parts: Mapping[str, Model], digests: Mapping[str, str], where: Path) -> None:
+    """Raises `CheckpointError` where a part is no longer the one that the whole was trained with."""
+    for name, digest in digests.items():
+        if name in parts and _digest(parts[name].system) != digest:
+            raise CheckpointError(
+                f"{where}: its {name} '{parts[name].name}' has other weights than when this model was saved; "
+                "take the version of mm that it was made with, or train it again"
+            )
+
+
+def _digest(system: nn.Module, text: str = "") -> str:
+    """Of names and weights, behind a text."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(system.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _placed(system: System, device: torch.device, precision: str) -> System:
@@ -288,7 +304,7 @@ def save(
     contents = dict(model.card if card is None else card)
     temporary = folder / (WEIGHTS_FILE + ".tmp")
     try:
-        write_config(model.config, folder)
+        write_config(model.config, folder, {name: _digest(getattr(model.system, name)) for name in model.config.parts()})
         model.processor.save(folder)
         if contents:
             (folder / CARD_FILE).write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -316,9 +332,11 @@ def make_folder(folder: str | Path) -> Path:
     return folder
 
 
-def write_config(config: SystemConfig, folder: Path) -> None:
-    """Write the resolved configuration of a network that is not part of a run."""
-    values = {"system": config.model_dump(mode="json")}
+def write_config(config: SystemConfig, folder: Path, digests: Mapping[str, str] | None = None) -> None:
+    """Write the resolved configuration of a network that is not part of a run, with the digests of parts that it only names."""
+    values: dict[str, Any] = {"system": config.model_dump(mode="json")}
+    if digests:
+        values["parts"] = dict(digests)
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 

@@ -11,35 +11,56 @@ import json
 import platform
 import shutil
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 import mm
+from mm.data.emoji import open_emoji
 from mm.evaluation.charts import read_metrics
 from mm.evaluation.metrics import Interval, Result
+from mm.evaluation.sheet import contact_sheet
 from mm.hub import ASSETS, Model
+from mm.run.generation import generate
+from mm.show import save_picture
+from mm.types import Tokenizes
 
 LICENCES = """The weights learned from art under Apache-2.0 (Noto), CC-BY-4.0 (Twemoji), MIT (Fluent Emoji, flat) and
 CC-BY-SA-4.0 (OpenMoji), and from names under Unicode-3.0 (CLDR); credits in ATTRIBUTION.md. The weights are given under
 CC-BY-SA-4.0, the strictest of these."""
 
 
+SHOWN = "emoji:test/core"
+SHEET_COLUMNS = 10
+PROMPTS = (
+    *("grinning face", "dog face", "pizza", "red heart", "rocket", "sunflower", "crown", "soccer ball", "penguin", "red apple"),
+    *("crying face", "cat face", "hamburger", "blue heart", "automobile", "cherry blossom", "gem stone", "guitar", "snake"),
+    *("tangerine", "nerd face", "ghost", "police car", "green heart", "cactus", "hourglass done", "bomb", "owl", "ice cream"),
+    "blue apple",
+)
+JUDGED = {"judge": "emoji-judge", "limit": 100, "best_of": 8}
+
+
 @dataclass(frozen=True)
 class Measurement:
-    """One evaluation: its name for `mm.evaluate`, the data, and options that keep it short."""
+    """One evaluation: its name for `mm.evaluate`, the data, options, and what is appended to the names of its figures."""
 
     task: str
     data: str
     options: dict[str, Any] = field(default_factory=dict)
+    suffix: str = ""
 
     def __call__(self, model: Model) -> Result:
-        return mm.evaluate(self.task, model, self.data, **self.options)
+        measured = mm.evaluate(self.task, model, self.data, **self.options)
+        return Result({name + self.suffix: figure for name, figure in measured.metrics.items()}, measured.protocol)
 
     def command(self, model: str) -> str:
-        return f"mm eval {self.task} {model} --data {self.data}"
+        options = "".join(f" --{name.replace('_', '-')} {value}" for name, value in self.options.items())
+        return f"mm eval {self.task} {model} --data {self.data}{options}"
 
 
 @dataclass(frozen=True)
@@ -56,6 +77,7 @@ class Shipment:
         test: Measured on the artist that nothing was chosen on; for every seed.
         seeds: Figures listed for every seed, of the test measurements.
         limits: What it cannot do.
+        sheet: Draws pictures that show what it does, where there is something to show.
     """
 
     summary: str
@@ -67,7 +89,41 @@ class Shipment:
     test: tuple[Measurement, ...]
     seeds: tuple[str, ...]
     limits: str
+    sheet: Callable[[Model], Image.Image] | None = None
 
+
+def reconstructions(model: Model) -> Image.Image:
+    """Pictures by the test artist, each above what its tokens keep of it."""
+    tokenizer, source = model.system, open_emoji(SHOWN, model.processor.image_spec.size)
+    if not isinstance(tokenizer, Tokenizes):
+        raise TypeError(f"{model.name} has no tokens")
+    step = len(source) // SHEET_COLUMNS
+    real = model.processor.images([source.read(row * step).media["image"] for row in range(SHEET_COLUMNS)])
+    made = tokenizer.decode(tokenizer.encode(real))
+    return contact_sheet([*real, *made], columns=SHEET_COLUMNS, cell=96)
+
+
+def paintings(model: Model) -> Image.Image:
+    """The best of 8 of a few prompts, new combinations of words among them."""
+    made = generate(model, PROMPTS, best_of=8, ranker="emoji-clip")
+    return contact_sheet([one.pixels for one in made], PROMPTS, columns=SHEET_COLUMNS, cell=96)
+
+
+PAINTERS: dict[str, Any] = {
+    "train": "emoji:train/core",
+    "data": "emoji:train/core: artists noto, twemoji, fluent-flat, openmoji; seen concepts only",
+    "headline": "clip_rank5",
+    "validation": (Measurement("generation", "emoji:validation/core/seen", JUDGED),),
+    "test": (
+        Measurement("generation", "emoji:test/core/seen", JUDGED),
+        Measurement("generation", "emoji:test/core/compositional", JUDGED, "_compositional"),
+    ),
+    "seeds": ("clip_rank5", "clip_rank5_real", "copies"),
+    "limits": """- It knows the names of about 1,290 concepts; new combinations of words work now and then, new words do not.
+- Fine detail is what 64 tokens hold: see `emoji-vq`.
+- `copies` says how often a picture is as near to a training picture as few real ones are.""",
+    "sheet": paintings,
+}
 
 SHIPMENTS = {
     "emoji-clip": Shipment(
@@ -96,6 +152,7 @@ SHIPMENTS = {
         seeds=("psnr", "ssim", "codebook_usage"),
         limits="""- It knows flat drawings on a plain, mostly white background; photographs and text come back blurred.
 - Trained for the squared error alone, it gives the mean of what it is unsure of: thin lines and small faces are soft.""",
+        sheet=reconstructions,
     ),
     "emoji-judge": Shipment(
         summary="A second CLIP that judges generated pictures; it shares nothing with what conditions or ranks",
@@ -108,6 +165,16 @@ SHIPMENTS = {
         seeds=("top1", "top5"),
         limits="""- For judging only: `emoji-clip` is the better model.
 - It knows drawings of the kind of emoji, cut to their content on a plain background.""",
+    ),
+    "emoji-dalle": Shipment(
+        summary="Paints emoji of their names, one picture token after the other",
+        configs=("configs/dalle.yaml",),
+        **PAINTERS,
+    ),
+    "emoji-muse": Shipment(
+        summary="Paints emoji of their names, all picture tokens at once in a few steps",
+        configs=("configs/muse.yaml",),
+        **PAINTERS,
     ),
 }
 
@@ -140,12 +207,17 @@ def main() -> None:
         "licence": "CC-BY-SA-4.0",
     }
     folder = ASSETS / "models" / arguments.name
+    fresh = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    mm.save(models[chosen], fresh, dtype=torch.bfloat16, card=card)
     shutil.rmtree(folder, ignore_errors=True)
-    mm.save(models[chosen], folder, dtype=torch.bfloat16, card=card)
+    fresh.rename(folder)
     shipped = mm.load(arguments.name, precision="fp32")
     card["validation_as_shipped"] = shipment.validation[0](shipped).to_json()["metrics"][shipment.headline]
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     page = _page(arguments.name, shipment, card, shipped, validation[chosen], test[chosen])
+    if shipment.sheet:
+        save_picture(shipment.sheet(shipped), Path(f"docs/images/{arguments.name}.png"))
     Path(f"docs/cards/{arguments.name}.md").write_text(page, encoding="utf-8")
     print(page)
 
@@ -201,8 +273,9 @@ def _page(
         for artist, measurements, results in (("test", shipment.test, test), ("validation", shipment.validation, validation))
     }
     as_shipped = _shown(card["validation_as_shipped"]["value"], validation[0].metrics[shipment.headline].unit)
+    sheet = f"\n![what it makes](../images/{name}.png)\n" if shipment.sheet else ""
     return f"""# {name}
-
+{sheet}
 {card["summary"]}. {model.parameters()["total"]:,} parameters, {model.processor.image_spec.size} px, bf16 weights.
 
 - Trained by `{card["command"]}` on {card["data"]}
