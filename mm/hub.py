@@ -32,7 +32,7 @@ from mm.published.resolve import import_model
 from mm.systems import SystemConfig, build, read_system
 from mm.training.checkpoint import find_checkpoint
 from mm.training.devices import choose_device, inference_dtype
-from mm.types import Embeds, System, TextBatch, capabilities
+from mm.types import CompilesDecoding, Embeds, System, TextBatch, capabilities
 
 ASSETS = Path(__file__).parent / "assets"
 CONFIG_FILE = "config.yaml"
@@ -90,8 +90,12 @@ class Model:
         """This model itself, its encoders compiled for long jobs: a minute of compilation, then fewer and larger kernels.
 
         Batches are filled up to ``rows``, texts to multiples of 8 tokens, so that few shapes are compiled. A CPU needs a C++
-        compiler for it; weights are folded into the compiled code, so they must not change afterwards.
+        compiler for it; weights are folded into the compiled code, so they must not change afterwards. Of a model that decodes
+        step by step the step is compiled, for each number of rows when it is first met.
         """
+        if isinstance(self.system, CompilesDecoding):
+            self.system.compile_decoding()
+            return self
         for encoder in self._embedding_system().encoders().values():
             encoder.compile(dynamic=False)
         self.compiled_rows = rows

@@ -215,11 +215,11 @@ class Vq(System):
 
 
 def _usage(ids: Tensor, vocab_size: int) -> dict[str, Tensor]:
-    """How many of the codes that a batch could use it does, and the perplexity of their distribution."""
+    """How many codes a batch uses, over the number that random tokens would, and the perplexity of their distribution."""
     counter = CodeUsage(vocab_size)
     counter.update(ids)
-    possible = min(1.0, ids.numel() / vocab_size)
-    return {"batch_usage": torch.tensor(counter.usage / possible), "perplexity": torch.tensor(counter.perplexity)}
+    random = 1 - math.exp(-ids.numel() / vocab_size)
+    return {"batch_usage": torch.tensor(counter.usage / random), "perplexity": torch.tensor(counter.perplexity)}
 
 
 def _annealed(config: GumbelConfig, step: int) -> float:

@@ -89,7 +89,7 @@ class ImageTokenizerConfig(StrictConfig):
     """The network of a picture tokenizer.
 
     Args:
-        image_size: Side of the square picture in pixels.
+        image_size: Side of the square picture in pixels; at least the window of SSIM.
         patch: Side of the patch that becomes one cell of the first stage, pixels.
         widths: Channels of the stages, fine to coarse; the grid halves between two of them.
         num_blocks: Residual blocks of a stage.
@@ -98,7 +98,7 @@ class ImageTokenizerConfig(StrictConfig):
         pixels: What the decoder predicts of a pixel: its value, or the location and scale of a logit-Laplace distribution.
     """
 
-    image_size: int = Field(default=64, ge=8)
+    image_size: int = Field(default=64, ge=11)
     patch: int = Field(default=4, ge=1)
     widths: tuple[int, ...] = (96, 192)
     num_blocks: int = Field(default=1, ge=1)
