@@ -57,6 +57,7 @@ class Model:
         name: What the user called it.
         card: Data, command, figures and limits, as far as they were recorded.
         device: Where the network lives.
+        dtype: What the weights are computed with; parts that would suffer from it stay in fp32.
         compiled_rows: Rows of every batch where the encoders are compiled (`compile`), 0 where they are not.
     """
 
@@ -66,6 +67,7 @@ class Model:
     name: str
     card: Mapping[str, Any] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
     compiled_rows: int = 0
 
     @property
@@ -210,13 +212,15 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
     merge_lora(system)
     card = folder / CARD_FILE
     place = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    dtype = inference_dtype(precision, place)
     return Model(
-        system=_placed(system, place, precision),
+        system=_placed(system, place, dtype),
         processor=Processor.load(folder),
         config=config,
         name=str(model),
         card=read_json(card) if card.is_file() else {},
         device=place,
+        dtype=dtype,
     )
 
 
@@ -263,10 +267,9 @@ def _digest(system: nn.Module, text: str = "") -> str:
     return digest.hexdigest()
 
 
-def _placed(system: System, device: torch.device, precision: str) -> System:
+def _placed(system: System, device: torch.device, dtype: torch.dtype) -> System:
     """The system in evaluation mode, on its device, its weights cast once to the computing type."""
     system.eval().to(device)
-    dtype = inference_dtype(precision, device)
     if dtype != torch.float32:
         system.cast_(dtype)
     return system
@@ -277,13 +280,15 @@ def from_imported(imported: Imported, *, name: str, device: str = "auto", precis
     system = build(imported.config)
     _load_weights(system, imported.state, name)
     place = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    dtype = inference_dtype(precision, place)
     return Model(
-        system=_placed(system, place, precision),
+        system=_placed(system, place, dtype),
         processor=imported.processor,
         config=imported.config,
         name=name,
         card=imported.card,
         device=place,
+        dtype=dtype,
     )
 
 

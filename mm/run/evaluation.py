@@ -417,13 +417,12 @@ def stamp(model: Model, source: Source, samples: str, fingerprint: str | None = 
 
     The model's fingerprint is taken from the caller where it has it already.
     """
-    precision = str(next(model.system.parameters()).dtype).removeprefix("torch.")
     return {
         "model": model.name,
         "data": source.name,
         "samples": samples,
         **model.processor.stamp(),
-        "precision": precision,
+        "precision": str(model.dtype).removeprefix("torch."),
         "data_fingerprint": source.fingerprint[:16],
         "model_fingerprint": (fingerprint or model.fingerprint)[:16],
     }
