@@ -130,6 +130,11 @@ class System(nn.Module):
         """Hold the weights in another floating type, cast once, for inference; what must stay in fp32 does."""
         self.to(dtype)
 
+    @property
+    def may_be_added(self) -> tuple[str, ...]:
+        """Beginnings of the names of parameters that change nothing at first, so that a trained network may be given them."""
+        return ()
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups: matrices decay; gains, biases and scales (``ndim < 2`` or a ``no_decay`` attribute) do not."""
         trainable = [p for p in self.parameters() if p.requires_grad]

@@ -94,6 +94,7 @@ class ImageTokenizerConfig(StrictConfig):
         widths: Channels of the stages, fine to coarse; the grid halves between two of them.
         num_blocks: Residual blocks of a stage.
         num_heads: Attention heads between the blocks of the coarsest stage; 0 for none.
+        refinement: Further blocks in each stage of the decoder, which a trained one may be given.
         quantizer: What makes features discrete.
         pixels: What the decoder predicts of a pixel: its value, or the location and scale of a logit-Laplace distribution.
     """
@@ -103,6 +104,7 @@ class ImageTokenizerConfig(StrictConfig):
     widths: tuple[int, ...] = (96, 192)
     num_blocks: int = Field(default=1, ge=1)
     num_heads: int = Field(default=0, ge=0)
+    refinement: int = Field(default=0, ge=0)
     quantizer: FsqConfig | CodebookConfig | GumbelConfig = Field(default=FsqConfig(), discriminator="kind")
     pixels: Literal["value", "laplace"] = "value"
 
@@ -206,7 +208,7 @@ def build_image_tokenizer(config: ImageTokenizerConfig) -> ImageTokenizer:
     return ImageTokenizer(
         PictureEncoder(**stages, out_width=in_width),
         quantizer,
-        PictureDecoder(quantizer.width, **stages, out_channels=6 if laplace else 3),
+        PictureDecoder(quantizer.width, **stages, out_channels=6 if laplace else 3, refinement=config.refinement),
         image_size=config.image_size,
         grid=(side, side),
         laplace=laplace,
