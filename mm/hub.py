@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from mm.config import read_json, read_yaml, validate
 from mm.errors import CheckpointError, UserError
@@ -258,10 +258,12 @@ def _check_parts(parts: Mapping[str, Model], digests: Mapping[str, str], where: 
             )
 
 
-def _digest(system: nn.Module, text: str = "") -> str:
-    """Of names and weights, behind a text."""
+def _digest(system: System, text: str = "") -> str:
+    """Of names and weights, behind a text; what training alone needs changes nothing that a model gives."""
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(system.state_dict().items()):
+        if name.startswith(system.only_for_training):
+            continue
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -308,7 +310,7 @@ def save(
     state = {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous().clone()
         for name, tensor in model.system.state_dict().items()
-        if name.partition(".")[0] not in model.config.parts()
+        if name.partition(".")[0] not in model.config.parts() and not name.startswith(model.system.only_for_training)
     }
     contents = dict(model.card if card is None else card)
     temporary = folder / (WEIGHTS_FILE + ".tmp")
@@ -380,8 +382,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _load_weights(system: System, state: Mapping[str, Tensor], where: str) -> None:
-    """Load strictly; bf16 and fp16 files are computed with in fp32."""
+    """Load strictly, except for what training alone needs; bf16 and fp16 files are computed with in fp32."""
     expected = system.state_dict()
+    state = {name: tensor for name, tensor in expected.items() if name.startswith(system.only_for_training)} | dict(state)
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unexpected:
         raise CheckpointError(f"{where}: does not fit its configuration; missing {missing[:3]}, unexpected {unexpected[:3]}")
@@ -390,4 +393,4 @@ def _load_weights(system: System, state: Mapping[str, Tensor], where: str) -> No
             raise CheckpointError(
                 f"{where}: '{name}' is {tuple(tensor.shape)}, its configuration says {tuple(expected[name].shape)}"
             )
-    system.load_state_dict(dict(state))
+    system.load_state_dict(state)

@@ -27,6 +27,10 @@ class Encoded:
     pooled: Tensor
     extras: Mapping[str, Any] = field(default_factory=dict)
 
+    def __getitem__(self, rows: slice | Tensor) -> "Encoded":
+        """Some samples, which an index may repeat; without extras, which need not have a row a sample."""
+        return Encoded(self.tokens[rows], self.mask[rows], self.pooled[rows])
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -55,8 +59,17 @@ class TextBatch:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, rows: slice) -> "TextBatch":
+    def __getitem__(self, rows: slice | Tensor) -> "TextBatch":
         return TextBatch(self.ids[rows], self.lengths[rows])
+
+    def valid(self) -> Tensor:
+        """True for real tokens, False for padding, ``(B, T)``."""
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
+
+    def inner(self) -> Tensor:
+        """True for words, ``(B, T)``: what is neither start nor end nor padding."""
+        positions = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return (positions > 0) & (positions < self.lengths[:, None] - 1)
 
     def to(self, device: torch.device) -> "TextBatch":
         return TextBatch(self.ids.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True))
@@ -135,6 +148,11 @@ class System(nn.Module):
         """Beginnings of the names of parameters that change nothing at first, so that a trained network may be given them."""
         return ()
 
+    @property
+    def only_for_training(self) -> tuple[str, ...]:
+        """Beginnings of the names of tensors that training alone needs: a saved model does without them, so may `init_from`."""
+        return ()
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups: matrices decay; gains, biases and scales (``ndim < 2`` or a ``no_decay`` attribute) do not."""
         trainable = [p for p in self.parameters() if p.requires_grad]
@@ -207,7 +225,11 @@ class Matches(Protocol):
         """The part of a picture's computation that does not depend on a text."""
         ...
 
-    def match(self, image: Encoded, text: TextBatch) -> Tensor:
+    def encode_text(self, text: TextBatch) -> Encoded:
+        """The part of a text's computation that does not depend on a picture."""
+        ...
+
+    def match(self, image: Encoded, text: Encoded) -> Tensor:
         """Logits ``(B,)``, fp32, of picture i and text i belonging together."""
         ...
 

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mm.types import Encoded
+
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 """Log of CLIP's initial inverse temperature (https://arxiv.org/abs/2103.00020, section 2.5)."""
 
@@ -22,6 +24,7 @@ class DualTower(nn.Module):
         towers: Name of a modality to its encoder and the projection of the encoder's pooled vector ``(B, width) -> (B, D)``.
         logit_scale: Initial value of the log of the multiplier of cosines.
         logit_bias: Initial value of a learnable bias of the logits, or None for none.
+        logit_scale_range: Where `clamp_` keeps the log of the multiplier.
         locked: Towers whose encoders are not trained and stay in evaluation mode (LiT, https://arxiv.org/abs/2111.07991). Their
             projections are trained, so that an encoder that never met the others can be locked.
     """
@@ -34,6 +37,7 @@ class DualTower(nn.Module):
         *,
         logit_scale: float = INITIAL_LOGIT_SCALE,
         logit_bias: float | None = None,
+        logit_scale_range: tuple[float, float] = (0.0, MAX_LOGIT_SCALE),
         locked: Collection[str] = (),
     ) -> None:
         super().__init__()
@@ -41,6 +45,7 @@ class DualTower(nn.Module):
         self.projections = nn.ModuleDict({name: projection for name, (_, projection) in towers.items()})
         self.logit_scale = nn.Parameter(torch.tensor(logit_scale))
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor(logit_bias))
+        self.logit_scale_range = logit_scale_range
         self.locked = frozenset(locked)
         for name in self.locked:
             self.encoders[name].requires_grad_(False)
@@ -55,7 +60,11 @@ class DualTower(nn.Module):
 
     def embed(self, name: str, value: Any) -> Float[Tensor, "b d"]:
         """Unit vectors of a modality's input, fp32."""
-        return unit(self.projections[name](self.encoders[name](value).pooled.to(self.logit_scale.dtype)))
+        return self.project(name, self.encoders[name](value))
+
+    def project(self, name: str, encoded: Encoded) -> Float[Tensor, "b d"]:
+        """Unit vectors of what a modality's encoder has made of its input, fp32."""
+        return unit(self.projections[name](encoded.pooled.to(self.logit_scale.dtype)))
 
     def cast_(self, dtype: torch.dtype) -> None:
         """Hold the encoders in another floating type, cast once, for inference; projections and scores stay in fp32."""
@@ -63,7 +72,7 @@ class DualTower(nn.Module):
             encoder.cast_(dtype)  # pyright: ignore[reportCallIssue] - every encoder has it
 
     def scale(self) -> Float[Tensor, ""]:
-        """The multiplier of cosines; without a bias in 1..100 after `clamp_`."""
+        """The multiplier of cosines; without a bias within its range after `clamp_`."""
         return self.logit_scale.float().exp()
 
     def scores(self, queries: Float[Tensor, "q d"], items: Float[Tensor, "m d"]) -> Float[Tensor, "q m"]:
@@ -74,12 +83,12 @@ class DualTower(nn.Module):
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Keep a softmax's multiplier in 1..100, as CLIP does; to be called after each optimizer step.
+        """Keep a softmax's multiplier in its range (CLIP's is 1..100); to be called after each optimizer step.
 
         SigLIP's is free: its published one is about 117, which fine-tuning must not cut.
         """
         if self.logit_bias is None:
-            self.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
+            self.logit_scale.clamp_(*self.logit_scale_range)
 
 
 def unit(vectors: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:

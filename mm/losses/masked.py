@@ -58,14 +58,28 @@ def mask_tokens(
 
 
 def masked_cross_entropy(
-    features: Float[Tensor, "b t d"], masked: MaskedTokens, head: Callable[[Tensor], Tensor]
+    features: Float[Tensor, "b t d"],
+    masked: MaskedTokens,
+    head: Callable[[Tensor], Tensor],
+    *,
+    teacher: Float[Tensor, "m v"] | None = None,
+    alpha: float = 0.0,
 ) -> Float[Tensor, ""]:
     """Mean cross-entropy of the chosen positions in nats; 0 where there are none.
+
+    With a teacher the target is ``alpha * softmax(teacher) + (1 - alpha) * one-hot`` (https://arxiv.org/abs/2107.07651,
+    equation 7): several words may fit a gap.
 
     Args:
         features: Of the changed text.
         masked: From `mask_tokens`.
         head: Features ``(M, D)`` to logits ``(M, V)``; computed for the M chosen positions only.
+        teacher: Logits of a momentum encoder for the same positions, in their order; no gradient passes through them.
+        alpha: Share of the teacher, in 0..1.
     """
     logits, targets = head(features[masked.chosen]).float(), masked.targets[masked.chosen]
-    return F.cross_entropy(logits, targets, reduction="sum") / max(1, len(targets))
+    total = F.cross_entropy(logits, targets, reduction="sum")
+    if teacher is not None:
+        soft = F.cross_entropy(logits, teacher.detach().float().softmax(-1), reduction="sum")
+        total = (1 - alpha) * total + alpha * soft
+    return total / max(1, len(targets))

@@ -1,6 +1,7 @@
 """Image-text matching: which text belongs to a picture, told from others of the same batch.
 
-Sources: ViLT https://arxiv.org/abs/2102.03334 (half of the pairs mismatched; fine-tuning against random texts).
+Sources: ViLT https://arxiv.org/abs/2102.03334 (half of the pairs mismatched; fine-tuning against random texts), ALBEF
+https://arxiv.org/abs/2107.07651 (hard negatives drawn by contrastive similarity).
 
 Shapes: B batch, n negatives of a row. Pairs of equal group show the same thing and are never negatives of each other.
 """
@@ -44,6 +45,30 @@ def half_mismatched(groups: Int[Tensor, " b"]) -> Pairing:
     partner, matched = derangement(groups)
     matched = matched | (torch.randperm(size, device=device) < (size + 1) // 2)
     return Pairing(torch.where(matched, torch.arange(size, device=device), partner), matched)
+
+
+class Negatives(NamedTuple):
+    """A row of another group for each row, and False where there is none (the row given then means nothing)."""
+
+    rows: Int[Tensor, " b"]
+    valid: Bool[Tensor, " b"]
+
+
+@torch.no_grad()
+def draw_negatives(logits: Float[Tensor, "b b"], groups: Int[Tensor, " b"]) -> Negatives:
+    """For each row one column of another group, drawn by the softmax of its logits; draws from torch's global generator.
+
+    The largest sum of a logit and a Gumbel variable is such a draw: no probability is formed, so none underflows and no row is
+    too empty to draw from.
+
+    Args:
+        logits: Similarities of queries (rows) with items (columns), the larger the harder; equal ones give random negatives.
+        groups: Of the queries, and of the items in the same order.
+    """
+    other = groups[:, None] != groups
+    gumbel = -torch.empty_like(logits, dtype=torch.float32).exponential_().log()
+    rows = (logits.float() + gumbel).masked_fill(~other, -torch.inf).argmax(1)
+    return Negatives(rows, other.any(1))
 
 
 def matching_loss(logits: Float[Tensor, " b"], matched: Bool[Tensor, " b"]) -> Float[Tensor, ""]:

@@ -39,6 +39,8 @@ class FeatureQueue(nn.Module):
         self.register_buffer("features", torch.zeros(capacity, width))
         self.register_buffer("ids", torch.zeros(capacity, dtype=torch.int64))
         self.register_buffer("num_pushed", torch.zeros((), dtype=torch.int64))
+        self._staged: list[Queued] = []
+        self._staged_step = -1
 
     def __len__(self) -> int:
         return min(int(self.num_pushed), len(self.ids))
@@ -60,3 +62,15 @@ class FeatureQueue(nn.Module):
         self.features[places] = features[skipped:].detach().to(self.features.dtype)
         self.ids[places] = ids[skipped:]
         self.num_pushed += len(ids)
+
+    def stage(self, features: Float[Tensor, "b d"], ids: Int[Tensor, " b"], step: int) -> None:
+        """Keep rows until their step is applied; those of an earlier step that was not are forgotten."""
+        if step != self._staged_step:
+            self._staged, self._staged_step = [], step
+        self._staged.append(Queued(features.detach(), ids))
+
+    def commit(self, gather: Gather | None = None) -> None:
+        """Push what is staged: to be called when its step has been applied."""
+        for rows in self._staged:
+            self.push(*rows, gather)
+        self._staged = []

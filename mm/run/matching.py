@@ -12,7 +12,7 @@ from mm.evaluation.retrieval import ranks_of_scores, recalls
 from mm.hub import Model
 from mm.run.evaluation import MAX_BAD_SHARE, check_retrieval_set, stamp
 from mm.run.preparation import EvalPreparation
-from mm.types import Encoded, Matches, Source
+from mm.types import Matches, Source
 
 Progress = Callable[[int, int | None], None]
 
@@ -78,12 +78,8 @@ def _all_pairs(model: Model, pictures: Sequence[Tensor], texts: Sequence[str], p
     for row, picture in enumerate(pictures):
         image = system.encode_image(picture.to(model.device))
         for tile, text in zip(tiles, prepared, strict=True):
-            repeated = Encoded(
-                tokens=image.tokens.expand(len(text), -1, -1),
-                mask=image.mask.expand(len(text), -1),
-                pooled=image.pooled.expand(len(text), -1),
-            )
-            scores[row, tile] = system.match(repeated, text).float().cpu()
+            repeated = image[torch.zeros(len(text), dtype=torch.int64, device=model.device)]
+            scores[row, tile] = system.match(repeated, system.encode_text(text)).float().cpu()
         if progress:
             progress((row + 1) * len(texts), scores.numel())
     return scores

@@ -209,11 +209,13 @@ def _system(config: RunConfig, start: Model | None, parts: Mapping[str, System])
 def _adopt(system: System, start: System, name: str) -> None:
     """Take over all parameters, and the buffers that fit: a queue that only one of the two has is left as it is.
 
-    Parameters that `System.may_be_added` allows may be missing.
+    Parameters that `System.may_be_added` allows may be missing; those that are `System.only_for_training` may be on one side.
     """
     state, own = start.state_dict(), system.state_dict()
     parameters = {key for network in (start, system) for key, _ in network.named_parameters()}
     parameters -= {key for key in parameters - state.keys() if key.startswith(system.may_be_added)}
+    one_sided = state.keys() ^ own.keys()
+    parameters -= {key for key in parameters & one_sided if key.startswith(system.only_for_training + start.only_for_training)}
     unfit = [key for key in parameters if key not in state or key not in own or state[key].shape != own[key].shape]
     if unfit:
         raise ConfigError(

@@ -9,7 +9,8 @@ from pydantic import Field
 
 from mm.config import validate
 from mm.errors import ConfigError
-from mm.systems import clip, dalle, image_tower, muse, published_vq, vilt, vq
+from mm.systems import albef, clip, dalle, image_tower, muse, published_vq, vilt, vq
+from mm.systems.albef import AlbefConfig
 from mm.systems.clip import ClipConfig
 from mm.systems.dalle import DalleConfig
 from mm.systems.image_tower import ImageTowerConfig
@@ -19,7 +20,9 @@ from mm.systems.vilt import ViltConfig
 from mm.systems.vq import VqConfig
 from mm.types import System
 
-SystemConfig = ClipConfig | ImageTowerConfig | VqConfig | PublishedVqConfig | DalleConfig | MuseConfig | ViltConfig
+SystemConfig = (
+    ClipConfig | ImageTowerConfig | VqConfig | PublishedVqConfig | DalleConfig | MuseConfig | ViltConfig | AlbefConfig
+)
 """The union of all systems' configurations."""
 
 NamedSystem = Annotated[SystemConfig, Field(discriminator="name")]
@@ -33,6 +36,7 @@ MODULES: Mapping[str, ModuleType] = {
     "dalle": dalle,
     "muse": muse,
     "vilt": vilt,
+    "albef": albef,
 }
 """Name to the file that composes the system."""
 
@@ -44,6 +48,7 @@ CONFIGS: Mapping[str, type[SystemConfig]] = {
     "dalle": DalleConfig,
     "muse": MuseConfig,
     "vilt": ViltConfig,
+    "albef": AlbefConfig,
 }
 """Name to the configuration's class."""
 

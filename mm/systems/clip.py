@@ -28,8 +28,8 @@ from mm.errors import ConfigError
 from mm.fusion.dual_tower import INITIAL_LOGIT_SCALE, DualTower
 from mm.losses.contrastive import info_nce, siglip, supervised_contrastive
 from mm.losses.gather import Gather, current_gather
+from mm.losses.groups import lasting_groups
 from mm.losses.queue import FeatureQueue
-from mm.seeding import derive_seed
 from mm.systems.settings import SystemSettings
 from mm.types import Batch, Losses, System, TextBatch
 
@@ -136,7 +136,6 @@ class Clip(System):
         self.chunk_size = chunk_size
         self.label_smoothing = label_smoothing
         self.image_image_weight = image_image_weight
-        self._to_queue: tuple[Mapping[str, Tensor], Tensor] | None = None
 
     def represent(self, batch: Batch) -> dict[str, Tensor]:
         """Unit vectors ``image`` and ``text``, each ``(B, D)``."""
@@ -145,14 +144,13 @@ class Clip(System):
     def loss_from(self, representations: Mapping[str, Tensor], batch: Batch, step: int) -> Losses:
         """The contrastive loss of the whole batch given its unit vectors."""
         scale, gather = self.towers.scale(), current_gather()
-        total = contrastive = self._contrastive(representations, batch, scale, gather)
+        total = contrastive = self._contrastive(representations, batch, step, scale, gather)
         parts = {"contrastive": contrastive, "logit_scale": scale}
         if self.towers.logit_bias is None:
             parts["guessing"] = torch.tensor(math.log(self._candidates(len(batch), gather)), device=scale.device)
         if self.image_image_weight:
-            groups = _things(batch, scale.device) if batch.groups is None else batch.groups
             parts["image_image"] = supervised_contrastive(
-                representations["image"], scale, groups, chunk_size=self.chunk_size, gather=gather
+                representations["image"], scale, lasting_groups(batch, scale.device), chunk_size=self.chunk_size, gather=gather
             )
             total = total + self.image_image_weight * parts["image_image"]
         return Losses(total, {name: part.detach() for name, part in parts.items()})
@@ -164,11 +162,8 @@ class Clip(System):
     def after_step(self, step: int) -> None:
         """Clamp the scale; queue the features of the step that was applied."""
         self.towers.clamp_()
-        if self._to_queue is not None:
-            features, ids = self._to_queue
-            for name, queue in self._queues.items():
-                queue.push(features[name], ids, current_gather())
-            self._to_queue = None
+        for queue in self._queues.values():
+            queue.commit(current_gather())
 
     def embed_image(self, image: Tensor) -> Tensor:
         """Pixels ``(B, 3, H, W)`` to unit vectors ``(B, D)``, fp32."""
@@ -195,17 +190,20 @@ class Clip(System):
         queued = len(self._queues["image"]) if self._queues else 0
         return rows * (1 if gather is None else gather.world_size) + queued
 
-    def _contrastive(self, representations: Mapping[str, Tensor], batch: Batch, scale: Tensor, gather: Gather | None) -> Tensor:
+    def _contrastive(
+        self, representations: Mapping[str, Tensor], batch: Batch, step: int, scale: Tensor, gather: Gather | None
+    ) -> Tensor:
         image, text = representations["image"], representations["text"]
         groups, bias = batch.groups, self.towers.logit_bias
         if bias is not None:
             return siglip(image, text, scale, bias, groups=groups, chunk_size=self.chunk_size, gather=gather)
         negatives = None
         if self._queues:
-            groups = _things(batch, image.device) if groups is None else groups
+            groups = lasting_groups(batch, image.device)
             negatives = self._queues["image"].content(), self._queues["text"].content()
             if self.training and torch.is_grad_enabled():
-                self._to_queue = {name: vectors.detach() for name, vectors in representations.items()}, groups
+                for name, queue in self._queues.items():
+                    queue.stage(representations[name], groups, step)
         return info_nce(
             image,
             text,
@@ -261,8 +259,3 @@ def _projection(kind: Projection, width: int, embed_dim: int, tower: str) -> nn.
     if projection.bias is not None:
         nn.init.zeros_(projection.bias)
     return projection
-
-
-def _things(batch: Batch, device: torch.device) -> Tensor:
-    """Lasting numbers of what each sample shows where the batch has no groups: each sample shows its own thing."""
-    return torch.tensor([derive_seed(name) for name in batch.ids], device=device)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -178,20 +178,23 @@ class Vilt(System):
         """Pixels ``(B, 3, H, W)`` to patch vectors, the part of a picture's computation that does not depend on a text."""
         return self.patches(image)
 
-    def fuse(self, image: Encoded, text: TextBatch) -> Encoded:
-        """Read pairs: row i of the pictures with row i of the texts. Raises `UserError` for texts that are too long.
-
-        ``extras`` of the result holds the slices ``text`` and ``image`` of its tokens.
-        """
+    def encode_text(self, text: TextBatch) -> Encoded:
+        """Token ids to word vectors. Raises `UserError` for texts that are too long."""
         length, longest = text.ids.shape[1], self.config.context_length
         if length > longest:
             raise UserError(f"text of {length} tokens where the model takes {longest}; tokenize with context_length={longest}")
         words = self.words(text.ids)
-        valid = torch.arange(length, device=text.ids.device) < text.lengths[:, None]
-        return self.tower({"text": Encoded(words, valid, words[:, 0]), "image": image})
+        return Encoded(words, text.valid(), words[:, 0])
 
-    def match(self, image: Encoded, text: TextBatch) -> Float[Tensor, " b"]:
-        """Logits of row i of the pictures, from `encode_image`, and row i of the texts belonging together, fp32."""
+    def fuse(self, image: Encoded, text: Encoded) -> Encoded:
+        """Read pairs: row i of the pictures with row i of the texts.
+
+        ``extras`` of the result holds the slices ``text`` and ``image`` of its tokens.
+        """
+        return self.tower({"text": text, "image": image})
+
+    def match(self, image: Encoded, text: Encoded) -> Float[Tensor, " b"]:
+        """Logits of row i of the pictures and row i of the texts, both encoded, belonging together, fp32."""
         return self._matching_logits(self.fuse(image, text))
 
     def loss(self, batch: Batch, step: int) -> Losses:
@@ -226,8 +229,8 @@ class Vilt(System):
 
     def _masked_loss(self, image: Encoded, text: TextBatch) -> Tensor:
         vocab_size = self.config.vocab_size
-        masked = mask_tokens(text.ids, _inner(text), mask_id=vocab_size, vocab_size=vocab_size, rate=self.config.mask_rate)
-        fused = self.fuse(image, TextBatch(masked.ids, text.lengths))
+        masked = mask_tokens(text.ids, text.inner(), mask_id=vocab_size, vocab_size=vocab_size, rate=self.config.mask_rate)
+        fused = self.fuse(image, self.encode_text(TextBatch(masked.ids, text.lengths)))
         vectors = self.words.tokens.weight[:vocab_size]
         head = lambda features: F.linear(self.masked_head(features), vectors, self.word_bias)  # noqa: E731
         return masked_cross_entropy(fused.tokens[:, fused.extras["text"]], masked, head)
@@ -235,32 +238,21 @@ class Vilt(System):
     def _matching_losses(self, image: Encoded, text: TextBatch, groups: Tensor) -> dict[str, Tensor]:
         """Of half of the texts given to other pictures: the loss, the alignment cost that they change, and the accuracy."""
         rows, matched = half_mismatched(groups)
-        text = _rows(text, rows)
-        fused = self.fuse(image, text)
+        text = text[rows]
+        fused = self.fuse(image, self.encode_text(text))
         logits = self._matching_logits(fused)
         words, patches = (fused.tokens[:, fused.extras[name]] for name in ("text", "image"))
         losses = {"matching": matching_loss(logits, matched)}
         if self.config.alignment_weight:
-            cost = word_patch_alignment(words, patches, _inner(text), image.mask)
+            cost = word_patch_alignment(words, patches, text.inner(), image.mask)
             losses["alignment"] = torch.where(matched, cost, -cost).mean()
         return losses | {"matching_accuracy": ((logits > 0) == matched).float().mean()}
 
     def _retrieval_loss(self, image: Encoded, text: TextBatch, groups: Tensor) -> Tensor:
         rows, valid = random_candidates(groups, self.config.retrieval_negatives)
-        num_candidates = rows.shape[1]
-        tokens, mask, pooled = (x.repeat_interleave(num_candidates, 0) for x in (image.tokens, image.mask, image.pooled))
-        logits = self.match(Encoded(tokens, mask, pooled), _rows(text, rows.flatten()))
+        pictures = torch.arange(len(rows), device=rows.device).repeat_interleave(rows.shape[1])
+        logits = self.match(image[pictures], self.encode_text(text[rows.flatten()]))
         return ranking_loss(logits.view_as(rows), valid)
-
-
-def _rows(text: TextBatch, rows: Int[Tensor, " m"]) -> TextBatch:
-    return TextBatch(text.ids[rows], text.lengths[rows])
-
-
-def _inner(text: TextBatch) -> Bool[Tensor, "b t"]:
-    """True for words: what is neither start nor end nor padding."""
-    positions = torch.arange(text.ids.shape[1], device=text.ids.device)
-    return (positions > 0) & (positions < text.lengths[:, None] - 1)
 
 
 def build(config: ViltConfig, parts: Mapping[str, Any] | None = None) -> Vilt:

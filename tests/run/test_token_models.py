@@ -164,9 +164,8 @@ def test_a_single_tower_retrieves_by_reading_all_pairs(workshop: Path) -> None:
     image = model.processor.images([sample.media["image"] for sample in samples])
     text = model.processor.text([sample.texts[0] for sample in samples])
     with torch.no_grad():
-        logits = torch.stack(
-            [model.system.match(model.system.encode_image(one[None].expand(len(samples), -1, -1, -1)), text) for one in image]
-        )
+        words, pixels = model.system.encode_text(text), image[:, None].expand(-1, len(samples), -1, -1, -1)
+        logits = torch.stack([model.system.match(model.system.encode_image(row), words) for row in pixels])
     right = (logits.argmax(1) == torch.arange(len(samples))).float().mean().item()
     assert result.metrics["image_to_text_r1"].value == pytest.approx(right)
     assert result.protocol["compared"] == "144 pairs, each read together"

@@ -19,6 +19,7 @@ ABLE = {
     "dalle": {"paints"},
     "muse": {"paints"},
     "vilt": {"matches"},
+    "albef": {"embeds", "matches"},
 }
 
 
@@ -62,7 +63,7 @@ def test_casting_for_inference_keeps_a_system_usable(name: str) -> None:
         if isinstance(system, Paints):
             assert system.paint(text, [0, 1], Sampling(steps=3)).shape == image.shape
         if isinstance(system, Matches):
-            assert system.match(system.encode_image(image), text).dtype == torch.float32
+            assert system.match(system.encode_image(image), system.encode_text(text)).dtype == torch.float32
     if before.is_floating_point():
         assert torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).min() > 0.98
     else:

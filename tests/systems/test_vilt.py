@@ -13,7 +13,7 @@ from mm.losses.alignment import word_patch_alignment
 from mm.losses.masked import mask_tokens
 from mm.losses.matching import half_mismatched, random_candidates
 from mm.systems.vilt import Vilt, ViltConfig, build
-from mm.types import Batch, Encoded, TextBatch
+from mm.types import Batch, TextBatch
 
 SMALL = {
     "image_size": 16,
@@ -92,11 +92,8 @@ def test_learns_which_text_belongs_to_a_picture(name: str) -> None:
 def all_pairs(model: Vilt, image: Tensor, text: TextBatch) -> Tensor:
     """Logits of all pictures (rows) with all texts, no picture being encoded twice."""
     encoded, size = model.encode_image(image), len(text)
-    rows = [
-        Encoded(*(x[i : i + 1].expand(size, *x.shape[1:]) for x in (encoded.tokens, encoded.mask, encoded.pooled)))
-        for i in range(len(image))
-    ]
-    return torch.stack([model.match(row, text) for row in rows])
+    words = model.encode_text(text)
+    return torch.stack([model.match(encoded[torch.full((size,), row)], words) for row in range(len(image))])
 
 
 @pytest.mark.parametrize("name", ["linear", "stem"])
@@ -107,9 +104,8 @@ def test_pairs_depend_neither_on_their_batch_nor_on_padding(name: str) -> None:
     with torch.no_grad():
         for i in range(len(image)):
             for j, length in enumerate(text.lengths.tolist()):
-                alone = model.match(
-                    model.encode_image(image[i : i + 1]), TextBatch(text.ids[j : j + 1, :length], text.lengths[j : j + 1])
-                )
+                words = model.encode_text(TextBatch(text.ids[j : j + 1, :length], text.lengths[j : j + 1]))
+                alone = model.match(model.encode_image(image[i : i + 1]), words)
                 torch.testing.assert_close(alone[0], together[i, j], atol=1e-5, rtol=1e-4)
     assert together.std(0).min() > 1e-4
     assert together.std(1).min() > 1e-4
@@ -127,7 +123,7 @@ def test_matching_is_a_pass_over_words_and_patches_in_one_sequence() -> None:
         x = torch.cat([words + positions["text"][:length], patches + positions["image"]], 1)
         first = tower.transformer(x)[:, 0]
         expected = model.matching_head(torch.tanh(model.pooler[0](first)))[0, 0]
-        found = model.match(model.encode_image(image), text)[i]
+        found = model.match(model.encode_image(image), model.encode_text(text))[i]
         torch.testing.assert_close(found, expected)
 
 
@@ -145,13 +141,13 @@ def test_the_losses_are_their_definitions() -> None:
     for row, length in zip(inner, text.lengths.tolist(), strict=True):
         row[1 : length - 1] = True
     masked = mask_tokens(text.ids, inner, mask_id=40, vocab_size=40)
-    fused = model.fuse(encoded, TextBatch(masked.ids, text.lengths))
+    fused = model.fuse(encoded, model.encode_text(TextBatch(masked.ids, text.lengths)))
     logits = model.masked_head(fused.tokens[:, :8]) @ model.words.tokens.weight[:40].T + model.word_bias
     terms = [-logits[b, t].log_softmax(0)[text.ids[b, t]] for b, t in masked.chosen.nonzero().tolist()]
     torch.testing.assert_close(losses.parts["masked"], torch.stack(terms).mean().detach())
 
     rows, matched = half_mismatched(groups)
-    given = TextBatch(text.ids[rows], text.lengths[rows])
+    given = model.encode_text(text[rows])
     fused = model.fuse(encoded, given)
     terms = [F.logsigmoid(x if m else -x) for x, m in zip(model.match(encoded, given), matched, strict=True)]
     torch.testing.assert_close(losses.parts["matching"], -torch.stack(terms).mean().detach())
@@ -206,16 +202,17 @@ def test_fine_tuning_takes_the_weights_of_training() -> None:
     trained, tuned = small(), small(**RETRIEVAL)
     tuned.load_state_dict(trained.state_dict())
     image, text = inputs(batch(2))
-    torch.testing.assert_close(tuned.match(tuned.encode_image(image), text), trained.match(trained.encode_image(image), text))
+    found, expected = (model.match(model.encode_image(image), model.encode_text(text)) for model in (tuned, trained))
+    torch.testing.assert_close(found, expected)
 
 
 def test_half_precision_stays_close() -> None:
     model = small(mean=[0.48, 0.46, 0.41]).eval()
     image, text = inputs(batch())
     with torch.no_grad():
-        expected = model.match(model.encode_image(image), text)
+        expected = model.match(model.encode_image(image), model.encode_text(text))
         model.cast_(torch.bfloat16)
-        found = model.match(model.encode_image(image), text)
+        found = model.match(model.encode_image(image), model.encode_text(text))
     assert model.patches.mean.dtype == found.dtype == torch.float32
     torch.testing.assert_close(found, expected, atol=0.03, rtol=0.03)
 
@@ -226,7 +223,7 @@ def test_pictures_of_another_size_and_long_texts_are_refused() -> None:
     with pytest.raises(UserError, match=r"\(3, 8, 8\) where \(3, 16, 16\) is expected"):
         model.encode_image(image[:, :, :8, :8])
     with pytest.raises(UserError, match="9 tokens where the model takes 8"):
-        model.match(model.encode_image(image), TextBatch(F.pad(text.ids, (0, 1)), text.lengths))
+        model.encode_text(TextBatch(F.pad(text.ids, (0, 1)), text.lengths))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,341 @@
+"""ALBEF: a picture and a text are aligned as vectors before their tokens are fused by cross-attention.
+
+Paper: ALBEF https://arxiv.org/abs/2107.07651 (image-text contrastive learning with momentum encoders and queues, image-text
+matching with hard negatives, masked language modelling, both soft targets of momentum distillation).
+
+Deviations: samples of the same group are positives of each other, in the queue, too, and never negatives (the reference's
+pretraining knows only pairs); momentum features of all processes are columns before they are queued; hard negatives are drawn
+by the similarities of the trained encoders; one logit tells whether a pair matches, which is the paper's two-way softmax; the
+temperature is learned as the logarithm of its inverse, as CLIP does: steps are relative to its size, and none can change its
+sign. Its range is the reference's, 0.001 to 0.5. Single tokens are hidden, not whole words, as a batch does not say where words
+end. Convolutional picture encoders (``feature_map``) and norms before the branches are allowed; weights are fresh.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from mm.encoders.image import ImageEncoderConfig, build_image_encoder
+from mm.encoders.text import TextEncoder
+from mm.errors import UserError
+from mm.fusion.align_before_fuse import AlignBeforeFuse, FeatureMap
+from mm.fusion.cross_attention import CrossAttention
+from mm.fusion.dual_tower import DualTower
+from mm.losses.contrastive import info_nce
+from mm.losses.distillation import Views, distilled_contrastive, ramped
+from mm.losses.gather import current_gather
+from mm.losses.groups import lasting_groups
+from mm.losses.masked import MASK_RATE, MaskedTokens, mask_tokens, masked_cross_entropy
+from mm.losses.matching import draw_negatives, matching_loss
+from mm.losses.queue import FeatureQueue
+from mm.nn.attention import MultiHeadAttention
+from mm.nn.embeddings import LearnedPositions, TokenEmbedding
+from mm.nn.freeze import freeze
+from mm.nn.initialise import initialise
+from mm.nn.momentum import Momentum
+from mm.nn.transformer import Block, FeedForward, Transformer
+from mm.systems.settings import SystemSettings
+from mm.types import Batch, Encoded, Losses, System, TextBatch
+
+LOGIT_SCALE_RANGE = (math.log(1 / 0.5), math.log(1 / 0.001))
+
+
+class AlbefConfig(SystemSettings):
+    """ALBEF with its picture encoder and its transformer over words.
+
+    Args:
+        image: The picture encoder; its tokens are what words attend to, its pooled vector is what is aligned.
+        feature_map: The tokens are a bare feature map, as of a convolutional encoder: normalise them and add trained positions.
+        vocab_size: Number of token ids; at least that of the tokenizer.
+        context_length: Longest text in tokens, start and end included.
+        width: Feature width of words.
+        text_layers: Blocks over words alone.
+        fusion_layers: Blocks over words that also attend to the picture.
+        heads: Attention heads; divides ``width``.
+        mlp_ratio: Hidden width of the feed-forward over ``width``.
+        norm_place: Norms behind each branch (``post``, BERT) or before it (``pre``), which trains more easily from nothing.
+        norm_eps: Added to the variance in the norms; BERT's is 1e-12.
+        dropout: Of each block's branches and of the words, in training.
+        text_pooling: What of a text is aligned: its ``first`` token, or the ``mean`` of all.
+        embed_dim: Width of the space in which both are aligned.
+        contrastive_weight: Of aligning pictures and texts.
+        matching_weight: Of telling matching pairs from others; 0 leaves the network unable to re-rank.
+        masked_weight: Of predicting hidden words.
+        mask_rate: Share of the words to predict.
+        momentum: Share of the momentum encoders that stays at each step; 0 for none, plain InfoNCE without queue.
+        queue_size: Past momentum features of each side kept as further negatives; ``Batch.groups`` must then number things
+            alike in all batches.
+        distillation: Share of soft targets from the momentum encoders; 0 switches momentum distillation off.
+        distillation_ramp_steps: Steps over which that share rises from 0; the paper takes those of the first epoch.
+        hard_negatives: Draw the negatives of matching by contrastive similarity, else evenly.
+    """
+
+    name: Literal["albef"] = "albef"
+    image: ImageEncoderConfig = ImageEncoderConfig()
+    feature_map: bool = False
+    vocab_size: int = Field(default=4096, ge=3)
+    context_length: int = Field(default=32, ge=3)
+    width: int = Field(default=256, ge=1)
+    text_layers: int = Field(default=2, ge=1)
+    fusion_layers: int = Field(default=2, ge=1)
+    heads: int = Field(default=4, ge=1)
+    mlp_ratio: float = Field(default=4.0, gt=0)
+    norm_place: Literal["post", "pre"] = "post"
+    norm_eps: float = Field(default=1e-5, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    text_pooling: Literal["first", "mean"] = "first"
+    embed_dim: int = Field(default=256, ge=1)
+    contrastive_weight: float = Field(default=1.0, gt=0)
+    matching_weight: float = Field(default=1.0, ge=0)
+    masked_weight: float = Field(default=1.0, ge=0)
+    mask_rate: float = Field(default=MASK_RATE, gt=0, lt=1)
+    momentum: float = Field(default=0.995, ge=0, lt=1)
+    queue_size: int = Field(default=4096, ge=0)
+    distillation: float = Field(default=0.4, ge=0, le=1)
+    distillation_ramp_steps: int = Field(default=1000, ge=0)
+    hard_negatives: bool = True
+
+    @property
+    def picture_side(self) -> int:
+        return self.image.image_size
+
+    @property
+    def text_limits(self) -> tuple[int, int]:
+        return self.vocab_size, self.context_length
+
+    def with_vocabulary(self, size: int) -> "AlbefConfig":
+        return self.model_copy(update={"vocab_size": size})
+
+    @model_validator(mode="after")
+    def _possible(self) -> "AlbefConfig":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        if not self.momentum and (self.queue_size or self.distillation):
+            option = "queue_size" if self.queue_size else "distillation"
+            raise ValueError(f"{option} is of momentum features; set momentum above 0, or {option} to 0")
+        if self.image.patch_dropout and self.feature_map:
+            raise ValueError("feature_map needs every patch; leave image.patch_dropout out")
+        return self
+
+
+class Albef(System):
+    """Two encoders that are aligned, and a fusion that reads pairs.
+
+    Args:
+        network: Encoders and fusion.
+        config: Sizes, weights of the tasks, momentum.
+    """
+
+    def __init__(self, network: AlignBeforeFuse, config: AlbefConfig) -> None:
+        super().__init__()
+        self.network, self.config = network, config
+        self.matching_head = nn.Linear(config.width, 1)
+        self.momentum = Momentum(network, config.momentum) if config.momentum else None
+        sides = Views._fields if config.queue_size else ()
+        self._queues = {side: FeatureQueue(config.queue_size, config.embed_dim) for side in sides}
+        self.queues = nn.ModuleDict(self._queues)  # the same modules, whose type is known above
+        self._freeze_what_no_task_trains()
+
+    @property
+    def only_for_training(self) -> tuple[str, ...]:
+        return "momentum.", "queues."
+
+    def encode_image(self, image: Tensor) -> Encoded:
+        """Pixels ``(B, 3, H, W)`` to tokens; what is pooled is the unit vector of the picture."""
+        return self.network.encode_image(image)
+
+    def encode_text(self, text: TextBatch) -> Encoded:
+        """Token ids to words that have not seen a picture; what is pooled is the unit vector of the text."""
+        return self.network.encode_text(text)
+
+    def fuse(self, image: Encoded, text: Encoded, *, maps: list[dict[str, Tensor]] | None = None) -> Encoded:
+        """Read pairs: row i of the pictures with row i of the texts, both encoded; ``maps`` as `CrossAttention` fills it."""
+        return self.network.fusion(text, image, maps=maps)
+
+    def match(self, image: Encoded, text: Encoded) -> Float[Tensor, " b"]:
+        """Logits of row i of the pictures and row i of the texts, both encoded, belonging together, fp32.
+
+        Raises:
+            UserError: The network was not trained to match.
+        """
+        if not self.config.matching_weight:
+            raise UserError("this model was not trained to match pairs (matching_weight: 0); evaluate it with --score itc")
+        return self._matching_logits(self.fuse(image, text))
+
+    def embed_image(self, image: Tensor) -> Tensor:
+        """Pixels ``(B, 3, H, W)`` to unit vectors ``(B, D)``, fp32."""
+        return self.network.towers.embed("image", image)
+
+    def embed_text(self, text: TextBatch) -> Tensor:
+        """Token ids to unit vectors ``(B, D)``, fp32."""
+        return self.network.towers.embed("text", text)
+
+    def scores(self, queries: Tensor, items: Tensor) -> Tensor:
+        """Contrastive logits ``(Q, M)`` of vectors from either side."""
+        return self.network.towers.scores(queries, items)
+
+    def encoders(self) -> Mapping[str, nn.Module]:
+        """The ``image`` and ``text`` encoders."""
+        return dict(self.network.towers.encoders.items())
+
+    def cast_(self, dtype: torch.dtype) -> None:
+        """Hold the network in another floating type, for inference; projections and matching stay in fp32."""
+        self.network.cast_(dtype)
+
+    def loss(self, batch: Batch, step: int) -> Losses:
+        """Weighted sum of the losses of all tasks, this rank's share of the global batch."""
+        assert batch.image is not None
+        assert batch.text is not None
+        config = self.config
+        image, text = self.encode_image(batch.image), self.encode_text(batch.text)
+        groups = lasting_groups(batch, image.tokens.device)
+        alpha = ramped(config.distillation, step, config.distillation_ramp_steps)
+        taught = self._momentum_views(batch.image, batch.text)
+        parts = self._contrastive_losses(Views(image.pooled, text.pooled), taught, groups, alpha, step)
+        total = config.contrastive_weight * parts["contrastive"]
+        if config.matching_weight:
+            parts |= self._matching_losses(image, text, groups)
+            total = total + config.matching_weight * parts["matching"]
+        if config.masked_weight:
+            parts["masked"] = self._masked_loss(image, batch.text, None if taught is None else taught[0], alpha)
+            total = total + config.masked_weight * parts["masked"]
+        return Losses(total, {name: part.detach() for name, part in parts.items()})
+
+    def after_step(self, step: int) -> None:
+        """Clamp the temperature, move the momentum encoders, queue the features of the step that was applied."""
+        self.network.towers.clamp_()
+        if self.momentum is not None:
+            self.momentum.update()
+        for queue in self._queues.values():
+            queue.commit(current_gather())
+
+    @torch.no_grad()
+    def _momentum_views(self, image: Tensor, text: TextBatch) -> tuple[Encoded, Encoded] | None:
+        """What the momentum encoders make of pictures and texts."""
+        if self.momentum is None:
+            return None
+        average = self.momentum.average
+        return average.encode_image(image), average.encode_text(text)
+
+    def _contrastive_losses(
+        self, student: Views, taught: tuple[Encoded, Encoded] | None, groups: Tensor, alpha: float, step: int
+    ) -> dict[str, Tensor]:
+        scale, gather = self.network.towers.scale(), current_gather()
+        candidates = len(groups) * (1 if gather is None else gather.world_size)
+        if taught is None:
+            loss = info_nce(student.image, student.text, scale, groups=groups, gather=gather)
+        else:
+            teacher = Views(taught[0].pooled, taught[1].pooled)
+            queued = (self._queues["image"].content(), self._queues["text"].content()) if self._queues else None
+            candidates += 0 if queued is None else len(queued[0].ids)
+            loss = distilled_contrastive(student, teacher, scale, groups, alpha=alpha, queued=queued, gather=gather)
+            if self.training and torch.is_grad_enabled():
+                for side, queue in self._queues.items():
+                    queue.stage(getattr(teacher, side), groups, step)
+        guessing = torch.tensor(math.log(candidates), device=scale.device)
+        return {"contrastive": loss, "guessing": guessing, "logit_scale": scale}
+
+    def _matching_losses(self, image: Encoded, text: Encoded, groups: Tensor) -> dict[str, Tensor]:
+        """Of each pair, of each picture with another text, of each text with another picture."""
+        logits = self.scores(image.pooled.detach(), text.pooled.detach())
+        if not self.config.hard_negatives:
+            logits = torch.zeros_like(logits)
+        texts, pictures = draw_negatives(logits, groups), draw_negatives(logits.T, groups)
+        own = torch.arange(len(groups), device=groups.device)
+        valid = torch.cat([torch.ones_like(texts.valid), texts.valid, pictures.valid])
+        image_rows, text_rows = torch.cat([own, own, pictures.rows])[valid], torch.cat([own, texts.rows, own])[valid]
+        matched = torch.arange(len(image_rows), device=groups.device) < len(own)
+        logits = self._matching_logits(self.fuse(image[image_rows], text[text_rows]))
+        return {"matching": matching_loss(logits, matched), "matching_accuracy": ((logits > 0) == matched).float().mean()}
+
+    def _matching_logits(self, fused: Encoded) -> Tensor:
+        return self.matching_head(fused.pooled.to(self.matching_head.weight.dtype))[:, 0].float()
+
+    def _masked_loss(self, image: Encoded, text: TextBatch, taught_image: Encoded | None, alpha: float) -> Tensor:
+        vocab_size = self.config.vocab_size
+        masked = mask_tokens(text.ids, text.inner(), mask_id=vocab_size, vocab_size=vocab_size, rate=self.config.mask_rate)
+        changed = TextBatch(masked.ids, text.lengths)
+        teacher = self._taught_words(taught_image, changed, masked) if taught_image is not None and alpha else None
+        fused = self.fuse(image, self.network.towers.encoders["text"](changed))
+        return masked_cross_entropy(fused.tokens, masked, self.network.words, teacher=teacher, alpha=alpha)
+
+    @torch.no_grad()
+    def _taught_words(self, image: Encoded, text: TextBatch, masked: MaskedTokens) -> Tensor:
+        """Logits of the hidden words by the momentum network, which sees its own picture tokens."""
+        assert self.momentum is not None
+        average = self.momentum.average
+        fused = average.fusion(average.towers.encoders["text"](text), image)
+        return average.words(fused.tokens[masked.chosen])
+
+    def _freeze_what_no_task_trains(self) -> None:
+        """It is kept, so that a later training may take it up with the same weights."""
+        config, network = self.config, self.network
+        if not config.masked_weight:
+            freeze(network.masked_head)
+            network.word_bias.requires_grad_(False)
+        if not config.matching_weight:
+            freeze(self.matching_head)
+        if not (config.masked_weight or config.matching_weight):
+            freeze(network.fusion)
+            freeze(network.picture_tokens)
+
+
+def build(config: AlbefConfig, parts: Mapping[str, Any] | None = None) -> Albef:
+    """Build ALBEF with fresh weights; ``parts`` may hold a ready ``image`` encoder for the configured one."""
+    image = (parts or {}).get("image") or build_image_encoder(config.image)
+    text = TextEncoder(
+        embedding=TokenEmbedding(
+            config.vocab_size + 1,
+            config.width,
+            positions=LearnedPositions(config.context_length, config.width),
+            norm=_norm(config) if config.norm_place == "post" else None,
+            dropout=config.dropout,
+        ),
+        transformer=_transformer(config, config.text_layers),
+        causal=False,
+        pooling=config.text_pooling,
+        context_length=config.context_length,
+    )
+    projections = {"image": nn.Linear(image.width, config.embed_dim), "text": nn.Linear(config.width, config.embed_dim)}
+    for projection in projections.values():  # keeps the variance of its input
+        nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+        nn.init.zeros_(projection.bias)
+    network = AlignBeforeFuse(
+        DualTower(
+            {"image": (image, projections["image"]), "text": (text, projections["text"])}, logit_scale_range=LOGIT_SCALE_RANGE
+        ),
+        FeatureMap(image.num_tokens, image.token_width) if config.feature_map else nn.Identity(),
+        CrossAttention(_transformer(config, config.fusion_layers, context_width=image.token_width)),
+        config.width,
+        config.vocab_size,
+    )
+    for part in (text, network.picture_tokens, network.fusion):
+        initialise(part)
+    return Albef(network, config)
+
+
+def _norm(config: AlbefConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.width, eps=config.norm_eps)
+
+
+def _transformer(config: AlbefConfig, num_layers: int, *, context_width: int | None = None) -> Transformer:
+    """Blocks over words, with cross-attention where there is a context."""
+    width, heads = config.width, config.heads
+
+    def make_block(_: int) -> Block:
+        return Block(
+            attention=MultiHeadAttention(width, heads),
+            feed_forward=FeedForward(width, int(width * config.mlp_ratio), nn.GELU()),
+            norm=functools.partial(_norm, config),
+            norm_place=config.norm_place,
+            cross_attention=MultiHeadAttention(width, heads, context_width=context_width) if context_width else None,
+            dropout=config.dropout,
+        )
+
+    return Transformer(make_block, num_layers, final_norm=_norm(config) if config.norm_place == "pre" else None)
