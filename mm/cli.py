@@ -129,12 +129,22 @@ def eval_retrieval(
     data: DataOption,
     image_field: ImageFieldOption = None,
     text_field: TextFieldOption = None,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            help="order of the candidates of models that embed and match: itm (default), itc or sum", show_default=False
+        ),
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="Candidates of each query that such models read.")] = 128,
     json_file: JsonOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     cache: CacheOption = True,
 ) -> None:
-    """Image-text retrieval both ways: R@1, R@5, R@10 and median rank, with all captions of a picture."""
+    """Image-text retrieval both ways: R@1, R@5, R@10 and median rank, with all captions of a picture.
+
+    A model that both embeds and matches is measured in two stages: contrastive top-k, then re-ranked by reading each pair.
+    """
     from mm import show
     from mm.run.tasks import evaluate_any_retrieval
 
@@ -144,6 +154,8 @@ def eval_retrieval(
             data,
             image_field=image_field,
             text_field=text_field,
+            score=score,
+            top_k=top_k,
             device=device,
             precision=precision,
             cache=cache,

@@ -6,7 +6,8 @@ Shapes: B batch, H and W pixels, N tokens, D width.
 import difflib
 import inspect
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import timm
 import torch
@@ -56,6 +57,8 @@ class ImageEncoderConfig(StrictConfig):
         pool: Pooling in timm's terms ("avg", "token", "map"); the backbone's own if None. "pyramid" puts the pixels and the
             features of every stage in a row, averaged over 6 x 6 cells: the pooled vector knows what is where, coarse and fine
             (hypercolumns, https://arxiv.org/abs/1411.5752), which suits small pictures that are cut to their content.
+        tokens: What the tokens are: the backbone's "last" features or, with pool: pyramid, the 6 x 6 cells: pixels and features of
+            every stage there, so that few and coarse last features are not all that words can attend to.
         patch_dropout: Share of patches left out in training (ViTs only).
         drop_path: Probability of skipping a residual branch in training, at the last block; less before.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
@@ -68,6 +71,7 @@ class ImageEncoderConfig(StrictConfig):
     patch_size: int | None = Field(default=None, ge=1)
     options: dict[str, JsonValue] = {}  # noqa: RUF012 - pydantic copies it
     pool: str | None = None
+    tokens: Literal["last", "pyramid"] = "last"
     patch_dropout: float = Field(default=0.0, ge=0, lt=1)
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     gradient_checkpointing: bool = False
@@ -78,6 +82,8 @@ class ImageEncoderConfig(StrictConfig):
     def _possible(self) -> "ImageEncoderConfig":
         if self.pool == PYRAMID and self.patch_dropout:
             raise ValueError("pool: pyramid needs every patch; leave patch_dropout out")
+        if self.tokens == PYRAMID and self.pool != PYRAMID:
+            raise ValueError("tokens: pyramid are the cells of pool: pyramid; set both")
         if min(self.std) <= 0:
             raise ValueError("std must be above 0")
         return self
@@ -92,6 +98,7 @@ class ImageEncoder(nn.Module):
         mean: Of each colour channel, in 0..1.
         std: Of each colour channel, in 0..1.
         pyramid: Pool pixels and features of every stage instead of using the model's own head.
+        pyramid_tokens: Give the cells of the pyramid as tokens instead of the model's last features.
 
     Attributes:
         width: D of the pooled vector.
@@ -109,10 +116,11 @@ class ImageEncoder(nn.Module):
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
         pyramid: bool = False,
+        pyramid_tokens: bool = False,
     ) -> None:
         super().__init__()
         self.trunk: Any = trunk
-        self.pyramid = pyramid
+        self.pyramid, self.pyramid_tokens = pyramid, pyramid_tokens
         self.image_size = image_size
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -139,7 +147,7 @@ class ImageEncoder(nn.Module):
         pixels = self._normalise(image)
         if self.pyramid:
             features, stages = self.trunk.forward_intermediates(pixels, norm=True)
-            tokens, extras = self._flatten(features)
+            tokens, extras = _columns((pixels, *stages)) if self.pyramid_tokens else self._flatten(features)
             pooled = torch.cat([_cells(stage) for stage in (pixels, *stages)], dim=1)
         else:
             features = self.trunk.forward_features(pixels)
@@ -179,6 +187,13 @@ def _cells(stage: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
     side = min(PYRAMID_SIDE, stage.shape[2])
     cells = F.adaptive_avg_pool2d(stage.float(), side).flatten(1)
     return F.layer_norm(cells, cells.shape[1:])
+
+
+def _columns(stages: Sequence[Float[Tensor, "b c h w"]]) -> tuple[Float[Tensor, "b n d"], dict[str, Any]]:
+    """What all stages hold above each of 6 x 6 cells; each stage is brought to mean 0 and variance 1."""
+    grids = [F.adaptive_avg_pool2d(stage.float(), PYRAMID_SIDE) for stage in stages]
+    tokens = torch.cat([F.layer_norm(grid, grid.shape[1:]) for grid in grids], dim=1).flatten(2).mT
+    return tokens.to(stages[-1].dtype), {"prefix": 0, "grid": (PYRAMID_SIDE, PYRAMID_SIDE)}
 
 
 def _freeze_head(trunk: Any) -> None:
@@ -236,8 +251,14 @@ def build_image_encoder(config: ImageEncoderConfig) -> ImageEncoder:
             trunk.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
         except (AttributeError, AssertionError):
             raise UserError(f"backbone '{name}' has no gradient checkpointing; leave gradient_checkpointing out") from None
-    pyramid = config.pool == PYRAMID
-    return ImageEncoder(trunk, image_size=config.image_size, mean=config.mean, std=config.std, pyramid=pyramid)
+    return ImageEncoder(
+        trunk,
+        image_size=config.image_size,
+        mean=config.mean,
+        std=config.std,
+        pyramid=config.pool == PYRAMID,
+        pyramid_tokens=config.tokens == PYRAMID,
+    )
 
 
 def _arguments(config: ImageEncoderConfig) -> dict[str, Any]:

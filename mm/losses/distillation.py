@@ -57,31 +57,29 @@ def distilled_contrastive(
         queued: Past momentum features of pictures and of texts.
         gather: Ranks to compare with; None for this process alone.
     """
-    image_columns, image_ids = _columns(teacher.image, groups, queued and queued[0], gather)
-    text_columns, text_ids = _columns(teacher.text, groups, queued and queued[1], gather)
-    options = {"scale": logit_scale.float(), "groups": groups, "alpha": alpha}
-    image_to_text = _one_way(student.image, teacher.image, text_columns, text_ids, **options)
-    text_to_image = _one_way(student.text, teacher.text, image_columns, image_ids, **options)
+    precise = torch.promote_types(student.image.dtype, torch.float32)
+    student, scale = Views(*(side.to(precise) for side in student)), logit_scale.to(precise)
+    teacher = Views(*(side.detach().to(precise) for side in teacher))
+    image_columns = _columns(teacher.image, groups, queued and queued[0], gather)
+    text_columns = _columns(teacher.text, groups, queued and queued[1], gather)
+    image_to_text = _one_way(student.image, teacher.image, text_columns, scale, groups, alpha)
+    text_to_image = _one_way(student.text, teacher.text, image_columns, scale, groups, alpha)
     return (image_to_text + text_to_image) / 2
 
 
-def _columns(features: Tensor, groups: Tensor, queued: Queued | None, gather: Gather | None) -> tuple[Tensor, Tensor]:
-    """What rows are compared with: the momentum features of all ranks, then the queue; and their groups."""
-    features = features.detach().float()
+def _columns(features: Tensor, groups: Tensor, queued: Queued | None, gather: Gather | None) -> Queued:
+    """What rows are compared with, and its groups: the momentum features of all ranks, then the queue."""
     if gather is not None:
         features, groups = gather(features), gather(groups)
     if queued is None:
-        return features, groups
-    return torch.cat([features, queued.features.float()]), torch.cat([groups, queued.ids])
+        return Queued(features, groups)
+    return Queued(torch.cat([features, queued.features.to(features.dtype)]), torch.cat([groups, queued.ids]))
 
 
-def _one_way(
-    rows: Tensor, teacher_rows: Tensor, columns: Tensor, ids: Tensor, *, scale: Tensor, groups: Tensor, alpha: float
-) -> Tensor:
-    logits = scale * rows.float() @ columns.T
-    matches = (groups[:, None] == ids).float()
+def _one_way(rows: Tensor, teacher: Tensor, columns: Queued, scale: Tensor, groups: Tensor, alpha: float) -> Tensor:
+    logits = scale * rows @ columns.features.T
+    matches = (groups[:, None] == columns.ids).to(logits.dtype)
     target = matches / matches.sum(1, keepdim=True)
     if alpha:
-        soft = (scale.detach() * teacher_rows.detach().float() @ columns.T).softmax(1)
-        target = target.lerp(soft, alpha)
+        target = target.lerp((scale.detach() * teacher @ columns.features.T).softmax(1), alpha)
     return F.cross_entropy(logits, target)

@@ -57,7 +57,7 @@ class EncodedSource:
 
     Args:
         images: Unit vectors ``(N, D)``, fp32.
-        samples: Fields (``"fields"``) and captions (``"captions"``) of each sample.
+        samples: Id (``"id"``), fields (``"fields"``) and captions (``"captions"``) of each sample.
         accounting: One line that counts the samples delivered and skipped by cause.
     """
 
@@ -158,17 +158,55 @@ def evaluate_retrieval(
     check_retrieval_set(source)
     fingerprint = model.fingerprint
     with open_world(model.device.type) as world:
-        encoded = encode(model, source, cache=cache, progress=progress, world=world, fingerprint=fingerprint)
-        rows = [row for row, sample in enumerate(encoded.samples) if sample["captions"]]
-        if not rows:
-            raise UserError(
-                f"{source.name}: no sample has a caption; put a .txt beside each picture or a caption column in the table"
-            )
-        captions = [caption for row in rows for caption in encoded.samples[row]["captions"]]
-        embed = embed_texts_together(model, world)
-        texts = text_vectors(lambda: embed(captions), [fingerprint, captions] if cache else None, world)
-    image_of = torch.tensor([position for position, row in enumerate(rows) for _ in encoded.samples[row]["captions"]])
-    return retrieval(encoded.images[rows], texts, image_of, protocol=stamp(model, source, encoded.accounting, fingerprint))
+        data = encode_captioned(model, source, world, cache=cache, progress=progress, fingerprint=fingerprint)
+    return retrieval(data.images, data.texts, data.image_of, protocol=stamp(model, source, data.accounting, fingerprint))
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """What a model made of the N captioned pictures of a source and of their M captions.
+
+    Args:
+        images: Unit vectors ``(N, D)``, fp32.
+        texts: Unit vectors ``(M, D)``, fp32.
+        image_of: Index of each caption's picture, ``(M,)`` int64.
+        ids: Of the pictures.
+        captions: Of all pictures, one after the other.
+        accounting: One line that counts the samples delivered and skipped by cause.
+    """
+
+    images: Tensor
+    texts: Tensor
+    image_of: Tensor
+    ids: tuple[str, ...]
+    captions: tuple[str, ...]
+    accounting: str
+
+
+def encode_captioned(
+    model: Model, source: Source, world: World, *, cache: bool, progress: Progress | None, fingerprint: str
+) -> Captioned:
+    """Vectors of the captioned pictures of a source and of their captions; arguments as `encode`.
+
+    Raises:
+        UserError: No sample has a caption; what `encode` raises.
+    """
+    encoded = encode(model, source, cache=cache, progress=progress, world=world, fingerprint=fingerprint)
+    rows = [row for row, sample in enumerate(encoded.samples) if sample["captions"]]
+    if not rows:
+        raise UserError(
+            f"{source.name}: no sample has a caption; put a .txt beside each picture or a caption column in the table"
+        )
+    captions = tuple(caption for row in rows for caption in encoded.samples[row]["captions"])
+    embed = embed_texts_together(model, world)
+    return Captioned(
+        images=encoded.images[rows],
+        texts=text_vectors(lambda: embed(captions), [fingerprint, captions] if cache else None, world),
+        image_of=torch.tensor([place for place, row in enumerate(rows) for _ in encoded.samples[row]["captions"]]),
+        ids=tuple(encoded.samples[row]["id"] for row in rows),
+        captions=captions,
+        accounting=encoded.accounting,
+    )
 
 
 def check_retrieval_set(source: Source) -> None:
@@ -241,9 +279,9 @@ def encode(
     world = world or World(0, 1, model.device)
     if all(flag == b"1" for flag in gather_bytes(b"0" if remembered is None else b"1", world)) and remembered is not None:
         return _encoded(source, *remembered)
-    first, last = _stretch(len(source), world)
-    stretch = source if world.size == 1 else Subset(source, range(first, last), name=source.name)
-    parts = [_unpack(part) for part in gather_bytes(_pack(*_encode_here(model, stretch, progress)), world)]
+    first, last = stretch(len(source), world)
+    own = source if world.size == 1 else Subset(source, range(first, last), name=source.name)
+    parts = [_unpack(part) for part in gather_bytes(_pack(*_encode_here(model, own, progress)), world)]
     accounting = Accounting()
     for _, _, part in parts:
         accounting.add(part)
@@ -270,7 +308,7 @@ def embed_texts_together(model: Model, world: World) -> Callable[[Sequence[str]]
     """`Model.embed_texts` with the work shared among processes, each a stretch of the texts."""
 
     def embed(texts: Sequence[str]) -> Tensor:
-        first, last = _stretch(len(texts), world)
+        first, last = stretch(len(texts), world)
         parts = gather_bytes(save({"vectors": model.embed_texts(texts[first:last])}), world)
         return torch.cat([_vectors(part) for part in parts])
 
@@ -320,14 +358,15 @@ def _encode_here(model: Model, source: Source, progress: Progress | None) -> tup
     for batch in loader.one_epoch():
         assert batch.image is not None
         vectors.append(model.embed_pixels(batch.image))
-        samples += [{"fields": f, "captions": c} for f, c in zip(batch.fields, batch.captions, strict=True)]
+        entries = zip(batch.ids, batch.fields, batch.captions, strict=True)
+        samples += [{"id": name, "fields": fields, "captions": captions} for name, fields, captions in entries]
         if progress:
             progress(len(samples), len(source))
     return torch.cat(vectors) if vectors else torch.empty(0, model.embed_dim), samples, loader.accounting
 
 
-def _stretch(length: int, world: World) -> tuple[int, int]:
-    """This process's part of ``length`` things."""
+def stretch(length: int, world: World) -> tuple[int, int]:
+    """First and last (exclusive) of this process's part of ``length`` things."""
     return length * world.rank // world.size, length * (world.rank + 1) // world.size
 
 
@@ -429,7 +468,7 @@ def stamp(model: Model, source: Source, samples: str, fingerprint: str | None = 
 
 
 def _cache_file(fingerprint: str, source: Source) -> Path:
-    key = hashlib.sha256(f"2 {fingerprint} {revision(source)}".encode()).hexdigest()
+    key = hashlib.sha256(f"3 {fingerprint} {revision(source)}".encode()).hexdigest()
     return cache_folder() / "vectors" / f"{key[:32]}.safetensors"
 
 

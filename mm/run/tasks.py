@@ -10,6 +10,7 @@ from mm.hub import Model
 from mm.run.evaluation import evaluate_compositional, evaluate_retrieval, evaluate_zero_shot, loaded, opened
 from mm.run.matching import evaluate_matching
 from mm.run.picture_evaluation import evaluate_generation, evaluate_reconstruction
+from mm.run.reranking import TOP_K, evaluate_reranked
 from mm.types import Embeds, Matches, Source
 
 
@@ -21,13 +22,26 @@ def evaluate_any_retrieval(
     text_field: str | None = None,
     device: str = "auto",
     precision: str = "auto",
+    score: str | None = None,
+    top_k: int = TOP_K,
     cache: bool = True,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> Result:
-    """Retrieval by vectors, or by reading all pairs where a model has no shared space; arguments as `evaluate_retrieval`."""
+    """Retrieval by what a model can: by vectors, by reading all pairs, or in two stages where it can do both.
+
+    Arguments as `evaluate_retrieval`; ``score`` (itm if None) and ``top_k`` as `evaluate_reranked`.
+
+    Raises:
+        UserError: A score for a model that does not both embed and match; what the evaluation itself raises.
+    """
     model = loaded(model, device, precision)
+    embeds, matches = isinstance(model.system, Embeds), isinstance(model.system, Matches)
+    if score is not None and not (embeds and matches):
+        raise UserError(f"{model.name}: score '{score}' is for models that both embed and match; leave it out")
     source = opened(data, model, image_field=image_field, text_field=text_field)
-    if isinstance(model.system, Matches) and not isinstance(model.system, Embeds):
+    if embeds and matches:
+        return evaluate_reranked(model, source, score=score or "itm", top_k=top_k, cache=cache, progress=progress)
+    if matches:
         return evaluate_matching(model, source, progress=progress)
     return evaluate_retrieval(model, source, cache=cache, progress=progress)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mm.losses.alignment import transport_plan, word_patch_alignment
 from mm.losses.masked import MaskedTokens, mask_tokens, masked_cross_entropy
-from mm.losses.matching import derangement, half_mismatched, matching_loss, random_candidates, ranking_loss
+from mm.losses.matching import derangement, draw_negatives, half_mismatched, matching_loss, random_candidates, ranking_loss
 
 VOCAB, MASK_ID = 50, 50
 
@@ -89,6 +89,22 @@ def test_masked_cross_entropy_is_that_of_the_chosen_positions() -> None:
     assert float(nothing.detach()) == 0
 
 
+def test_distilled_words_have_soft_targets() -> None:
+    torch.manual_seed(0)
+    features, head, teacher = torch.randn(2, 5, 8), nn.Linear(8, VOCAB), torch.randn(10, VOCAB, requires_grad=True)
+    ids, chosen = torch.randint(0, VOCAB, (2, 5)), torch.rand(2, 5) < 0.6
+    masked, teacher = MaskedTokens(ids, ids, chosen), teacher[: int(chosen.sum())]
+    found = masked_cross_entropy(features, masked, head, teacher=teacher, alpha=0.4)
+    terms = []
+    for (b, t), lesson in zip(chosen.nonzero().tolist(), teacher, strict=True):
+        target = 0.4 * lesson.softmax(0) + 0.6 * F.one_hot(ids[b, t], VOCAB)
+        terms.append(-(target * head(features[b, t]).log_softmax(0)).sum())
+    torch.testing.assert_close(found, torch.stack(terms).mean())
+    assert torch.autograd.grad(found, teacher, allow_unused=True) == (None,)
+    plain = masked_cross_entropy(features, masked, head)
+    torch.testing.assert_close(masked_cross_entropy(features, masked, head, teacher=teacher, alpha=0.0), plain)
+
+
 GROUPS = [[0, 1, 2, 3, 4], [0, 0, 1, 1, 2, 3], [5, 5, 5, 1, 2, 2], [7, 7, 7, 7, 1, 2], [4, 4, 4], [9], [0, 1]]
 
 
@@ -121,6 +137,31 @@ def test_half_of_the_pairs_are_mismatched_where_that_is_possible(groups: list[in
         assert wrong <= size // 2
         if len(set(groups)) == size:
             assert wrong == size // 2
+
+
+@pytest.mark.parametrize("groups", GROUPS, ids=str)
+def test_hard_negatives_are_never_of_the_same_group(groups: list[int]) -> None:
+    torch.manual_seed(0)
+    numbers = torch.tensor(groups)
+    logits = torch.randn(len(groups), len(groups)).fill_diagonal_(100)
+    for _ in range(30):
+        rows, valid = draw_negatives(logits, numbers)
+        assert valid.tolist() == [any(other != group for other in groups) for group in groups]
+        assert (numbers[rows] != numbers)[valid].all()
+
+
+def test_hard_negatives_are_drawn_by_the_softmax_of_the_others() -> None:
+    torch.manual_seed(0)
+    groups, logits = torch.tensor([0, 0, 1, 2, 3]), torch.randn(5, 5)
+    draws = torch.stack([draw_negatives(logits, groups).rows for _ in range(4000)])
+    for row in range(5):
+        expected = logits[row].masked_fill(groups == groups[row], -torch.inf).softmax(0)
+        shares = (draws[:, row, None] == torch.arange(5)).float().mean(0)
+        torch.testing.assert_close(shares, expected, atol=0.03, rtol=0)
+    extreme = torch.tensor([[500.0, -300.0, -900.0], [0.0, 0.0, 0.0], [-1e30, 1e30, 0.0]])  # softmaxes that underflow
+    rows, valid = draw_negatives(extreme, torch.arange(3))
+    assert rows[[0, 2]].tolist() == [1, 1]
+    assert valid.all()
 
 
 def test_matching_loss_is_the_two_way_softmax() -> None:

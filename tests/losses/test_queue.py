@@ -44,6 +44,17 @@ def test_content_is_not_disturbed_by_a_later_push() -> None:
     assert content.ids.tolist() == [1, 2]
 
 
+def test_staged_features_wait_for_their_step() -> None:
+    queue = FeatureQueue(8, 2)
+    queue.stage(torch.ones(2, 2), torch.tensor([1, 2]), step=0)  # a step that is never applied
+    queue.stage(torch.ones(1, 2), torch.tensor([3]), step=1)
+    queue.stage(torch.ones(1, 2), torch.tensor([4]), step=1)
+    assert len(queue) == 0
+    queue.commit()
+    queue.commit()
+    assert queue.content().ids.tolist() == [3, 4]
+
+
 def test_the_same_thing_is_never_a_negative() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b, past = F.normalize(torch.randn(3, 4, 8, generator=generator), dim=2)

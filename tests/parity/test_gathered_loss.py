@@ -10,12 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, multiprocessing, nn
 
+from mm.config import validate
 from mm.fusion.dual_tower import DualTower
 from mm.losses.contrastive import info_nce, siglip, supervised_contrastive
+from mm.losses.distillation import Views, distilled_contrastive
 from mm.losses.gather import Gather, current_gather
 from mm.losses.queue import FeatureQueue, Queued
+from mm.systems import albef
+from mm.systems.albef import AlbefConfig
 from mm.systems.clip import Clip
-from mm.types import Batch, Encoded, TextBatch
+from mm.types import Batch, Encoded, System, TextBatch
 
 NUM_RANKS, NUM_ROWS, WIDTH = 2, 8, 5
 GROUPS = torch.tensor([0, 1, 2, 0, 3, 1, 1, 4])  # positives lie on the same rank and on the other one
@@ -33,6 +37,9 @@ def losses(chunk_size: int) -> dict[str, Loss]:
         ),
         "siglip": lambda a, b, s, bias, g, gather: siglip(a, b, s, bias, groups=g, chunk_size=chunk_size, gather=gather),
         "siglip one positive": lambda a, b, s, bias, _g, gather: siglip(a, b, s, bias, chunk_size=chunk_size, gather=gather),
+        "distilled": lambda a, b, s, _bias, g, gather: distilled_contrastive(
+            Views(a, b), Views(b.flip(1), a.flip(1)), s, g, alpha=0.3, queued=(past, past), gather=gather
+        ),
         "supervised": lambda a, _b, s, _bias, g, gather: supervised_contrastive(a, s, g, chunk_size=chunk_size, gather=gather),
     }
 
@@ -71,14 +78,31 @@ def train_clip(rows: slice) -> list[Tensor]:
     torch.manual_seed(0)
     towers = DualTower({name: (Tower(), nn.Linear(12, 6, bias=False)) for name in ("image", "text")})
     queues = {name: FeatureQueue(12, 6) for name in ("image", "text")}
-    model = Clip(towers, queues=queues, label_smoothing=0.1, image_image_weight=0.3).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model = Clip(towers, queues=queues, label_smoothing=0.1, image_image_weight=0.3)
+    return train(model, rows, lambda image: image.to(torch.uint8).view(NUM_ROWS, 3, 2, 2))
+
+
+def train_albef(rows: slice) -> list[Tensor]:
+    """The same of a small ALBEF that only aligns, momentum encoders and queues included."""
+    torch.manual_seed(0)
+    image = {"backbone": "convnext_atto", "image_size": 32, "options": {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 8]}}
+    sizes = {"vocab_size": 256, "context_length": 12, "width": 8, "heads": 2, "text_layers": 1, "fusion_layers": 1}
+    options = {"embed_dim": 6, "momentum": 0.7, "queue_size": 12, "distillation_ramp_steps": 2}
+    tasks = {"matching_weight": 0.0, "masked_weight": 0.0}
+    model = albef.build(validate(AlbefConfig, {"image": image, **sizes, **options, **tasks}, "test"))
+    return train(model, rows, lambda image: image.to(torch.uint8).view(NUM_ROWS, 3, 2, 2).repeat(1, 1, 16, 16))
+
+
+def train(model: System, rows: slice, picture: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Final state after steps whose gradients are averaged over ranks."""
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     for step in range(4):
         generator = torch.Generator().manual_seed(step)
         image, ids = torch.randint(0, 256, (2, NUM_ROWS, 12), generator=generator)
         whole = Batch(
             ids=tuple(f"{step}/{i}" for i in range(NUM_ROWS)),
-            image=image.to(torch.uint8).view(NUM_ROWS, 3, 2, 2),
+            image=picture(image),
             text=TextBatch(ids, torch.full((NUM_ROWS,), 12)),
             groups=GROUPS + step,
         )
@@ -103,7 +127,7 @@ def worker(rank: int, folder: Path) -> None:
         for chunk_size in (0, 3)
         for name, loss in losses(chunk_size).items()
     }
-    torch.save(results | {"clip": train_clip(rows)}, folder / f"{rank}.pt")
+    torch.save(results | {"clip": train_clip(rows), "albef": train_albef(rows)}, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -123,10 +147,13 @@ def test_average_over_ranks_is_the_global_batch(name: str, chunk_size: int, by_r
         torch.testing.assert_close(average, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_clip_with_queues_trains_alike(by_rank: list[dict[str, list[Tensor]]]) -> None:
-    alone = train_clip(slice(None))
+@pytest.mark.parametrize(("name", "trained"), [("clip", train_clip), ("albef", train_albef)])
+def test_systems_with_queues_train_alike(
+    name: str, trained: Callable[[slice], list[Tensor]], by_rank: list[dict[str, list[Tensor]]]
+) -> None:
+    alone = trained(slice(None))
     for results in by_rank:
-        for mine, expected in zip(results["clip"], alone, strict=True):
+        for mine, expected in zip(results[name], alone, strict=True):
             torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
 
 

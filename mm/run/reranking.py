@@ -1,0 +1,194 @@
+"""Two-stage retrieval with a model that both embeds and matches: nearest vectors first, then every candidate pair is read.
+
+Memory is that of a few hundred pictures' tokens, of a tile of pairs and of the scores of the candidates. A picture is encoded
+once; processes share the pictures, each reading the pairs of its own, in both directions.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save
+from torch import Tensor
+
+from mm.data.loader import Loader
+from mm.data.sources import Subset
+from mm.errors import UserError
+from mm.evaluation.metrics import Result
+from mm.evaluation.reranking import BothWays, candidates, reranked
+from mm.evaluation.retrieval import ranks, recalls
+from mm.hub import Model
+from mm.run.evaluation import Captioned, check_retrieval_set, encode_captioned, stamp, stretch
+from mm.run.preparation import EvalPreparation
+from mm.training.parallel import World, gather_bytes, open_world
+from mm.types import Embeds, Matches, Source, TextBatch
+
+Progress = Callable[[int, int | None], None]
+Score = Literal["itm", "itc", "sum"]
+
+TOP_K = 128
+PICTURES_AT_ONCE = 256
+PAIRS_AT_ONCE = 256
+
+SCORES: dict[str, str] = {
+    "itm": "logit of matching",
+    "itc": "contrastive logit alone, no second stage",
+    "sum": "logit of matching plus contrastive logit",
+}
+"""With negatives drawn by contrastive similarity, matching learns what that similarity lacks, hence the sum."""
+
+
+def evaluate_reranked(
+    model: Model,
+    source: Source,
+    *,
+    score: str = "itm",
+    top_k: int = TOP_K,
+    cache: bool = True,
+    progress: Progress | None = None,
+) -> Result:
+    """Retrieval both ways by contrastive similarity, its best candidates put in a new order by the matching of each pair.
+
+    Args:
+        model: Its system `Embeds` and `Matches`.
+        source: Captioned pictures.
+        score: What candidates are ordered by, see `SCORES`.
+        top_k: Candidates of each query; all, where there are fewer.
+        cache: As `evaluate_retrieval`.
+        progress: Called with (done, total) while encoding, then with (pairs read, pairs of this process).
+
+    Returns:
+        The figures of `evaluate_retrieval` after the second stage and, named ``contrastive_...``, after the first.
+
+    Raises:
+        UserError: As `evaluate_retrieval`; an unknown score, ``top_k`` below 1, a model that was not trained to match.
+    """
+    if score not in get_args(Score):
+        raise UserError(f"score '{score}': there are {', '.join(SCORES)}")
+    if top_k < 1:
+        raise UserError(f"top_k {top_k}: at least one candidate of each query is read; for none take score itc")
+    check_retrieval_set(source)
+    fingerprint = model.fingerprint
+    with open_world(model.device.type) as world:
+        data = encode_captioned(model, source, world, cache=cache, progress=progress, fingerprint=fingerprint)
+        first = second = ranks(data.images, data.texts, data.image_of)
+        facts: dict[str, Any] = {"scores": f"{SCORES[score]}; of equal ones the lowest index wins"}
+        if score != "itc":
+            found = candidates(data.images, data.texts, top_k)
+            second = reranked(first, found, _shared_scores(model, source, data, found, score, world, progress), data.image_of)
+            facts["reranked"] = (
+                f"the {found.texts.shape[1]} nearest texts of each image and {found.images.shape[1]} nearest images of each "
+                "text, by dot product in fp32; the others follow in their order"
+            )
+    protocol = stamp(model, source, data.accounting, fingerprint) | facts
+    contrastive = recalls(first, data.image_of).metrics
+    return recalls(second, data.image_of, protocol=protocol) | Result(
+        {f"contrastive_{name}": figure for name, figure in contrastive.items()}, {}
+    )
+
+
+def _shared_scores(
+    model: Model, source: Source, data: Captioned, found: BothWays, score: str, world: World, progress: Progress | None
+) -> BothWays:
+    """Scores of all candidates, each process having read the pairs of its pictures."""
+    start, stop = stretch(len(data.ids), world)
+    own = pair_scores(
+        model.system,
+        _pictures(model, source, data.ids[start:stop]),
+        model.processor.text(data.captions),
+        found,
+        first_row=start,
+        vectors=(data.images, data.texts) if score == "sum" else None,
+        device=model.device,
+        progress=progress,
+    )
+    parts = [load_tensors(part) for part in gather_bytes(save(own._asdict()), world)]
+    return BothWays(*(torch.stack([part[name] for part in parts]).sum(0) for name in BothWays._fields))
+
+
+def _pictures(model: Model, source: Source, ids: Sequence[str]) -> Iterator[Tensor]:
+    """Prepared pictures of some samples, a few hundred at a time."""
+    if not ids:  # fewer pictures than processes
+        return
+    index = {source.key(position): position for position in range(len(source))}
+    preparation = EvalPreparation(model.processor)
+    loader = Loader(
+        Subset(source, [index[name] for name in ids]),
+        preparation,
+        preparation.collate,
+        batch_size=PICTURES_AT_ONCE,
+        seed=0,
+        tail="short",
+        shuffle=False,
+        substitute=False,
+        max_bad_fraction=0.0,
+    )
+    for batch in loader.one_epoch():
+        assert batch.image is not None
+        yield batch.image
+
+
+@torch.no_grad()
+def pair_scores(
+    system: Any,
+    pictures: Iterable[Tensor],
+    text: TextBatch,
+    found: BothWays,
+    *,
+    first_row: int = 0,
+    vectors: tuple[Tensor, Tensor] | None = None,
+    device: torch.device,
+    pairs_at_once: int = PAIRS_AT_ONCE,
+    progress: Progress | None = None,
+) -> BothWays:
+    """Scores of candidate pairs, fp32; a pair that both directions ask for is read once.
+
+    Args:
+        system: `Matches`, and `Embeds` where there are vectors.
+        pictures: Pixels ``(n, 3, H, W)`` of consecutive pictures; their tokens are in memory together.
+        text: All M texts.
+        found: Candidates of all N pictures and M texts.
+        first_row: Number of the first picture.
+        vectors: Unit vectors of all pictures and texts, whose contrastive logits are added.
+        device: Where to compute.
+        pairs_at_once: Pairs of a pass.
+        progress: Called with (pairs read, None).
+
+    Returns:
+        Scores in the places of their candidates; 0 for pairs with other pictures.
+    """
+    assert isinstance(system, Matches)
+    result = BothWays(torch.zeros(found.texts.shape), torch.zeros(found.images.shape))
+    num_texts, done = len(text), 0
+    for pixels in pictures:
+        rows = slice(first_row, first_row + len(pixels))
+        first_row = rows.stop
+        askers, places = ((found.images >= rows.start) & (found.images < rows.stop)).nonzero(as_tuple=True)
+        forward = torch.arange(len(pixels))[:, None] * num_texts + found.texts[rows]
+        back = (found.images[askers, places] - rows.start) * num_texts + askers
+        pairs, inverse = torch.cat([forward.flatten(), back]).unique(return_inverse=True)
+        chunk = _read(system, pixels.to(device), text, pairs // num_texts, pairs % num_texts, pairs_at_once)
+        if vectors is not None:
+            assert isinstance(system, Embeds)
+            contrastive = system.scores(vectors[0][rows].to(device), vectors[1].to(device)).float().cpu()
+            chunk += contrastive.flatten()[pairs]
+        chunk = chunk[inverse]
+        result.texts[rows] = chunk[: forward.numel()].view_as(forward)
+        result.images[askers, places] = chunk[forward.numel() :]
+        done += len(pairs)
+        if progress:
+            progress(done, None)
+    return result
+
+
+def _read(system: Matches, pixels: Tensor, text: TextBatch, images: Tensor, texts: Tensor, pairs_at_once: int) -> Tensor:
+    """Logits of pairs of given pictures, by their number in ``pixels``, and texts; texts of like length share a pass."""
+    encoded = system.encode_image(pixels)
+    logits = torch.empty(len(images))
+    for tile in (text.lengths[texts] * len(text) + texts).argsort().split(pairs_at_once):
+        rows, which = texts[tile].unique(return_inverse=True)
+        longest = int(text.lengths[rows].max())
+        words = system.encode_text(TextBatch(text.ids[rows, :longest], text.lengths[rows]).to(pixels.device))
+        logits[tile] = system.match(encoded[images[tile].to(pixels.device)], words[which.to(pixels.device)]).float().cpu()
+    return logits
