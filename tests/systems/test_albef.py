@@ -20,7 +20,7 @@ from mm.types import Batch, TextBatch
 
 VIT = {"backbone": "vit_tiny_patch16_224", "image_size": 16, "patch_size": 8}
 VIT = VIT | {"options": {"embed_dim": 16, "depth": 1, "num_heads": 2}}
-RESNET = {"backbone": "resnet18", "image_size": 32, "options": {"channels": [8, 8, 8, 8]}, "pool": "pyramid"}
+RESNET = {"backbone": "resnet18", "image_size": 64, "options": {"channels": [8, 8, 8, 8]}, "pool": "pyramid"}
 SIZES = {"vocab_size": 40, "context_length": 8, "width": 16, "heads": 2, "text_layers": 1, "fusion_layers": 1, "embed_dim": 8}
 SMALL = {"image": VIT, **SIZES, "queue_size": 8, "distillation_ramp_steps": 2}
 ALONE = {"momentum": 0, "queue_size": 0, "distillation": 0}
