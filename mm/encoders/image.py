@@ -57,8 +57,8 @@ class ImageEncoderConfig(StrictConfig):
         pool: Pooling in timm's terms ("avg", "token", "map"); the backbone's own if None. "pyramid" puts the pixels and the
             features of every stage in a row, averaged over 6 x 6 cells: the pooled vector knows what is where, coarse and fine
             (hypercolumns, https://arxiv.org/abs/1411.5752), which suits small pictures that are cut to their content.
-        tokens: The backbone's "last" features or, with pool: pyramid, the "pyramid": 6 x 6 cells, each with the pixels and features
-            of every stage there, so that words have more to attend to than a few coarse features.
+        tokens: The backbone's "last" features or, with pool: pyramid, the "pyramid": 6 x 6 cells, each with the pixels and
+            features of every stage there, so that words have more to attend to than a few coarse features.
         patch_dropout: Share of patches left out in training (ViTs only).
         drop_path: Probability of skipping a residual branch in training, at the last block; less before.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.

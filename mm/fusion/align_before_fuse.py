@@ -38,7 +38,8 @@ class AlignBeforeFuse(nn.Module):
     """A dual tower whose tokens are fused, with a head that predicts words.
 
     Args:
-        towers: The ``image`` and ``text`` encoders with their projections; the last id of the words stands for a hidden one.
+        towers: The ``image`` encoder and the ``text`` encoder, a `mm.encoders.text.TextEncoder`, with their projections. The last
+            id of the words stands for a hidden one.
         picture_tokens: Between the picture encoder's tokens and the fusion.
         fusion: Of words and picture tokens.
         width: D of the words.
@@ -65,7 +66,7 @@ class AlignBeforeFuse(nn.Module):
 
     def words(self, features: Float[Tensor, "m d"]) -> Float[Tensor, "m v"]:
         """Logits of the words that fused features stand for, by the vectors that words come in with."""
-        vectors = self.towers.encoders["text"].embedding.tokens.weight[: len(self.word_bias)]
+        vectors = self.towers.encoders["text"].get_parameter("embedding.tokens.weight")[: len(self.word_bias)]
         return F.linear(self.masked_head(features), vectors, self.word_bias.to(vectors.dtype))
 
     def cast_(self, dtype: torch.dtype) -> None:

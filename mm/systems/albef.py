@@ -36,6 +36,7 @@ from mm.losses.matching import draw_negatives, matching_loss
 from mm.losses.queue import FeatureQueue
 from mm.nn.attention import MultiHeadAttention
 from mm.nn.embeddings import LearnedPositions, TokenEmbedding
+from mm.nn.ends import end
 from mm.nn.freeze import freeze
 from mm.nn.initialise import initialise
 from mm.nn.momentum import Momentum
@@ -135,7 +136,7 @@ class Albef(System):
     def __init__(self, network: AlignBeforeFuse, config: AlbefConfig) -> None:
         super().__init__()
         self.network, self.config = network, config
-        self.matching_head = nn.Linear(config.width, 1)
+        self.matching_head = end(nn.Linear(config.width, 1))
         self.momentum = Momentum(network, config.momentum) if config.momentum else None
         sides = Views._fields if config.queue_size else ()
         self._queues = {side: FeatureQueue(config.queue_size, config.embed_dim) for side in sides}

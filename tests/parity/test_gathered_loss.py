@@ -79,7 +79,7 @@ def train_clip(rows: slice) -> list[Tensor]:
     towers = DualTower({name: (Tower(), nn.Linear(12, 6, bias=False)) for name in ("image", "text")})
     queues = {name: FeatureQueue(12, 6) for name in ("image", "text")}
     model = Clip(towers, queues=queues, label_smoothing=0.1, image_image_weight=0.3)
-    return train(model, rows, lambda image: image.to(torch.uint8).view(NUM_ROWS, 3, 2, 2))
+    return train(model, rows, lambda image: image.to(torch.uint8).view(NUM_ROWS, 3, 2, 2), lr=0.5)
 
 
 def train_albef(rows: slice) -> list[Tensor]:
@@ -90,13 +90,13 @@ def train_albef(rows: slice) -> list[Tensor]:
     options = {"embed_dim": 6, "momentum": 0.7, "queue_size": 12, "distillation_ramp_steps": 2}
     tasks = {"matching_weight": 0.0, "masked_weight": 0.0}
     model = albef.build(validate(AlbefConfig, {"image": image, **sizes, **options, **tasks}, "test"))
-    return train(model, rows, lambda image: image.to(torch.uint8).view(NUM_ROWS, 3, 2, 2).repeat(1, 1, 16, 16))
+    return train(model, rows, lambda image: image.to(torch.uint8).view(NUM_ROWS, 3, 2, 2).repeat(1, 1, 16, 16), lr=0.05)
 
 
-def train(model: System, rows: slice, picture: Callable[[Tensor], Tensor]) -> list[Tensor]:
+def train(model: System, rows: slice, picture: Callable[[Tensor], Tensor], lr: float) -> list[Tensor]:
     """Final state after steps whose gradients are averaged over ranks."""
     model.train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
     for step in range(4):
         generator = torch.Generator().manual_seed(step)
         image, ids = torch.randint(0, 256, (2, NUM_ROWS, 12), generator=generator)

@@ -1,0 +1,128 @@
+"""Two-stage retrieval of a saved model: the figures are those of its scores, for any score, k and number of processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import benchmark_copies as copies
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mm
+from mm.data.sources import open_source
+from mm.errors import UserError
+from mm.evaluation.retrieval import ranks_of_scores
+from mm.hub import Model
+from mm.media.image import ImageSpec
+from mm.processor import Processor
+from mm.run.training import _adopt
+from mm.systems.albef import AlbefConfig, build
+from mm.tokenizers.text import TextTokenizer
+
+NUM_PICTURES = 7
+CAPTIONS = [[f"picture {number}", f"another of number {number}"] for number in range(NUM_PICTURES)]
+
+SIZES = {"context_length": 12, "width": 16, "heads": 2, "text_layers": 1, "fusion_layers": 1, "embed_dim": 8, "queue_size": 4}
+
+
+def tiny(**options: object) -> Model:
+    torch.manual_seed(0)
+    tokenizer = TextTokenizer.train_bpe((text for texts in CAPTIONS for text in texts), 280)
+    values: dict[str, object] = {
+        "image": {"backbone": "resnet18", "image_size": 32, "options": {"channels": [8, 8, 8, 8]}},
+        "vocab_size": tokenizer.vocab_size,
+    }
+    config = AlbefConfig.model_validate(values | SIZES | options)
+    processor = Processor(image=ImageSpec(size=32), tokenizer=tokenizer, context_length=12)
+    return Model(system=build(config).eval(), processor=processor, config=config, name="tiny")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Captioned pictures in ``pictures.csv`` and a model in ``model``."""
+    folder = tmp_path_factory.mktemp("reranking")
+    for number in range(NUM_PICTURES):
+        copies.picture(folder / f"{number}.png", number)
+    rows = [f"{number}.png,{text}" for number, texts in enumerate(CAPTIONS) for text in texts]
+    (folder / "pictures.csv").write_text("\n".join(["file,caption", *rows]) + "\n")
+    mm.save(tiny(), folder / "model")
+    return folder
+
+
+def test_a_saved_model_has_no_momentum_and_is_the_same(folder: Path) -> None:
+    names = load_file(folder / "model" / "model.safetensors").keys()
+    assert not [name for name in names if name.startswith(("momentum.", "queues."))]
+    loaded = mm.load(folder / "model", device="cpu")
+    assert loaded.fingerprint == mm.load(folder / "model", device="cpu").fingerprint == tiny().fingerprint
+
+
+def test_training_may_begin_from_a_model_with_or_without_momentum() -> None:
+    with_momentum, without = tiny(), tiny(momentum=0, queue_size=0, distillation=0)
+    for start, system in ((with_momentum, without), (without, with_momentum)):
+        with torch.no_grad():
+            start.system.network.word_bias.add_(1)
+        _adopt(system.system, start.system, "tiny")
+        assert torch.equal(system.system.network.word_bias, start.system.network.word_bias)
+    torch.testing.assert_close(
+        with_momentum.system.momentum.average.word_bias.detach(), without.system.network.word_bias.detach()
+    )
+
+
+@pytest.mark.parametrize("score", ["itm", "sum"])
+def test_with_all_candidates_it_is_the_order_of_the_scores(folder: Path, score: str) -> None:
+    model, data = mm.load(folder / "model", device="cpu"), str(folder / "pictures.csv")
+    result = mm.evaluate("retrieval", model, data, score=score, top_k=1000)
+    source = open_source(data)
+    samples = [source.read(row) for row in range(len(source))]
+    texts = [text for sample in samples for text in sample.texts]
+    owner = torch.tensor([row for row, sample in enumerate(samples) for _ in sample.texts])
+    pixels = model.processor.images([sample.media["image"] for sample in samples])
+    with torch.no_grad():
+        images, words = model.system.encode_image(pixels), model.system.encode_text(model.processor.text(texts))
+        everyone = [images[torch.full((len(texts),), row)] for row in range(len(samples))]
+        logits = torch.stack([model.system.match(image, words) for image in everyone])
+        contrastive = model.system.scores(images.pooled, words.pooled)
+    for prefix, scores in (("", logits + contrastive if score == "sum" else logits), ("contrastive_", contrastive)):
+        found = ranks_of_scores(scores, owner)
+        assert result.metrics[f"{prefix}image_to_text_r1"].value == pytest.approx((found.image_to_text < 1).double().mean())
+        assert result.metrics[f"{prefix}text_to_image_r5"].value == pytest.approx((found.text_to_image < 5).double().mean())
+    assert result.protocol["reranked"].startswith(f"the {len(texts)} nearest texts of each image and {NUM_PICTURES} nearest")
+
+
+def test_contrastive_scores_need_no_second_stage(folder: Path) -> None:
+    result = mm.evaluate("retrieval", str(folder / "model"), str(folder / "pictures.csv"), score="itc")
+    values = {name: figure.value for name, figure in result.metrics.items()}
+    assert all(values[name.removeprefix("contrastive_")] == value for name, value in values.items())
+    assert "reranked" not in result.protocol
+
+
+def test_impossible_options_are_refused(folder: Path) -> None:
+    model, data = str(folder / "model"), str(folder / "pictures.csv")
+    for options, message in (({"score": "both"}, "there are itm, itc, sum"), ({"top_k": 0}, "at least one candidate")):
+        with pytest.raises(UserError, match=message):
+            mm.evaluate("retrieval", model, data, **options)
+    with pytest.raises(UserError, match="both embed and match"):
+        mm.evaluate("retrieval", "emoji-clip", data, score="itm")
+
+
+def test_figures_do_not_depend_on_the_number_of_processes(folder: Path) -> None:
+    metrics = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]):
+        output = folder / f"{len(metrics)}.json"
+        command = ["eval", "retrieval", "model", "--data", "pictures.csv", "--top-k", "3", "--no-cache", "--json", str(output)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, *launcher, "-m", "mm.cli", *command],
+            env=environment,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        metrics.append(json.loads(output.read_text())["metrics"])
+    assert metrics[0] == metrics[1]
