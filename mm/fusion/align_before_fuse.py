@@ -38,8 +38,8 @@ class AlignBeforeFuse(nn.Module):
     """A dual tower whose tokens are fused, with a head that predicts words.
 
     Args:
-        towers: The ``image`` encoder and the ``text`` encoder, a `mm.encoders.text.TextEncoder`, with their projections. The last
-            id of the words stands for a hidden one.
+        towers: The ``image`` encoder and the ``text`` encoder, a `mm.encoders.text.TextEncoder`, with their projections. The
+            last id of the words stands for a hidden one.
         picture_tokens: Between the picture encoder's tokens and the fusion.
         fusion: Of words and picture tokens.
         width: D of the words.

@@ -39,6 +39,6 @@ class RunConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.system.name == "clip" and self.train.batch_size < 2:
+        if self.system.name in ("clip", "albef") and self.train.batch_size < 2:
             raise ValueError("train.batch_size must be at least 2: a contrastive loss compares samples of a batch")
         return self

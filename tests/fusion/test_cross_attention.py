@@ -91,7 +91,7 @@ def test_attention_weights_are_given_on_request_and_differentiable() -> None:
 def test_a_word_sees_none_after_it_where_asked() -> None:
     module, text, image = fusion("pre"), encoded(1, 6, WIDTH, [6]), encoded(2, 5, CONTEXT, [5])
     changed = text.tokens.clone()
-    changed[:, 4:] += 1
+    changed[:, 4:] *= -1
     before, after = (
         module(Encoded(tokens, text.mask, tokens[:, 0]), image, causal=True).tokens for tokens in (text.tokens, changed)
     )
