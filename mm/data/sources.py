@@ -18,6 +18,8 @@ from mm.data.emoji import open_emoji
 from mm.data.fields import nearest
 from mm.data.folder import FolderSource
 from mm.data.huggingface import HuggingFaceSource, parquet_files
+from mm.data.questions import SCHEME as EMOJI_QUESTIONS
+from mm.data.questions import open_emoji_questions
 from mm.data.shards import ShardSource
 from mm.data.table import TABLE_SUFFIXES, TableSource
 from mm.errors import BadSample, UserError
@@ -45,9 +47,9 @@ def open_source(
     """Open whatever ``spec`` names; what it is, is found out by looking at it.
 
     Args:
-        spec: ``emoji:...``; a folder of pictures (sub-folders are classes, ``name.txt`` beside a picture its captions); a CSV,
-            TSV or JSONL table, or a folder with one table and its pictures; tar shards (folder, glob, brace range); a folder
-            written by `datasets` or parquet files.
+        spec: ``emoji:...``, or ``emoji-vqa:...`` for questions about them; a folder of pictures (sub-folders are classes,
+            ``name.txt`` beside a picture its captions); a CSV, TSV or JSONL table, or a folder with one table and its
+            pictures; tar shards (folder, glob, brace range); a folder written by `datasets` or parquet files.
         text_field: Column or dotted field that holds the caption, where it is not found by its usual names.
         label_field: The same for the class, which is then found under ``cls``.
         image_field: The same for the picture; for tables and Hugging Face folders only.
@@ -62,6 +64,8 @@ def open_source(
         if spec == "emoji":
             raise UserError("emoji: choose emoji:train, emoji:validation, emoji:test or emoji:all")
         return _with_fields(open_emoji(spec, image_size, progress=progress), **columns)
+    if spec.partition(":")[0] == EMOJI_QUESTIONS:
+        return _with_fields(open_emoji_questions(spec, image_size, progress=progress), **columns)
     if is_benchmark(spec):
         return _with_fields(open_benchmark(spec), **columns)
     if "://" in spec or spec.startswith("pipe:"):

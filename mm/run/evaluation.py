@@ -47,7 +47,7 @@ WORKERS_FROM = 1000
 MAX_BAD_SHARE = 0.2
 """Pictures of a user's own source that may be left out; of a published set, whose figures are compared, none may."""
 
-COMMANDS = {"zero-shot": "zero-shot", "winoground": "compositional", "sugarcrepe": "compositional"}
+COMMANDS = {"zero-shot": "zero-shot", "winoground": "compositional", "sugarcrepe": "compositional", "vqa": "vqa"}
 """``mm eval`` command for what figures of a set are published for, where it is not retrieval."""
 
 
