@@ -1,7 +1,7 @@
 """Questions about pictures: what a question is in any source, and the embedded set made from what is known of each emoji.
 
-``emoji-vqa:SELECTION`` takes the selections of ``emoji:`` (`mm.data.emoji.open_emoji`), so artists and concepts are split alike.
-Every question and answer follows from the concept's name, keywords, group and subgroup; what these leave open is not asked.
+``emoji-vqa:SELECTION`` takes the selections of ``emoji:`` (`mm.data.emoji.open_emoji`), so artists and concepts are split the
+same. Every question and answer follows from a concept's name, keywords, group and subgroup; what these leave open is not asked.
 
 =========  ====================================================  ==================================================
 kind       asks                                                  of which pictures
@@ -14,9 +14,9 @@ subgroup   which of the some 90 subgroups it belongs to          all
 colour     which colour it has                                   names that begin with a colour of the whole thing
 =========  ====================================================  ==================================================
 
-Within the pictures of one artist, one concept split, core or not (which a selection takes or leaves as a whole), each wording of
-a yes/no question is answered "yes" exactly as often as "no", so that without the picture nobody does better than half. A picture
-has the same questions in every selection, because they depend on nothing else.
+Within the pictures of one artist, one concept split, core or not (which a selection takes or leaves as a whole), each wording
+of a yes/no question is answered "yes" exactly as often as "no", so that without the picture nobody does better than half. A
+picture has the same questions in every selection, because they depend on nothing else.
 """
 
 import hashlib
@@ -83,15 +83,15 @@ def check_questions(source: Source) -> None:
     """See that a source asks questions. Raises `UserError` where none of its first samples holds one with an answer."""
     problem = "no samples in it"
     for index in range(min(len(source), PROBED_SAMPLES)):
+        known: Fields = {}
         try:
-            fields = source.fields(index)
-            question_of(fields, source.key(index))
+            known = source.fields(index)
+            question_of(known, source.key(index))
             return
         except BadSample as error:
             wanted = "answers" if error.cause == "missing answer" else "question"
-            known = [name for name in fields if name != "cls"]
-            problem = f"samples have no field '{wanted}'; {nearest(wanted, known)}"
-    raise UserError(f"{source.name}: {problem} (a question set has the columns 'question' and 'answer' or 'answers')")
+            problem = f"samples have no field '{wanted}'; {nearest(wanted, [name for name in known if name != 'cls'])}"
+    raise UserError(f"{source.name}: {problem}; a set of questions has the columns 'question' and 'answer' or 'answers'")
 
 
 def questions_of(source: Source) -> Iterator[Question]:
@@ -194,10 +194,12 @@ _WORDINGS: Mapping[str, tuple[str, ...]] = {
 
 def open_emoji_questions(spec: str, size: int = 64, progress: Progress | None = None) -> "EmojiQuestions":
     """Open ``emoji-vqa:SELECTION``; arguments and errors as `mm.data.emoji.open_emoji`."""
-    _, colon, selection = spec.partition(":")
-    if not colon:
-        raise UserError(f"{SCHEME}: choose {SCHEME}:train, {SCHEME}:validation, {SCHEME}:test or {SCHEME}:all")
-    return EmojiQuestions(spec, open_emoji(f"emoji:{selection}", size, progress))
+    selection = spec.partition(":")[2]
+    try:
+        pictures = open_emoji(f"emoji:{selection}", size, progress)
+    except UserError as error:
+        raise UserError(str(error).replace("emoji:", f"{SCHEME}:")) from None
+    return EmojiQuestions(spec, pictures)
 
 
 class EmojiQuestions:
@@ -303,9 +305,7 @@ def _tell_apart(asked: Fields, shown: Fields) -> bool:
     return apart and not _within(asked["subgroup"], _VAGUE) and not _words(asked["name"]) & _all_words(shown)
 
 
-def _category_questions(
-    pictures: EmojiSource, rows: Sequence[int], category: Category
-) -> Iterator[tuple[str, int, Question]]:
+def _category_questions(pictures: EmojiSource, rows: Sequence[int], category: Category) -> Iterator[tuple[str, int, Question]]:
     """As many members as others, taken in an order without pattern; a member and another share their wording."""
     place = CATEGORIES.index(category)
     ordered = sorted(rows, key=lambda row: _hash(f"{category.noun} {pictures.key(row)}"))

@@ -1,7 +1,7 @@
 """Visual question answering: the accuracy of VQA v2, over all questions and by kind, beside guesses that see no picture.
 
-Protocol: https://arxiv.org/abs/1505.00468 and the evaluation script of https://visualqa.org/evaluation.html, whose every rule is
-kept, its quirks too: figures are comparable only so. Shapes: q questions, n pictures.
+Protocol: https://arxiv.org/abs/1505.00468 and the evaluation script of https://visualqa.org/evaluation.html, all of whose rules
+are kept, its quirks too: figures are comparable only so. Shapes: q questions, n pictures.
 """
 
 import re
@@ -27,19 +27,18 @@ _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _GROUPED_DIGITS = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
 _ARTICLES = frozenset({"a", "an", "the"})
-_NUMBERS = {"none": "0"} | {
-    word: str(number)
-    for number, word in enumerate("zero one two three four five six seven eight nine ten".split())  # noqa: SIM905
-}
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
 
-_CONTRACTED = """
-ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd
-how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've o'clock oughtn't 'ow's'at
-shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's
-something'd something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas
-wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've
-why'll why're why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've
-""".split()
+_CONTRACTED = (
+    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've "
+    "he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've "
+    "o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's "
+    "someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've "
+    "there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's "
+    "what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've "
+    "wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've "
+)
 
 
 def _misspelled(word: str) -> list[str]:
@@ -47,16 +46,16 @@ def _misspelled(word: str) -> list[str]:
     return [word[:place] + word[place + 1 :] for place, letter in enumerate(word) if letter == "'"]
 
 
-_CONTRACTIONS = {wrong: word for word in _CONTRACTED for wrong in _misspelled(word)} | {"somebody'd": "somebodyd"}
-"""Spellings with one apostrophe missing, and the script's one entry that takes it away. The script also lists "Im", "Ive" and
-"Id've", which no word can equal, as all are in lower case by then; "hell", "ill", "its", "shed", "well" it leaves alone."""
+_CONTRACTIONS = {wrong: word for word in _CONTRACTED.split() for wrong in _misspelled(word)} | {"somebody'd": "somebodyd"}
+"""Spellings with one apostrophe missing, and the one entry of the script that takes it away. What else the script lists changes
+nothing: "Im" and the like, which no word equals as all are in lower case by then, and words that stay as they are."""
 
 
 def normalise(answer: str) -> str:
     """An answer as it is compared: lower case, no articles, digits for number words up to ten, apostrophes, no punctuation.
 
-    A mark of punctuation is deleted where the answer has a space beside one like it, or a comma between digits anywhere; else it
-    becomes a space. Periods go, except before digits. Apostrophes and colons stay.
+    A mark of punctuation is deleted where the answer has a space beside one like it, or a comma between digits anywhere; else
+    it becomes a space. Periods go, except before digits. Apostrophes and colons stay.
     """
     text = answer.replace("\n", " ").replace("\t", " ").strip()
     grouped = _GROUPED_DIGITS.search(text) is not None
@@ -72,9 +71,9 @@ def normalise(answer: str) -> str:
 def accuracy(predicted: str, answers: Sequence[str]) -> float:
     """How right an answer is, 0 to 1.
 
-    Of ten or more answers, which are people's: what min(others who said so / 3, 1) is on average when each person in turn is left
-    out. Where all of them wrote the very same, the script compares letter by letter, nothing being normalised. Of fewer answers,
-    which are those that are accepted: 1 for any of them, normalised.
+    Of ten or more answers, which are people's: what min(others who said so / 3, 1) is on average when each person in turn is
+    left out. Where all of them wrote the very same, the script compares letter by letter, nothing being normalised. Of fewer
+    answers, which are those that are accepted: 1 for any of them, normalised.
     """
     if len(answers) < CONSENSUS:
         return float(normalise(predicted) in map(normalise, answers))
