@@ -286,13 +286,16 @@ def _colours(name: str) -> tuple[str, ...]:
 
 def _checks(pictures: EmojiSource, rows: Sequence[int]) -> Iterator[tuple[str, int, Question]]:
     """Of each picture whether it shows what it shows; of another one, in the same words, whether it shows that."""
-    free = list(rows)
+    free = {row: pictures.fields(row) for row in rows}
     for row in rows:
-        other = next((candidate for candidate in free if _tell_apart(pictures.fields(row), pictures.fields(candidate))), None)
+        asked = pictures.fields(row)
+        if _within(asked["subgroup"], _VAGUE):
+            continue
+        other = next((candidate for candidate, shown in free.items() if _tell_apart(asked, shown)), None)
         if other is None:
             continue
-        free.remove(other)
-        text = _wording("check", pictures.key(row)).format(pictures.fields(row)["name"])
+        del free[other]
+        text = _wording("check", pictures.key(row)).format(asked["name"])
         for number, (shown, answer) in enumerate(((row, "yes"), (other, "no"))):
             picture = pictures.key(shown)
             yield f"{picture}?check{number}", shown, Question(text, (answer,), "check", picture)
@@ -302,7 +305,7 @@ def _tell_apart(asked: Fields, shown: Fields) -> bool:
     """Whether a picture surely does not show what another is named: nothing like it, no part of it, no word in common."""
     possible = _ASKED_OF.get(shown["group"])
     apart = asked["group"] != shown["group"] if possible is None else asked["group"] in possible
-    return apart and not _within(asked["subgroup"], _VAGUE) and not _words(asked["name"]) & _all_words(shown)
+    return apart and not _words(asked["name"]) & _all_words(shown["key"])
 
 
 def _category_questions(pictures: EmojiSource, rows: Sequence[int], category: Category) -> Iterator[tuple[str, int, Question]]:
@@ -336,7 +339,7 @@ def _memberships(place: int) -> Mapping[str, bool | None]:
     telling |= _words(category.noun) | _words(category.noun + "s")
     found: dict[str, bool | None] = {}
     for key, fields in known.items():
-        doubtful = _within(fields["subgroup"], (*category.inside, *category.unsure)) or bool(telling & _all_words(fields))
+        doubtful = _within(fields["subgroup"], (*category.inside, *category.unsure)) or bool(telling & _all_words(key))
         found[key] = True if key in members else None if doubtful else False
     return found
 
@@ -350,12 +353,15 @@ def _within(subgroup: str, patterns: Sequence[str]) -> bool:
     return any(subgroup.startswith(p[:-1]) if p.endswith("*") else subgroup == p for p in patterns)
 
 
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.lower())) - {"a", "an", "the", "of", "with", "and", "in", "on"}
+@memoize
+def _words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", text.lower())) - {"a", "an", "the", "of", "with", "and", "in", "on"}
 
 
-def _all_words(fields: Fields) -> set[str]:
-    """Words of the name and of the keywords, with and without a plural's ending."""
+@memoize
+def _all_words(key: str) -> frozenset[str]:
+    """Words of a concept's name and of its keywords, with and without a plural's ending."""
+    fields = concepts()[key]
     words = _words(" ".join((fields["name"], *fields["keywords"])))
     return words | {word.removesuffix("s") for word in words}
 
