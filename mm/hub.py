@@ -164,6 +164,8 @@ class Model:
         """As `answer`, of prepared pictures uint8 ``(B, 3, S, S)`` with a question each."""
         system, among = self.answering_system(), None
         if candidates is not None:
+            if not candidates:
+                raise UserError("candidates: give at least one answer to choose among, or none at all for the model's own")
             among = Candidates(tuple(candidates), self.processor.text(candidates).to(self.device))
         text = self.processor.text(questions).to(self.device)
         with torch.no_grad():

@@ -63,7 +63,8 @@ class Validator:
             check_questions(self._source)
         self._held = self._held or self._read()
         labelled = "embeds" in self._able and self._labels(self._held) is not None
-        if self._processor.has_text and not any(self._held.captions) and not labelled:
+        texts = any(self._held.captions) or bool(self._held.questions)
+        if self._processor.has_text and not texts and not labelled:
             raise UserError(f"{self._source.name}: has neither captions nor labels to validate with; leave data.validation out")
 
     def __call__(self, system: System) -> dict[str, float]:
@@ -131,10 +132,11 @@ class Validator:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for number, pixels in enumerate(held.pixels):
                 torch.manual_seed(number)
-                texts = [(next(captions) or ("",))[0] for _ in pixels]
-                text = self._processor.text(texts) if self._processor.has_text else None
                 rows = slice(count, count + len(pixels))
-                answers = tuple(accepted(question.answers) for question in held.questions[rows])
+                asked = held.questions[rows]
+                texts = [question.text for question in asked] or [(next(captions) or ("",))[0] for _ in pixels]
+                text = self._processor.text(texts) if self._processor.has_text else None
+                answers = tuple(accepted(question.answers) for question in asked)
                 batch = Batch(tuple(map(str, range(rows.start, rows.stop))), pixels, text, answers=answers)
                 losses = system.loss(batch.to(device), 0)
                 for name, value in {"loss": losses.total, **losses.parts}.items():

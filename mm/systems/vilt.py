@@ -2,8 +2,7 @@
 
 Paper: ViLT https://arxiv.org/abs/2102.03334 (masked language modelling, image-text matching with half of the pairs mismatched,
 word-patch alignment; fine-tuning for retrieval against random texts with ``retrieval_negatives``, for questions with
-``num_answers`` and ``answer_weight``); a convolutional stem instead
-of linear patches with ``stem``, https://arxiv.org/abs/2106.14881.
+``answer_weight``); a convolutional stem instead of linear patches with ``stem``, https://arxiv.org/abs/2106.14881.
 
 Deviations: fresh weights, not those of a picture classifier, without which linear patches need much data (hence ``stem``);
 square pictures of one size; single tokens are hidden, not whole words, as a batch does not say where words end; one logit tells
