@@ -135,9 +135,8 @@ def test_a_resumed_run_ends_in_the_same_bits(workshop: Path, tmp_path: Path) -> 
         assert first.keys() == second.keys()
         assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
     kept = mm.load(parts, device="cpu").config.known_answers
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    (folder / "rows.jsonl").write_text("\n".join(json.dumps({**row, "answer": "new", "answers": ["new"]}) for row in rows))
-    assert mm.load(train(folder, "parts", steps=7), device="cpu").config.known_answers == kept, "the weights know their places"
+    fewer = train(folder, "parts", steps=7, system={"num_answers": 2})
+    assert mm.load(fewer, device="cpu").config.known_answers == kept, "the weights know their places"
 
 
 def test_other_weights_can_be_taken_over_with_a_fresh_list(workshop: Path, tmp_path: Path) -> None:
