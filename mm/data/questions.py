@@ -27,7 +27,6 @@ from functools import cache as memoize
 from typing import Any
 
 from mm.data.emoji import EmojiSource, concepts, open_emoji
-from mm.data.fields import nearest
 from mm.data.write import Progress
 from mm.errors import BadSample, UserError
 from mm.types import Sample, Source
@@ -90,7 +89,8 @@ def check_questions(source: Source) -> None:
             return
         except BadSample as error:
             wanted = "answers" if error.cause == "missing answer" else "question"
-            problem = f"samples have no field '{wanted}'; {nearest(wanted, [name for name in known if name != 'cls'])}"
+            fields = ", ".join(name for name in known if name not in ("cls", "picture"))
+            problem = f"samples have no field '{wanted}' (they have: {fields or 'none'})"
     raise UserError(f"{source.name}: {problem}; a set of questions has the columns 'question' and 'answer' or 'answers'")
 
 
