@@ -220,6 +220,39 @@ def eval_reconstruction(
     show.result(result, f"reconstruction: {model} on {data}", json_file)
 
 
+@eval_app.command("vqa")
+def eval_vqa(
+    model: ModelArgument,
+    data: Annotated[
+        str, typer.Option("--data", metavar="SRC", help="emoji-vqa:test, vqav2:FOLDER, or a table with question and answer.")
+    ],
+    train: Annotated[
+        str | None, typer.Option("--train", metavar="SRC", help="Questions that blind guesses learn from, or 'none'.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")] = None,
+    image_field: ImageFieldOption = None,
+    json_file: JsonOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+) -> None:
+    """Questions about pictures: VQA v2's accuracy by kind, beside the usual answers without looking."""
+    from mm import show
+    from mm.run.answering import evaluate_vqa
+
+    with show.progress_bar("answering") as progress:
+        result = evaluate_vqa(
+            model,
+            data,
+            train=train,
+            limit=limit,
+            image_field=image_field,
+            device=device,
+            precision=precision,
+            progress=progress,
+        )
+    show.result(result, f"vqa: {model} on {data}", json_file)
+
+
 @eval_app.command("generation")
 def eval_generation(
     model: ModelArgument,
@@ -301,6 +334,24 @@ def classify(
 
     names = [name.strip() for name in labels.split(",") if name.strip()]
     show.predictions(run_classify(model, images, names, device=device, precision=precision), json_file)
+
+
+@app.command()
+def answer(
+    model: ModelArgument,
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="A picture file.")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="About the picture.")],
+    k: Annotated[int, typer.Option("-k", min=1, help="How many answers to show.")] = 5,
+    json_file: JsonOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+) -> None:
+    """Answer a question about a picture: the likeliest answers with their probabilities."""
+    from mm import show
+    from mm.hub import load
+
+    loaded = load(model, device=device, precision=precision)
+    show.answers(loaded.answer(image, question, k=k), image, question, json_file)
 
 
 @app.command()

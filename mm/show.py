@@ -22,6 +22,7 @@ from mm.run.generation import Painting
 from mm.run.inference import Prediction, SearchResult
 from mm.training.loop import TrainResult
 from mm.training.parallel import environment
+from mm.types import RankedAnswers
 
 SHOWN_LABELS = 5
 
@@ -78,6 +79,19 @@ def predictions(found: Sequence[Prediction], json_file: Path | None) -> None:
     Console().print(table)
     values = [{"image": e.image, "labels": list(e.labels), "probabilities": list(e.probabilities)} for e in found]
     _write_json(json_file, {"predictions": values})
+
+
+def answers(found: RankedAnswers, image: str, question: str, json_file: Path | None) -> None:
+    """The likeliest answers to a question."""
+    table = Table(title=Text(f"{image}: {question}"), title_justify="left")
+    table.add_column("answer")
+    table.add_column("probability", justify="right")
+    ranked = list(zip(found.answers, found.scores, strict=True))
+    for answer, score in ranked:
+        table.add_row(Text(answer), f"{score:.1%}")
+    Console().print(table)
+    values = [{"answer": answer, "probability": score} for answer, score in ranked]
+    _write_json(json_file, {"image": image, "question": question, "answers": values})
 
 
 def hits(found: SearchResult, sheet: Path | None, json_file: Path | None) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 from mm.errors import UserError
 from mm.evaluation.metrics import Result
 from mm.hub import Model
+from mm.run.answering import evaluate_vqa
 from mm.run.evaluation import evaluate_compositional, evaluate_retrieval, evaluate_zero_shot, loaded, opened
 from mm.run.matching import evaluate_matching
 from mm.run.picture_evaluation import evaluate_generation, evaluate_reconstruction
-from mm.types import Embeds, Matches, Source
+from mm.types import Source
 
 
 def evaluate_any_retrieval(
@@ -27,7 +28,7 @@ def evaluate_any_retrieval(
     """Retrieval by vectors, or by reading all pairs where a model has no shared space; arguments as `evaluate_retrieval`."""
     model = loaded(model, device, precision)
     source = opened(data, model, image_field=image_field, text_field=text_field)
-    if isinstance(model.system, Matches) and not isinstance(model.system, Embeds):
+    if "matches" in model.capabilities and "embeds" not in model.capabilities:
         return evaluate_matching(model, source, progress=progress)
     return evaluate_retrieval(model, source, cache=cache, progress=progress)
 
@@ -38,6 +39,7 @@ TASKS: Mapping[str, Callable[..., Result]] = {
     "compositional": evaluate_compositional,
     "reconstruction": evaluate_reconstruction,
     "generation": evaluate_generation,
+    "vqa": evaluate_vqa,
 }
 
 
