@@ -167,4 +167,5 @@ def test_the_command_line_writes_what_was_made_and_its_making(by_name: stubs.Stu
     assert [(one["seed"], one["number"]) for one in pictures] == [(5, 0), (5, 1), (5, 0), (5, 1)]
     assert len(list((tmp_path / "each").glob("*.png"))) == 4
     assert sorted(path.name for path in (tmp_path / "making").iterdir()) == ["000-000.png", "000-001.png", "000.gif"]
-    assert getattr(Image.open(tmp_path / "making" / "000.gif"), "n_frames", 1) == 2
+    with Image.open(tmp_path / "making" / "000.gif") as animation:
+        assert getattr(animation, "n_frames", 1) == 2
