@@ -138,7 +138,7 @@ def distances(
     fewest, width = min(len(made), len(real)), made.shape[1]
     size = min(SUBSET_SIZE, fewest // 2)
     mean, deviation = kernel_distance(made, real, subset_size=size, seed=seed)
-    error = (_half_kernel_distances(made, real, seed).var(ddof=1) + deviation**2 / SUBSETS) ** 0.5
+    error = float(_half_kernel_distances(made, real, seed).var(ddof=1) + deviation**2 / SUBSETS) ** 0.5
     metrics = {f"kid{suffix}": Interval(mean, mean - 1.96 * error, mean + 1.96 * error, "number")}
     if fewest >= 2 * width:
         value, error = frechet_distance(made, real), _half_deviation(made, real, seed)

@@ -98,7 +98,11 @@ def real_pictures(
             vectors.append(judge.embed_images(list(coded)))
         if inception is not None:
             features.append(inception(pictures))
-    return RealPictures(torch.cat(small), *(torch.cat(found) if found else None for found in (vectors, features)))
+    return RealPictures(
+        thumbnails=torch.cat(small),
+        token_vectors=torch.cat(vectors) if vectors else None,
+        inception=torch.cat(features) if features else None,
+    )
 
 
 def training_pictures(
@@ -192,7 +196,7 @@ def _recorded(painter: Model) -> Source | None:
 
 def _studied(source: Source, painter: Model, prompts: Sequence[str], label: str | None, seed: int) -> Training:
     """One pass over a training source; of each name the picture with the smallest hash is kept."""
-    task, note = None, ", which has no pictures of the prompts by name: without retrieval control"
+    task = None
     with suppress(UserError):  # names are needed for the control alone
         source, task = labels_or_captions(source, label, None)
     index = {} if task is None else {value: task.classes[position] for value, position in task.index().items()}
@@ -209,9 +213,8 @@ def _studied(source: Source, painter: Model, prompts: Sequence[str], label: str 
             place = derive_seed(seed, "retrieved", identity)
             if name not in kept or place < kept[name][0]:
                 kept[name] = place, picture.clone()
-    return Training(
-        torch.cat(small), {name: picture for name, (_, picture) in kept.items()}, source.name + ("" if kept else note)
-    )
+    note = source.name if kept else f"{source.name}, which has no pictures of the prompts by name: no retrieval control"
+    return Training(torch.cat(small), {name: picture for name, (_, picture) in kept.items()}, note)
 
 
 def _teachers(painter: Model) -> set[str]:
