@@ -32,7 +32,7 @@ from mm.published.resolve import import_model
 from mm.systems import SystemConfig, build, read_system
 from mm.training.checkpoint import find_checkpoint
 from mm.training.devices import choose_device, inference_dtype
-from mm.types import Embeds, System, TextBatch, capabilities
+from mm.types import CompilesDecoding, Embeds, System, TextBatch, capabilities
 
 ASSETS = Path(__file__).parent / "assets"
 CONFIG_FILE = "config.yaml"
@@ -57,6 +57,7 @@ class Model:
         name: What the user called it.
         card: Data, command, figures and limits, as far as they were recorded.
         device: Where the network lives.
+        dtype: What the weights are computed with; parts that would suffer from it stay in fp32.
         compiled_rows: Rows of every batch where the encoders are compiled (`compile`), 0 where they are not.
     """
 
@@ -66,6 +67,7 @@ class Model:
     name: str
     card: Mapping[str, Any] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
     compiled_rows: int = 0
 
     @property
@@ -90,8 +92,12 @@ class Model:
         """This model itself, its encoders compiled for long jobs: a minute of compilation, then fewer and larger kernels.
 
         Batches are filled up to ``rows``, texts to multiples of 8 tokens, so that few shapes are compiled. A CPU needs a C++
-        compiler for it; weights are folded into the compiled code, so they must not change afterwards.
+        compiler for it; weights are folded into the compiled code, so they must not change afterwards. Of a model that decodes
+        step by step the step is compiled, for each number of rows when it is first met.
         """
+        if isinstance(self.system, CompilesDecoding):
+            self.system.compile_decoding()
+            return self
         for encoder in self._embedding_system().encoders().values():
             encoder.compile(dynamic=False)
         self.compiled_rows = rows
@@ -205,13 +211,15 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
     _load_weights(system, _part_weights(parts) | _read_weights(weights), str(weights))
     merge_lora(system)
     place = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    dtype = inference_dtype(precision, place)
     return Model(
-        system=_placed(system, place, precision),
+        system=_placed(system, place, dtype),
         processor=Processor.load(folder),
         config=config,
         name=str(model),
         card=_card(folder, values),
         device=place,
+        dtype=dtype,
     )
 
 
@@ -265,10 +273,9 @@ def _digest(system: nn.Module, text: str = "") -> str:
     return digest.hexdigest()
 
 
-def _placed(system: System, device: torch.device, precision: str) -> System:
+def _placed(system: System, device: torch.device, dtype: torch.dtype) -> System:
     """The system in evaluation mode, on its device, its weights cast once to the computing type."""
     system.eval().to(device)
-    dtype = inference_dtype(precision, device)
     if dtype != torch.float32:
         system.cast_(dtype)
     return system
@@ -279,13 +286,15 @@ def from_imported(imported: Imported, *, name: str, device: str = "auto", precis
     system = build(imported.config)
     _load_weights(system, imported.state, name)
     place = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    dtype = inference_dtype(precision, place)
     return Model(
-        system=_placed(system, place, precision),
+        system=_placed(system, place, dtype),
         processor=imported.processor,
         config=imported.config,
         name=name,
         card=imported.card,
         device=place,
+        dtype=dtype,
     )
 
 

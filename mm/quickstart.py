@@ -22,11 +22,13 @@ from mm.run.adaptation import evaluate_probe
 from mm.run.config import CONFIGS
 from mm.run.evaluation import evaluate_retrieval, evaluate_zero_shot
 from mm.run.inference import classify, search
+from mm.run.picture_evaluation import evaluate_reconstruction
 from mm.run.training import train
 from mm.show import progress_bar, result, save_picture
-from mm.types import Source
+from mm.types import Source, Tokenizes
 
 MODEL = "emoji-clip"
+TOKENIZER = "emoji-vq"
 TEST = "emoji:test/core"
 VALIDATION = "emoji:validation/core"
 EXAMPLES = "emoji:train/all-concepts/core/noto/twemoji"
@@ -61,6 +63,7 @@ def tour(out: Path) -> Path:
         _search(model, pictures, out, console),
         _answers(model, pictures, out),
         _examples(model, console),
+        _tokens(out, console),
         _train(out, console),
     ]
     seconds = time.monotonic() - started
@@ -123,6 +126,24 @@ def _examples(model: Model, console: Console) -> Section:
             Charts([bar_chart(bars, title="Top-1 on the validation artist")]),
         ],
     )
+
+
+def _tokens(out: Path, console: Console) -> Section:
+    """Pictures through 64 tokens each and back, above them the originals."""
+    console.rule("pictures as tokens")
+    model = load(TOKENIZER)
+    measured = evaluate_reconstruction(model, TEST)
+    result(measured, f"reconstruction: {TOKENIZER} on an unseen artist", None)
+    tokenizer, source = model.system, open_emoji(TEST, 64)
+    assert isinstance(tokenizer, Tokenizes)
+    rows = {source.fields(row)["key"]: row for row in range(len(source))}
+    originals = model.processor.images([source.read(rows[key]).media["image"] for key in CLASSIFIED if key in rows])
+    made = tokenizer.decode(tokenizer.encode(originals))
+    sheet = contact_sheet([*originals, *made], columns=len(originals), cell=96, title="mm eval reconstruction")
+    save_picture(sheet, out / "tokens.png")
+    grid, psnr = " x ".join(map(str, tokenizer.grid)), measured.metrics["psnr"].show()[0]
+    words = f"Above the drawings, below what {grid} tokens of {tokenizer.vocab_size} codes keep of them: {psnr} dB."
+    return Section("Pictures as tokens, the words of picture generators", [Text(words), Wide(sheet, words)])
 
 
 def _tiles(zero_shot: Result, retrieval: Result) -> Tiles:

@@ -130,6 +130,11 @@ class System(nn.Module):
         """Hold the weights in another floating type, cast once, for inference; what must stay in fp32 does."""
         self.to(dtype)
 
+    @property
+    def may_be_added(self) -> tuple[str, ...]:
+        """Beginnings of the names of parameters that change nothing at first, so that a trained network may be given them."""
+        return ()
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups: matrices decay; gains, biases and scales (``ndim < 2`` or a ``no_decay`` attribute) do not."""
         trainable = [p for p in self.parameters() if p.requires_grad]
@@ -214,6 +219,8 @@ class Sampling:
     Args:
         guidance: Scale of classifier-free guidance (https://arxiv.org/abs/2207.12598): 1 is none, more follows the text more.
         guidance_interval: Part of the progress, in 0..1, in which guidance acts.
+        guidance_ramp: The scale grows from 1 at the start to ``guidance`` at the end (Muse); for generators that choose many
+            tokens at once.
         temperature: Divides the logits; 0 takes the likeliest.
         top_k: Likeliest tokens that are drawn from; 0 for all.
         top_p: Smallest set of likeliest tokens with so much probability that is drawn from; 1 for all.
@@ -222,6 +229,7 @@ class Sampling:
 
     guidance: float = 3.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_ramp: bool = False
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -246,7 +254,7 @@ class Paints(Protocol):
         keep: Tensor | None = None,
         on_picture: OnPicture | None = None,
     ) -> Tensor:
-        """Pictures uint8 ``(B, 3, H, W)``, one a text; equal seeds give equal pictures whatever the batch.
+        """Pictures uint8 ``(B, 3, H, W)``, one a text; in fp32 equal seeds give equal pictures whatever the batch.
 
         Args:
             text: What to paint.
@@ -256,6 +264,15 @@ class Paints(Protocol):
             keep: True for the pixels of ``image`` that stay, ``(B, H, W)``, as far as tokens or latents allow.
             on_picture: Receives pictures in the making.
         """
+        ...
+
+
+@runtime_checkable
+class CompilesDecoding(Protocol):
+    """Systems whose decoding, step by step, can be compiled."""
+
+    def compile_decoding(self) -> None:
+        """Compile the step, once for each number of rows when it is first met; weights must not change afterwards."""
         ...
 
 

@@ -129,6 +129,26 @@ def ranks(image_vectors: Float[Tensor, "n d"], text_vectors: Float[Tensor, "m d"
     return Ranks(image_to_text.cpu(), tally.text_ahead.cpu())
 
 
+def ranks_of_scores(scores: Float[Tensor, "n m"], text_to_image: Int64[Tensor, " m"]) -> Ranks:
+    """The same of given scores, for models that judge pairs; of equal scores the lowest index wins.
+
+    Raises:
+        UserError: shapes that do not fit, an index out of range, NaN or infinity.
+    """
+    scores = checked(scores, "scores").cpu()
+    num_images, num_texts = scores.shape
+    owner = checked_index(text_to_image, num_texts, num_images, "picture of each caption").cpu()
+    texts, images = torch.arange(num_texts), torch.arange(num_images)
+    right = scores[owner, texts]
+    ahead = (scores > right) | ((scores == right) & (images[:, None] < owner))
+    text_to_image_ranks = ahead.sum(0)
+    own = scores.masked_fill(owner != images[:, None], -torch.inf)
+    bar, best = own.max(1, keepdim=True)
+    before = (scores > bar) | ((scores == bar) & (texts < best))
+    image_to_text = torch.where(bar.isinf().squeeze(1), num_texts, before.sum(1))
+    return Ranks(image_to_text, text_to_image_ranks)
+
+
 def _blocks(owner: Tensor, num_images: int) -> list[_Block]:
     """Cut the pictures into blocks of neither too many pictures nor too many captions; those without captions fall away."""
     order = owner.argsort(stable=True)
@@ -190,8 +210,24 @@ def retrieval(
     Raises:
         UserError: see `ranks`; an empty subset or no caption at all.
     """
-    found = ranks(image_vectors, text_vectors, text_to_image)
-    owner, num_images, num_texts = text_to_image.detach().cpu().numpy(), len(image_vectors), len(text_vectors)
+    options: dict[str, Any] = {"ks": ks, "subsets": subsets, "modalities": modalities, "seed": seed, "resamples": resamples}
+    facts = {**(protocol or {}), "scores": "dot product in fp32, of equal scores the lowest index wins"}
+    return recalls(ranks(image_vectors, text_vectors, text_to_image), text_to_image, protocol=facts, **options)
+
+
+def recalls(
+    found: Ranks,
+    text_to_image: Int64[Tensor, " m"],
+    *,
+    ks: Sequence[int] = DEFAULT_KS,
+    subsets: Mapping[str, Tensor | np.ndarray | Sequence[bool]] | None = None,
+    protocol: Mapping[str, Any] | None = None,
+    modalities: tuple[str, str] = ("image", "text"),
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Result:
+    """What `retrieval` gives, of ranks that are known; ``protocol`` says what the scores are. Raises `UserError` likewise."""
+    owner, num_images, num_texts = text_to_image.detach().cpu().numpy(), len(found.image_to_text), len(found.text_to_image)
     asking = np.bincount(owner, minlength=num_images) > 0
     forward, back = f"{modalities[0]}_to_{modalities[1]}", f"{modalities[1]}_to_{modalities[0]}"
     metrics: dict[str, Interval] = {}
@@ -217,7 +253,6 @@ def retrieval(
         **subset_sizes(subsets or {}),
         **(protocol or {}),
         "recall": f"at least one of the {modalities[1]}s of a query in the first K",
-        "scores": "dot product in fp32, of equal scores the lowest index wins",
         "interval": f"95 % bootstrap over {modalities[0]}s, {resamples} resamples, seed {seed}",
     }
     return Result(metrics, stamp)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mm.errors import UserError
-from mm.generators.sampling import check_sampling, draw, guided, sample_generators
+from mm.generators.sampling import check_sampling, draw, guided, guided_range, sample_generators
 from mm.nn.attention import KVCache
 from mm.nn.freeze import folded_weights
 from mm.types import Sampling
@@ -123,7 +123,7 @@ def stream(
     if start == num_tokens:
         yield ids
         return
-    active = _guided_tokens(sampling, num_tokens)
+    active = guided_range(sampling, num_tokens)
     doubled = start < active.stop
     if doubled and unconditional is None:
         raise UserError(f"guidance {sampling.guidance} needs unconditional prompts; give them, or take guidance 1")
@@ -145,13 +145,6 @@ def stream(
             caches, doubled = [cache.first(batch_size) for cache in caches], False
         logits = model.step(torch.cat([drawn, drawn]) if doubled else drawn, index, caches)
     yield ids
-
-
-def _guided_tokens(sampling: Sampling, num_tokens: int) -> range:
-    """The tokens whose progress lies in the guidance interval; none at scale 1."""
-    low, high = sampling.guidance_interval
-    inside = [i for i in range(num_tokens) if low <= i / max(1, num_tokens - 1) <= high]
-    return range(inside[0], inside[-1] + 1) if inside and sampling.guidance != 1 else range(0)
 
 
 def _check(batch_size: int, seeds: Sequence[int], known: Tensor, num_tokens: int, every: int) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mm.errors import UserError
-from mm.generators.sampling import draw, guided, gumbel_noise, sample_generators
+from mm.generators.sampling import check_sampling, draw, guided, guided_range, gumbel_noise, sample_generators
 from mm.types import Sampling
 
 Predict = Callable[[Int64[Tensor, "r n"]], Float[Tensor, "r n v"]]
@@ -37,7 +37,6 @@ def generate(
     *,
     mask_id: int,
     choice_temperature: float = CHOICE_TEMPERATURE,
-    guidance_ramp: bool = False,
     on_tokens: OnTokens | None = None,
 ) -> Int64[Tensor, "b n"]:
     """Draw all tokens that are hidden.
@@ -50,29 +49,29 @@ def generate(
         predict: Logits of all tokens, of the vocabulary without the mask id.
         ids: Known tokens, which never change, and ``mask_id`` where a token is to be drawn; not changed in place.
         seeds: One a picture.
-        sampling: ``steps``, ``temperature``, ``top_k``, ``top_p``, ``guidance`` and its interval; step i of S has progress
-            ``i / (S - 1)``.
+        sampling: ``steps``, ``temperature``, ``top_k``, ``top_p``, ``guidance``, its interval and its ramp; step i of S has
+            progress ``i / (S - 1)``.
         mask_id: Stands for a hidden token; not below V.
         choice_temperature: Scale of the noise on the confidence at the start; 0 always keeps the surest.
-        guidance_ramp: The guidance scale grows linearly, from 1 at the first step to ``sampling.guidance`` at the last (Muse).
         on_tokens: See `OnTokens`.
 
     Returns:
         The ids without any ``mask_id``.
 
     Raises:
-        UserError: less than one step, or another number of seeds than of pictures.
+        UserError: `check_sampling`, or another number of seeds than of pictures.
     """
-    if sampling.steps < 1:
-        raise UserError(f"steps is {sampling.steps}; take at least 1")
+    check_sampling(sampling)
     if len(seeds) != len(ids):
         raise UserError(f"{len(seeds)} seeds for {len(ids)} pictures; give one each")
-    hidden = ids == mask_id
+    hidden, active = ids == mask_id, guided_range(sampling, sampling.steps)
+    if not hidden.any():
+        return ids.clone()
     counts = torch.tensor([hidden_counts(number, sampling.steps) for number in hidden.sum(1).tolist()]).to(ids.device)
     generators = sample_generators(seeds)
     for step in range(sampling.steps):
         progress = (step + 1) / sampling.steps
-        logits = _logits(predict, ids, _scale(sampling, step, guidance_ramp))
+        logits = _logits(predict, ids, _scale(sampling, step) if step in active else 1.0)
         assert logits.shape[-1] <= mask_id, "the mask id must not be drawn"
         drawn = draw(logits, generators, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
         guess = torch.where(hidden, drawn, ids)
@@ -99,13 +98,10 @@ def hidden_counts(number: int, steps: int) -> list[int]:
     return [*counts[1:], 0]
 
 
-def _scale(sampling: Sampling, step: int, ramp: bool) -> float:
-    """The guidance scale of a step, 1 outside of its interval."""
-    progress = step / max(1, sampling.steps - 1)
-    low, high = sampling.guidance_interval
-    if not low <= progress <= high:
-        return 1.0
-    return 1 + (sampling.guidance - 1) * progress if ramp else sampling.guidance
+def _scale(sampling: Sampling, step: int) -> float:
+    """The guidance scale of a step within the interval."""
+    ramp = step / max(1, sampling.steps - 1) if sampling.guidance_ramp else 1.0
+    return 1 + (sampling.guidance - 1) * ramp
 
 
 def _logits(predict: Predict, ids: Tensor, scale: float) -> Tensor:

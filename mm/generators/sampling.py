@@ -10,6 +10,7 @@ Sources: https://arxiv.org/abs/2207.12598 (guidance), https://arxiv.org/abs/1805
 (top-p), https://arxiv.org/abs/1411.0030 (Gumbel-max).
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,13 +24,35 @@ SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def check_sampling(sampling: Sampling) -> None:
-    """Raises `UserError` for a temperature, ``top_k`` or ``top_p`` that mean nothing."""
-    if sampling.temperature < 0:
+    """Raises `UserError` for a setting that means nothing."""
+    low, high = sampling.guidance_interval
+    if not (math.isfinite(sampling.guidance) and sampling.guidance >= 0):
+        raise UserError(f"guidance is {sampling.guidance}; take 1 for none, or more to follow the prompt more closely")
+    if not 0 <= low <= high <= 1:
+        raise UserError(f"guidance_interval is {low} to {high}; give two shares of the progress, 0 to 1, the smaller first")
+    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
         raise UserError(f"temperature is {sampling.temperature}; take 0 for the likeliest token, or more")
     if sampling.top_k < 0:
         raise UserError(f"top_k is {sampling.top_k}; take 0 for all tokens, or the number of the likeliest")
     if not 0 < sampling.top_p <= 1:
         raise UserError(f"top_p is {sampling.top_p}; take a probability above 0, or 1 for all tokens")
+    if sampling.steps < 1:
+        raise UserError(f"steps is {sampling.steps}; take at least 1")
+
+
+def guided_range(sampling: Sampling, count: int) -> range:
+    """Of ``count`` choices in a row, evenly spread over the progress from 0 to 1, those with guidance; none at scale 1.
+
+    Raises:
+        UserError: The interval falls between two choices.
+    """
+    low, high = sampling.guidance_interval
+    inside = [i for i in range(count) if low <= i / max(1, count - 1) <= high]
+    if sampling.guidance == 1:
+        return range(0)
+    if not inside:
+        raise UserError(f"guidance_interval {low} to {high} holds none of the {count} choices; widen it, or take guidance 1")
+    return range(inside[0], inside[-1] + 1)
 
 
 def sample_generators(seeds: Sequence[int]) -> list[torch.Generator]:

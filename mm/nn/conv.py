@@ -16,6 +16,8 @@ from mm.nn.ends import end
 GROUPS = 32
 """Most groups of a group norm; fewer where the width is not a multiple."""
 
+HEAD_WIDTH = 32
+
 
 def group_norm(width: int) -> nn.GroupNorm:
     """Group norm of the largest number of groups up to 32 that divides ``width``."""
@@ -23,7 +25,7 @@ def group_norm(width: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions behind norm and SiLU, added to their input (https://arxiv.org/abs/2012.09841).
+    """Two 3 x 3 convolutions behind norm and SiLU, added to their input, at first nothing (https://arxiv.org/abs/2012.09841).
 
     Args:
         width: Channels of the input.
@@ -37,6 +39,7 @@ class ResidualBlock(nn.Module):
         self.norm2, self.conv2 = group_norm(out_width), nn.Conv2d(out_width, out_width, 3, padding=1)
         self.skip = nn.Identity() if width == out_width else nn.Conv2d(width, out_width, 1)
         nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
         hidden = self.conv1(F.silu(self.norm1(x)))
@@ -44,7 +47,7 @@ class ResidualBlock(nn.Module):
 
 
 class GridAttention(nn.Module):
-    """Every cell of the grid looks at every other.
+    """Every cell of the grid looks at every other; what it sees is added, at first nothing.
 
     Args:
         width: Channels.
@@ -56,6 +59,7 @@ class GridAttention(nn.Module):
         self.norm = group_norm(width)
         self.attention = MultiHeadAttention(width, num_heads)
         nn.init.zeros_(self.attention.output.weight)
+        nn.init.zeros_(self.attention.output.bias)
 
     def forward(self, x: Float[Tensor, "b d h w"]) -> Float[Tensor, "b d h w"]:
         cells = rearrange(self.norm(x), "b d h w -> b (h w) d")
@@ -99,12 +103,24 @@ class PictureDecoder(nn.Module):
         num_blocks: Residual blocks of a stage.
         out_channels: C of the result.
         num_heads: Heads of the attention between the blocks of the coarsest stage; 0 for none.
+        refinement: Further blocks at the start of each stage, in the coarsest one with attention behind each. They begin as the
+            identity, so that a trained decoder may be given some.
     """
 
     def __init__(
-        self, in_width: int, patch: int, widths: Sequence[int], num_blocks: int, out_channels: int = 3, num_heads: int = 0
+        self,
+        in_width: int,
+        patch: int,
+        widths: Sequence[int],
+        num_blocks: int,
+        out_channels: int = 3,
+        num_heads: int = 0,
+        refinement: int = 0,
     ) -> None:
         super().__init__()
+        self.refinement = nn.ModuleList(
+            nn.Sequential(*_refinement(width, refinement, attention=stage == 0)) for stage, width in enumerate(reversed(widths))
+        )
         layers: list[nn.Module] = [end(nn.Conv2d(in_width, widths[-1], 3, padding=1))]
         for stage in reversed(range(len(widths))):
             heads = num_heads if stage == len(widths) - 1 else 0
@@ -117,7 +133,24 @@ class PictureDecoder(nn.Module):
         self.shuffle = nn.PixelShuffle(patch)
 
     def forward(self, features: Float[Tensor, "b d h w"]) -> Float[Tensor, "b c H W"]:
-        return self.shuffle(self.output(self.layers(features)))
+        stages = iter(self.refinement)
+        x = next(stages)(self.layers[0](features))
+        for layer in self.layers[1:]:
+            x = layer(x)
+            if isinstance(layer, nn.PixelShuffle):
+                x = next(stages)(x)
+        return self.shuffle(self.output(x))
+
+
+def _refinement(width: int, count: int, attention: bool) -> list[nn.Module]:
+    """Residual blocks, each followed by attention where wanted, with heads of about `HEAD_WIDTH`."""
+    heads = next(heads for heads in range(max(1, width // HEAD_WIDTH), 0, -1) if width % heads == 0)
+    layers: list[nn.Module] = []
+    for _ in range(count):
+        layers.append(ResidualBlock(width))
+        if attention:
+            layers.append(GridAttention(width, heads))
+    return layers
 
 
 def _stage(width: int, num_blocks: int, num_heads: int) -> list[nn.Module]:

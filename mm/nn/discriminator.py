@@ -4,6 +4,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mm.nn.conv import group_norm
+from mm.nn.ends import end
 
 SLOPE = 0.2
 """Of the leaky rectifier below zero."""
@@ -22,11 +23,11 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, width: int = 64, num_layers: int = 3) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(SLOPE)]
+        layers: list[nn.Module] = [end(nn.Conv2d(3, width, 4, stride=2, padding=1)), nn.LeakyReLU(SLOPE)]
         for layer in range(1, num_layers):
             wider = width * 2**layer
             layers += [nn.Conv2d(wider // 2, wider, 4, stride=2, padding=1), group_norm(wider), nn.LeakyReLU(SLOPE)]
-        layers.append(nn.Conv2d(width * 2 ** (num_layers - 1), 1, 3, padding=1))
+        layers.append(end(nn.Conv2d(width * 2 ** (num_layers - 1), 1, 3, padding=1)))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 i j"]:

@@ -155,10 +155,7 @@ def evaluate_retrieval(
     """
     model = loaded(model, device, precision)
     source = opened(data, model, image_field=image_field, text_field=text_field)
-    kind = getattr(source, "evaluation", None)
-    if kind not in (None, "retrieval"):
-        hint = f"measure it with `mm eval {COMMANDS[kind]}`" if kind in COMMANDS else "give a set such as coco:FOLDER"
-        raise UserError(f"{source.name}: a {kind} set, whose texts are not for retrieval; {hint}")
+    check_retrieval_set(source)
     fingerprint = model.fingerprint
     with open_world(model.device.type) as world:
         encoded = encode(model, source, cache=cache, progress=progress, world=world, fingerprint=fingerprint)
@@ -172,6 +169,14 @@ def evaluate_retrieval(
         texts = text_vectors(lambda: embed(captions), [fingerprint, captions] if cache else None, world)
     image_of = torch.tensor([position for position, row in enumerate(rows) for _ in encoded.samples[row]["captions"]])
     return retrieval(encoded.images[rows], texts, image_of, protocol=stamp(model, source, encoded.accounting, fingerprint))
+
+
+def check_retrieval_set(source: Source) -> None:
+    """Raises `UserError` for a source whose figures are published for another task."""
+    kind = getattr(source, "evaluation", None)
+    if kind not in (None, "retrieval"):
+        hint = f"measure it with `mm eval {COMMANDS[kind]}`" if kind in COMMANDS else "give a set such as coco:FOLDER"
+        raise UserError(f"{source.name}: a {kind} set, whose texts are not for retrieval; {hint}")
 
 
 def evaluate_compositional(
@@ -412,13 +417,12 @@ def stamp(model: Model, source: Source, samples: str, fingerprint: str | None = 
 
     The model's fingerprint is taken from the caller where it has it already.
     """
-    precision = str(next(model.system.parameters()).dtype).removeprefix("torch.")
     return {
         "model": model.name,
         "data": source.name,
         "samples": samples,
         **model.processor.stamp(),
-        "precision": precision,
+        "precision": str(model.dtype).removeprefix("torch."),
         "data_fingerprint": source.fingerprint[:16],
         "model_fingerprint": (fingerprint or model.fingerprint)[:16],
     }

@@ -8,9 +8,9 @@ from torch import Tensor
 from mm.data.loader import Loader
 from mm.errors import UserError
 from mm.evaluation.metrics import Result
-from mm.evaluation.retrieval import retrieval
+from mm.evaluation.retrieval import ranks_of_scores, recalls
 from mm.hub import Model
-from mm.run.evaluation import stamp
+from mm.run.evaluation import MAX_BAD_SHARE, check_retrieval_set, stamp
 from mm.run.preparation import EvalPreparation
 from mm.types import Encoded, Matches, Source
 
@@ -28,12 +28,22 @@ def evaluate_matching(model: Model, source: Source, *, progress: Progress | None
         progress: Called with (pairs done, pairs in all).
 
     Raises:
-        UserError: No sample of the source has a caption.
+        UserError: No sample of the source has a caption, its figures are published for another task, or a published set is
+            not whole.
     """
     assert isinstance(model.system, Matches)
+    check_retrieval_set(source)
     preparation = EvalPreparation(model.processor)
     loader = Loader(
-        source, preparation, preparation.collate, batch_size=1, seed=0, tail="short", shuffle=False, substitute=False
+        source,
+        preparation,
+        preparation.collate,
+        batch_size=1,
+        seed=0,
+        tail="short",
+        shuffle=False,
+        substitute=False,
+        max_bad_fraction=0.0 if getattr(source, "evaluation", None) else MAX_BAD_SHARE,
     )
     pictures: list[Tensor] = []
     captions: list[tuple[str, ...]] = []
@@ -49,10 +59,11 @@ def evaluate_matching(model: Model, source: Source, *, progress: Progress | None
     texts = [caption for several in captions for caption in several]
     scores = _all_pairs(model, pictures, texts, progress)
     image_of = torch.tensor([row for row, several in enumerate(captions) for _ in several])
-    facts = stamp(model, source, loader.accounting.describe()) | {"compared": f"{scores.numel()} pairs, each read together"}
-    return retrieval(
-        scores, torch.eye(len(texts)), image_of, protocol=facts
-    )  # a row of scores, times a unit vector, is a score
+    facts = stamp(model, source, loader.accounting.describe()) | {
+        "compared": f"{scores.numel()} pairs, each read together",
+        "scores": "logits of matching, of equal ones the lowest index wins",
+    }
+    return recalls(ranks_of_scores(scores, image_of), image_of, protocol=facts)
 
 
 @torch.no_grad()

@@ -207,9 +207,13 @@ def _system(config: RunConfig, start: Model | None, parts: Mapping[str, System])
 
 
 def _adopt(system: System, start: System, name: str) -> None:
-    """Take over all parameters, and the buffers that fit: a queue that only one of the two has is left as it is."""
+    """Take over all parameters, and the buffers that fit: a queue that only one of the two has is left as it is.
+
+    Parameters that `System.may_be_added` allows may be missing.
+    """
     state, own = start.state_dict(), system.state_dict()
     parameters = {key for network in (start, system) for key, _ in network.named_parameters()}
+    parameters -= {key for key in parameters - state.keys() if key.startswith(system.may_be_added)}
     unfit = [key for key in parameters if key not in state or key not in own or state[key].shape != own[key].shape]
     if unfit:
         raise ConfigError(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from mm.config import StrictConfig
 from mm.errors import UserError
 from mm.fusion.single_tower import SingleTower
-from mm.generators.autoregressive import stream
+from mm.generators.autoregressive import Compiled, stream
 from mm.nn.attention import KVCache, MultiHeadAttention
 from mm.nn.embeddings import GridPositions, LearnedPositions
 from mm.nn.ends import end
@@ -125,15 +125,20 @@ class Dalle(System):
         self.tower = tower
         self.config = config
         self._encode = TokenMemory(tokenizer.encode, config.remember_tokens) if config.remember_tokens else tokenizer.encode
-        self.num_text, self.vocab_size = config.text.context_length, config.text.vocab_size
+        self._compiled: Compiled | None = None
+        self.num_text, self.num_words = config.text.context_length, config.text.vocab_size
         rows, columns = tokenizer.grid
         self.num_image = rows * columns
         self.text_tokens = nn.Embedding(
-            self.vocab_size + self.num_text, config.width
+            self.num_words + self.num_text, config.width
         )  # words, then the padding of each position
         self.image_tokens = nn.Embedding(tokenizer.vocab_size, config.width)
-        self.text_head = end(Linear(config.width, self.vocab_size))
+        self.text_head = end(Linear(config.width, self.num_words))
         self.image_head = end(Linear(config.width, tokenizer.vocab_size))
+
+    def compile_decoding(self) -> None:
+        """See `mm.types.CompilesDecoding`."""
+        self._compiled = Compiled(self)
 
     def cast_(self, dtype: torch.dtype) -> None:
         """Hold all but the tokenizer in another floating type, for inference."""
@@ -164,7 +169,7 @@ class Dalle(System):
             lengths = lengths.masked_fill(torch.rand(len(batch), device=lengths.device) < self.config.caption_dropout, 0)
         text = self.prompt(TextBatch(batch.text.ids, lengths))
         text_logits, image_logits = self.forward_logits(text, ids)
-        words = text[:, 1:].masked_fill(text[:, 1:] >= self.vocab_size, -100)
+        words = text[:, 1:].masked_fill(text[:, 1:] >= self.num_words, -100)
         image_loss = F.cross_entropy(image_logits.float().flatten(0, 1), ids.flatten())
         word_losses = F.cross_entropy(text_logits.float().transpose(1, 2), words, ignore_index=-100, reduction="none")
         text_loss = (word_losses.sum(1) / (words >= 0).sum(1).clamp(min=1)).mean()
@@ -179,7 +184,7 @@ class Dalle(System):
             raise UserError(f"text of {length} tokens where the model takes {self.num_text}; shorten it")
         positions = torch.arange(self.num_text, device=text.ids.device)
         ids = F.pad(text.ids, (0, self.num_text - length))
-        return torch.where(positions < text.lengths[:, None], ids, self.vocab_size + positions)
+        return torch.where(positions < text.lengths[:, None], ids, self.num_words + positions)
 
     @torch.no_grad()
     def paint(
@@ -198,7 +203,9 @@ class Dalle(System):
         prefix = None if image is None or keep is None else self._kept(image, keep)
         every = self.num_image if on_picture is None else self.tokenizer.grid[1]
         ids = prompt[:, :0]
-        for ids in stream(self, prompt, seeds, sampling, self.num_image, unconditional=nothing, prefix=prefix, every=every):
+        for ids in stream(
+            self._compiled or self, prompt, seeds, sampling, self.num_image, unconditional=nothing, prefix=prefix, every=every
+        ):
             if on_picture is not None:
                 on_picture(self.decode_partial(ids), ids.shape[1] / self.num_image)
         return self.tokenizer.decode(ids)

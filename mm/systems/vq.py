@@ -38,6 +38,7 @@ class VqConfig(SystemSettings):
 
     Args:
         tokenizer: The network.
+        fixed_tokens: Train the decoder alone: pictures keep their tokens, so that what was trained on these remains valid.
         reconstruction: Distance of pixels in -1..1: ``l2``, ``l1``, or ``psnr``, the logarithm of each picture's ``l2``, by
             which simple pictures count like rich ones; ``pixels: laplace`` has its own likelihood.
         perceptual: MODEL whose picture encoder gives perceptual distances; none by default.
@@ -49,6 +50,7 @@ class VqConfig(SystemSettings):
 
     name: Literal["vq"] = "vq"
     tokenizer: ImageTokenizerConfig = ImageTokenizerConfig()
+    fixed_tokens: bool = False
     reconstruction: Literal["l2", "l1", "psnr"] = "l2"
     perceptual: str | None = None
     perceptual_weight: float = Field(default=1.0, gt=0)
@@ -97,6 +99,9 @@ class Vq(System):
     ) -> None:
         super().__init__()
         self.tokenizer, self.config = tokenizer, config
+        if config.fixed_tokens:
+            freeze(tokenizer.encoder)
+            freeze(tokenizer.quantizer)
         self.discriminator = discriminator
         self._perceptual = [] if perceptual is None else [freeze(perceptual)]  # in a list: not a child, so not saved
 
@@ -105,6 +110,11 @@ class Vq(System):
         for network in self._perceptual:
             network._apply(fn)
         return super()._apply(fn, recurse)
+
+    @property
+    def may_be_added(self) -> tuple[str, ...]:
+        """See `mm.types.System`."""
+        return ("tokenizer.decoder.refinement.",)
 
     @property
     def vocab_size(self) -> int:
@@ -215,11 +225,11 @@ class Vq(System):
 
 
 def _usage(ids: Tensor, vocab_size: int) -> dict[str, Tensor]:
-    """How many of the codes that a batch could use it does, and the perplexity of their distribution."""
+    """How many codes a batch uses, over the number that random tokens would, and the perplexity of their distribution."""
     counter = CodeUsage(vocab_size)
     counter.update(ids)
-    possible = min(1.0, ids.numel() / vocab_size)
-    return {"batch_usage": torch.tensor(counter.usage / possible), "perplexity": torch.tensor(counter.perplexity)}
+    random = 1 - math.exp(-ids.numel() / vocab_size)
+    return {"batch_usage": torch.tensor(counter.usage / random), "perplexity": torch.tensor(counter.perplexity)}
 
 
 def _annealed(config: GumbelConfig, step: int) -> float:

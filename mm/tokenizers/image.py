@@ -89,20 +89,22 @@ class ImageTokenizerConfig(StrictConfig):
     """The network of a picture tokenizer.
 
     Args:
-        image_size: Side of the square picture in pixels.
+        image_size: Side of the square picture in pixels; at least the window of SSIM.
         patch: Side of the patch that becomes one cell of the first stage, pixels.
         widths: Channels of the stages, fine to coarse; the grid halves between two of them.
         num_blocks: Residual blocks of a stage.
         num_heads: Attention heads between the blocks of the coarsest stage; 0 for none.
+        refinement: Further blocks in each stage of the decoder, which a trained one may be given.
         quantizer: What makes features discrete.
         pixels: What the decoder predicts of a pixel: its value, or the location and scale of a logit-Laplace distribution.
     """
 
-    image_size: int = Field(default=64, ge=8)
+    image_size: int = Field(default=64, ge=11)
     patch: int = Field(default=4, ge=1)
     widths: tuple[int, ...] = (96, 192)
     num_blocks: int = Field(default=1, ge=1)
     num_heads: int = Field(default=0, ge=0)
+    refinement: int = Field(default=0, ge=0)
     quantizer: FsqConfig | CodebookConfig | GumbelConfig = Field(default=FsqConfig(), discriminator="kind")
     pixels: Literal["value", "laplace"] = "value"
 
@@ -206,7 +208,7 @@ def build_image_tokenizer(config: ImageTokenizerConfig) -> ImageTokenizer:
     return ImageTokenizer(
         PictureEncoder(**stages, out_width=in_width),
         quantizer,
-        PictureDecoder(quantizer.width, **stages, out_channels=6 if laplace else 3),
+        PictureDecoder(quantizer.width, **stages, out_channels=6 if laplace else 3, refinement=config.refinement),
         image_size=config.image_size,
         grid=(side, side),
         laplace=laplace,

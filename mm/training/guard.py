@@ -11,8 +11,8 @@ from typing import Any
 FLAT_TOLERANCE = 0.01
 """A contrastive loss this close to that of guessing, relatively, has learned nothing."""
 
-COLLAPSED_BELOW = 0.1
-"""Share of the codes that a batch could use below which a codebook is collapsing."""
+COLLAPSED_BELOW = 0.25
+"""A batch that uses fewer codes than this share of what random tokens would use comes from a collapsing codebook."""
 
 FLAT_STEPS = 100
 """Steps after warm-up before a flat loss is worth a word, and the number of steps averaged for it."""
@@ -90,7 +90,7 @@ class Collapse:
 
         Args:
             step: Number of the step.
-            parts: Named parts of the loss; ``batch_usage`` is looked at, the share of the codes that a batch could use.
+            parts: Named parts of the loss; ``batch_usage`` is looked at, codes used over those that random tokens would use.
         """
         if "batch_usage" not in parts:
             return None
@@ -100,8 +100,9 @@ class Collapse:
             return None
         self._told = True
         return (
-            f"after {step} steps a batch uses {mean:.0%} of the codes that it could: the codebook is collapsing; take the "
-            "quantizer {kind: fsq}, or for kind: vq raise dead_after, shrink codebook_size or lower train.lr"
+            f"after {step} steps a batch uses {mean:.0%} of the codes that random tokens would: the codebook is collapsing; "
+            "take the quantizer {kind: fsq}; else lower train.lr, for kind: vq raise dead_after or shrink codebook_size, for "
+            "kind: gumbel lower kl_weight"
         )
 
 

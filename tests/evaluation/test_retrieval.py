@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mm.errors import UserError
 from mm.evaluation import retrieval as module
-from mm.evaluation.retrieval import ranks, retrieval
+from mm.evaluation.retrieval import ranks, ranks_of_scores, retrieval
 
 
 def loops(images: torch.Tensor, texts: torch.Tensor, owner: torch.Tensor) -> tuple[list[int], list[int]]:
@@ -151,3 +151,16 @@ def test_intervals_of_the_usual_size_take_little_time() -> None:
     intervals = module.bootstrap(statistics, 5000)
     assert time.process_time() - start < 5
     assert intervals["r10"].low < intervals["r10"].value < intervals["r10"].high
+
+
+@given(st.integers(1, 6), st.integers(1, 8), st.integers(0, 10_000))
+@settings(deadline=None, max_examples=60)
+def test_ranks_of_given_scores_are_those_of_the_vectors_that_make_them(num_images: int, num_texts: int, seed: int) -> None:
+    """Small whole numbers, so that there are ties."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(-2, 3, (num_images, 3), generator=generator).float()
+    texts = torch.randint(-2, 3, (num_texts, 3), generator=generator).float()
+    owner = torch.randint(0, num_images, (num_texts,), generator=generator)
+    of_vectors, of_scores = ranks(images, texts, owner), ranks_of_scores(images @ texts.T, owner)
+    assert of_scores.image_to_text.equal(of_vectors.image_to_text)
+    assert of_scores.text_to_image.equal(of_vectors.text_to_image)

@@ -160,7 +160,7 @@ def test_cached_logits_equal_uncached_logits_at_every_position(kind: str, static
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.6), (0.0, 0.2), (0.9, 1.0), (0.45, 0.5)])
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.6), (0.0, 0.2), (0.9, 1.0), (0.55, 0.65)])
 def test_generation_equals_its_definition(kind: str, interval: tuple[float, float]) -> None:
     painter, seeds = Painter(kind), [7, 8, 9]
     listener = Listener(painter)

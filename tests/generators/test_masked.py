@@ -172,8 +172,8 @@ def test_scale_of_each_step_and_no_second_half_without_guidance(
     def mixed(ids: Tensor) -> Tensor:
         return without(ids) + next(steps) * (with_text(ids) - without(ids))
 
-    sampling = Sampling(guidance=3.0, guidance_interval=interval, steps=5)
-    made = generate(counted, HIDDEN, SEEDS, sampling, mask_id=MASK, guidance_ramp=ramp)
+    sampling = Sampling(guidance=3.0, guidance_interval=interval, guidance_ramp=ramp, steps=5)
+    made = generate(counted, HIDDEN, SEEDS, sampling, mask_id=MASK)
     assert rows == [3 if scale == 1 else 6 for scale in scales]
     assert made.equal(generate(mixed, HIDDEN, SEEDS, PLAIN, mask_id=MASK))
 
@@ -185,7 +185,7 @@ def test_temperature_top_k_and_top_p_reach_the_draw() -> None:
     few = generate(lambda _: logits, HIDDEN, SEEDS, Sampling(guidance=1.0, top_k=2), mask_id=MASK)
     assert (few[..., None] == logits.topk(2).indices).any(-1).all()
     assert not few.equal(greedy)
-    assert generate(lambda _: logits, HIDDEN, SEEDS, Sampling(guidance=1.0, top_p=0.0), mask_id=MASK).equal(greedy)
+    assert generate(lambda _: logits, HIDDEN, SEEDS, Sampling(guidance=1.0, top_p=1e-6), mask_id=MASK).equal(greedy)
 
 
 def test_nothing_that_is_handed_in_or_out_is_shared() -> None:
@@ -215,3 +215,8 @@ def test_impossible_requests_are_one_line() -> None:
         generate(predictor(), HIDDEN, SEEDS, Sampling(steps=0), mask_id=MASK)
     with pytest.raises(UserError, match="2 seeds for 3 pictures"):
         generate(predictor(), HIDDEN, SEEDS[:2], PLAIN, mask_id=MASK)
+
+
+def test_nothing_hidden_is_nothing_to_do() -> None:
+    known = torch.zeros(3, N, dtype=torch.int64)
+    assert generate(predictor(), known, SEEDS, Sampling(), mask_id=MASK).equal(known)

@@ -1,5 +1,8 @@
 """Choosing from logits: brute-force definitions of top-k and top-p, drawn frequencies, noise that belongs to its sample."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +14,7 @@ from mm.generators.sampling import (
     check_sampling,
     draw,
     guided,
+    guided_range,
     gumbel_noise,
     keep_top_k,
     keep_top_p,
@@ -102,9 +106,26 @@ def test_guidance_goes_from_unconditional_through_conditional_beyond() -> None:
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [({"temperature": -1.0}, "temperature is -1"), ({"top_k": -2}, "top_k is -2"), ({"top_p": 0.0}, "top_p is 0")],
+    [
+        ({"temperature": -1.0}, "temperature is -1"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"top_k": -2}, "top_k is -2"),
+        ({"top_p": 0.0}, "top_p is 0"),
+        ({"guidance": math.nan}, "guidance is nan"),
+        ({"guidance": -1.0}, "guidance is -1"),
+        ({"guidance_interval": (0.6, 0.4)}, "guidance_interval is 0.6 to 0.4"),
+        ({"guidance_interval": (0.0, 1.5)}, "guidance_interval is 0.0 to 1.5"),
+        ({"steps": 0}, "steps is 0"),
+    ],
 )
-def test_meaningless_settings_are_refused(setting: dict[str, float], message: str) -> None:
+def test_meaningless_settings_are_refused(setting: dict[str, Any], message: str) -> None:
     check_sampling(Sampling())
     with pytest.raises(UserError, match=message):
         check_sampling(Sampling(**setting))
+
+
+def test_an_interval_between_two_choices_is_refused() -> None:
+    assert guided_range(Sampling(guidance=2.0, guidance_interval=(0.4, 0.7)), 11) == range(4, 8)
+    assert guided_range(Sampling(guidance=1.0, guidance_interval=(0.51, 0.52)), 11) == range(0)
+    with pytest.raises(UserError, match="holds none of the 11 choices"):
+        guided_range(Sampling(guidance=2.0, guidance_interval=(0.51, 0.52)), 11)

@@ -5,6 +5,7 @@ import torch
 
 from mm.config import validate
 from mm.errors import ConfigError
+from mm.run.training import _adopt
 from mm.systems.vq import Vq, VqConfig, build
 from mm.types import Batch, Tokenizes
 
@@ -186,3 +187,34 @@ def test_a_collapsing_codebook_is_told_once_with_its_remedy() -> None:
     healthy = Collapse()
     assert not any(healthy.message(step, {"batch_usage": 0.6}) for step in range(1, 400))
     assert Collapse().message(500, {"contrastive": 1.0}) is None
+
+
+@pytest.mark.parametrize("variant", ["fsq", "vq"])
+def test_a_trained_decoder_is_given_blocks_and_its_tokens_stay(variant: str) -> None:
+    trained = small(variant)
+    train(trained, 5)
+    trained.eval()
+    pixels = batch().image
+    assert pixels is not None
+    ids = trained.encode(pixels)
+    tokenizer = VARIANTS[variant]["tokenizer"]
+    assert isinstance(tokenizer, dict)
+    grown = small(variant, tokenizer=tokenizer | {"refinement": 2}, fixed_tokens=True)
+    _adopt(grown, trained, "trained")
+    grown.eval()
+    assert torch.equal(grown.encode(pixels), ids)
+    assert torch.equal(grown.decode(ids), trained.decode(ids)), "added blocks change nothing at first"
+    train(grown, 5)
+    grown.eval()
+    assert torch.equal(grown.encode(pixels), ids)
+    assert not torch.equal(grown.decode(ids), trained.decode(ids))
+    own, before = grown.state_dict(), trained.state_dict()
+    moved = {name for name in before if not torch.equal(own[name], before[name])}
+    assert moved
+    assert all(name.startswith("tokenizer.decoder.") for name in moved)
+    grown.zero_grad()
+    grown.loss(batch(), 0).total.backward()
+    without = {n for n, p in grown.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
+    assert not without
+    with pytest.raises(ConfigError, match="another network"):
+        _adopt(small(variant), grown, "grown")
