@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mm.errors import UserError
 from mm.evaluation.zero_shot import class_vectors
+from mm.generators.sampling import check_sampling
 from mm.hub import Model
 from mm.run.canvas import Canvas, Part, canvas
 from mm.run.evaluation import loaded
@@ -207,6 +208,4 @@ def _check(prompts: Sequence[str], count: int, best_of: int, ranker: object, sam
         raise UserError(f"count {count} and best_of {best_of} must be at least 1")
     if best_of > 1 and ranker is None:
         raise UserError("best_of needs a ranker that chooses; give one such as emoji-clip")
-    low, high = sampling.guidance_interval
-    if not 0 <= low <= high <= 1:
-        raise UserError(f"guidance interval {low:g} to {high:g}: give two shares of the progress, from 0 to 1, the lower first")
+    check_sampling(sampling)

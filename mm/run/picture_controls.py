@@ -226,7 +226,7 @@ def _teachers(painter: Model) -> set[str]:
 
 def _fingerprint(reference: str, like: Model) -> str | None:
     """A model's, its weights held in the type of another's; None where it can no longer be had."""
-    precision = "bf16" if next(like.system.parameters()).dtype == torch.bfloat16 else "fp32"
+    precision = "bf16" if like.dtype == torch.bfloat16 else "fp32"
     try:
         return load(reference, device="cpu", precision=precision).fingerprint
     except UserError:

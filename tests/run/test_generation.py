@@ -118,7 +118,7 @@ def test_nothing_is_painted_before_the_ranker_is_known_to_choose() -> None:
     model, system = stubs.painter()
     with pytest.raises(UserError, match="ranker stub: has no shared space"):
         generate(model, ["red"], best_of=2, ranker=model)
-    with pytest.raises(UserError, match=r"guidance interval 0.8 to 0.2: give two shares"):
+    with pytest.raises(UserError, match=r"guidance_interval is 0.8 to 0.2"):
         generate(model, ["red"], sampling=Sampling(guidance_interval=(0.8, 0.2)))
     assert not system.batches
 
