@@ -248,7 +248,6 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
         add_lora(system, validate(LoraConfig, values["tune"], f"{config_path} (tune)"))
     _load_weights(system, _part_weights(parts) | _read_weights(weights), str(weights))
     merge_lora(system)
-    card = folder / CARD_FILE
     place = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     dtype = inference_dtype(precision, place)
     return Model(
@@ -256,10 +255,17 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
         processor=Processor.load(folder),
         config=config,
         name=str(model),
-        card=read_json(card) if card.is_file() else {},
+        card=_card(folder, values),
         device=place,
         dtype=dtype,
     )
+
+
+def _card(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What is recorded of a model: its card, or of a run what it learns from, the ``data`` section of its configuration."""
+    if (folder / CARD_FILE).is_file():
+        return read_json(folder / CARD_FILE)
+    return {"training_data": values["data"]} if values.get("data") else {}
 
 
 def load_parts(references: Mapping[str, str]) -> dict[str, Model]:
