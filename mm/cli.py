@@ -40,6 +40,10 @@ TextFieldOption = Annotated[
 PrecisionOption = Annotated[
     str, typer.Option("--precision", help="auto, fp32 or bf16; auto is bf16 where the hardware has matrix units for it.")
 ]
+GuidanceIntervalOption = Annotated[
+    tuple[float, float],
+    typer.Option("--guidance-interval", metavar="LOW HIGH", help="Part of the progress, in 0..1, in which guidance acts."),
+]
 CacheOption = Annotated[bool, typer.Option("--cache/--no-cache", help="Remember the vectors of this model and source.")]
 
 
@@ -232,18 +236,61 @@ def eval_reconstruction(
     show.result(result, f"reconstruction: {model} on {data}", json_file)
 
 
+@eval_app.command("vqa")
+def eval_vqa(
+    model: ModelArgument,
+    data: Annotated[
+        str, typer.Option("--data", metavar="SRC", help="emoji-vqa:test, vqav2:FOLDER, or a table with question and answer.")
+    ],
+    train: Annotated[
+        str | None, typer.Option("--train", metavar="SRC", help="Questions that blind guesses learn from, or 'none'.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")] = None,
+    image_field: ImageFieldOption = None,
+    json_file: JsonOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+) -> None:
+    """Questions about pictures: VQA v2's accuracy by kind, beside the usual answers without looking."""
+    from mm import show
+    from mm.run.answering import evaluate_vqa
+
+    with show.progress_bar("answering") as progress:
+        result = evaluate_vqa(
+            model,
+            data,
+            train=train,
+            limit=limit,
+            image_field=image_field,
+            device=device,
+            precision=precision,
+            progress=progress,
+        )
+    show.result(result, f"vqa: {model} on {data}", json_file)
+
+
 @eval_app.command("generation")
 def eval_generation(
     model: ModelArgument,
     data: DataOption,
-    judge: Annotated[str, typer.Option(metavar="MODEL", help="Looks at the pictures; independent of model and ranker.")],
-    limit: Annotated[int, typer.Option(min=1, help="Number of prompts, drawn among the class names of SRC.")] = 100,
+    judge: Annotated[
+        str, typer.Option(metavar="MODEL", help="Looks at the pictures; independent of model and ranker.")
+    ] = "emoji-judge",
+    limit: Annotated[int, typer.Option(min=1, help="Number of prompts, drawn among the class names or captions of SRC.")] = 100,
     ranker: Annotated[str, typer.Option(metavar="MODEL", help="Chooses the best candidate of each prompt.")] = "emoji-clip",
     best_of: Annotated[int, typer.Option(min=1, help="Candidates of each prompt.")] = 8,
     train: Annotated[
         str | None, typer.Option("--train", metavar="SRC", help="What the model learned from, to see whether it copies.")
     ] = None,
+    features: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Weights of the Inception of 2015 (.pth), for the published kind of FID and KID."),
+    ] = None,
+    label: Annotated[str | None, typer.Option(metavar="FIELD", help="Field with the class: cls, txt or a JSON key.")] = None,
+    image_field: ImageFieldOption = None,
+    text_field: TextFieldOption = None,
     guidance: Annotated[float, typer.Option(min=0)] = 3.0,
+    guidance_interval: GuidanceIntervalOption = (0.0, 1.0),
     temperature: Annotated[float, typer.Option(min=0)] = 1.0,
     top_k: Annotated[int, typer.Option(min=0)] = 0,
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
@@ -254,12 +301,21 @@ def eval_generation(
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
 ) -> None:
-    """Pictures of the class names of SRC, looked at by an independent judge; whether they are copies; FID, KID, CLIPScore."""
+    """Pictures of SRC's class names or captions, seen by an independent judge; whether they are copies; FID, KID, CLIPScore."""
     from mm import show
     from mm.run.generation import Painting
     from mm.run.picture_evaluation import evaluate_generation
     from mm.types import Sampling
 
+    show.check_outputs(sheet, json_file)
+    sampling = Sampling(
+        guidance=guidance,
+        guidance_interval=guidance_interval,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        steps=steps,
+    )
     made: list[Painting] = []
     with show.progress_bar("painting") as progress:
         result = evaluate_generation(
@@ -270,8 +326,12 @@ def eval_generation(
             ranker=ranker,
             best_of=best_of,
             train=train,
+            features=features,
+            label=label,
+            image_field=image_field,
+            text_field=text_field,
             seed=seed,
-            sampling=Sampling(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, steps=steps),
+            sampling=sampling,
             device=device,
             precision=precision,
             progress=progress,
@@ -316,6 +376,24 @@ def classify(
 
 
 @app.command()
+def answer(
+    model: ModelArgument,
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="A picture file.")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="About the picture.")],
+    k: Annotated[int, typer.Option("-k", min=1, help="How many answers to show.")] = 5,
+    json_file: JsonOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+) -> None:
+    """Answer a question about a picture: the likeliest answers with their probabilities."""
+    from mm import show
+    from mm.hub import load
+
+    loaded = load(model, device=device, precision=precision)
+    show.answers(loaded.answer(image, question, k=k), image, question, json_file)
+
+
+@app.command()
 def search(
     model: ModelArgument,
     index: Annotated[Path, typer.Option("--index", metavar="DIR", help="Folder of pictures; its vectors are cached.")],
@@ -350,10 +428,23 @@ def generate(
     top_k: Annotated[int, typer.Option(min=0, help="Draw from so many likeliest tokens; 0 for all.")] = 0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens of this probability.")] = 1.0,
     steps: Annotated[int, typer.Option(min=1, help="Steps of generators that choose many tokens at once.")] = 12,
+    guidance_interval: GuidanceIntervalOption = (0.0, 1.0),
     best_of: Annotated[int, typer.Option(min=1, help="Candidates of each picture; the ranker takes the best.")] = 1,
     ranker: Annotated[str, typer.Option(metavar="MODEL", help="Chooses among candidates.")] = "emoji-clip",
     image: Annotated[str | None, typer.Option("--image", metavar="FILE", help="A picture to be finished or changed.")] = None,
-    keep: Annotated[str, typer.Option(help="What stays of it: top, bottom, left, right or border.")] = "top",
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PART|FILE",
+            help="What stays of it: top (default), bottom, left, right, border, or a mask picture, white where it stays.",
+        ),
+    ] = None,
+    paste: Annotated[
+        bool, typer.Option(help="Lay what stays over the result as it was, not as the model's tokens have it.")
+    ] = True,
+    partial: Annotated[
+        Path | None, typer.Option("--partial", metavar="DIR", help="Also write the pictures in the making, as PNG and GIF.")
+    ] = None,
     json_file: JsonOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
@@ -363,7 +454,17 @@ def generate(
     from mm.run.generation import generate as run_generate
     from mm.types import Sampling
 
-    sampling = Sampling(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, steps=steps)
+    if keep is not None and image is None:
+        raise UserError(f"--keep {keep}: says what stays of a picture; give the picture with --image")
+    show.check_outputs(out, json_file)
+    sampling = Sampling(
+        guidance=guidance,
+        guidance_interval=guidance_interval,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        steps=steps,
+    )
     with show.progress_bar("painting") as progress:
         made = run_generate(
             model,
@@ -374,9 +475,12 @@ def generate(
             best_of=best_of,
             ranker=ranker if best_of > 1 else None,
             image=image,
-            keep=keep if image else None,  # pyright: ignore[reportArgumentType] - `generate` checks it
+            keep=(keep or "top") if image else None,
+            paste=paste,
             device=device,
             precision=precision,
+            on_picture=show.Making(partial, count) if partial else None,
+            on_cut=show.prompt_cut,
             progress=progress,
         )
     show.paintings(made, out, count, json_file)

@@ -32,7 +32,7 @@ from mm.published.resolve import import_model
 from mm.systems import SystemConfig, build, read_system
 from mm.training.checkpoint import find_checkpoint
 from mm.training.devices import choose_device, inference_dtype
-from mm.types import CompilesDecoding, Embeds, System, TextBatch, capabilities
+from mm.types import Answers, Candidates, CompilesDecoding, Embeds, RankedAnswers, System, TextBatch, capabilities
 
 ASSETS = Path(__file__).parent / "assets"
 CONFIG_FILE = "config.yaml"
@@ -145,6 +145,34 @@ class Model:
         with torch.no_grad():
             return self._embedding_system().scores(queries.to(self.device), items.to(self.device)).float().cpu()
 
+    def answer(self, image: Any, question: str, *, k: int = 5, candidates: Sequence[str] | None = None) -> RankedAnswers:
+        """The ``k`` best answers to a question about one raw picture (path, bytes, PIL image, array).
+
+        Args:
+            image: What `mm.processor.Processor.image` takes.
+            question: In words.
+            k: Answers wanted.
+            candidates: Answers to choose among; default: those that the model knows.
+
+        Raises:
+            UserError: This model does not answer questions, or cannot give one of the candidates; no picture there.
+        """
+        self.answering_system()
+        return self.answer_pixels(self.processor.image(image)[None], [question], k=k, candidates=candidates)[0]
+
+    def answer_pixels(
+        self, pixels: Tensor, questions: Sequence[str], *, k: int = 1, candidates: Sequence[str] | None = None
+    ) -> list[RankedAnswers]:
+        """As `answer`, of prepared pictures uint8 ``(B, 3, S, S)`` with a question each."""
+        system, among = self.answering_system(), None
+        if candidates is not None:
+            if not candidates:
+                raise UserError("candidates: give at least one answer to choose among, or none at all for the model's own")
+            among = Candidates(tuple(candidates), self.processor.text(candidates).to(self.device))
+        text = self.processor.text(questions).to(self.device)
+        with torch.no_grad():
+            return system.answer(pixels.to(self.device), text, among, k=k)
+
     def parameters(self) -> dict[str, int]:
         """Parameter counts of the top-level parts, and ``total``."""
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.system.named_children()}
@@ -164,6 +192,16 @@ class Model:
         if not isinstance(self.system, Embeds):
             able = ", ".join(sorted(self.capabilities)) or "nothing yet"
             raise UserError(f"{self.name} has no shared embedding space (it can: {able}); take a dual-tower model")
+        return self.system
+
+    def answering_system(self) -> Answers:
+        """The system, where it answers questions. Raises `UserError` where it does not."""
+        if "answers" not in self.capabilities or not isinstance(self.system, Answers):
+            able = ", ".join(sorted(self.capabilities)) or "nothing yet"
+            raise UserError(
+                f"{self.name} cannot answer questions (it can: {able}); "
+                "take a model that learned to, such as a run of configs/vilt_vqa.yaml"
+            )
         return self.system
 
 
@@ -210,7 +248,6 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
         add_lora(system, validate(LoraConfig, values["tune"], f"{config_path} (tune)"))
     _load_weights(system, _part_weights(parts) | _read_weights(weights), str(weights))
     merge_lora(system)
-    card = folder / CARD_FILE
     place = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     dtype = inference_dtype(precision, place)
     return Model(
@@ -218,10 +255,17 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
         processor=Processor.load(folder),
         config=config,
         name=str(model),
-        card=read_json(card) if card.is_file() else {},
+        card=_card(folder, values),
         device=place,
         dtype=dtype,
     )
+
+
+def _card(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What is recorded of a model: its card, or of a run what it learns from, the ``data`` section of its configuration."""
+    if (folder / CARD_FILE).is_file():
+        return read_json(folder / CARD_FILE)
+    return {"training_data": values["data"]} if values.get("data") else {}
 
 
 def load_parts(references: Mapping[str, str]) -> dict[str, Model]:

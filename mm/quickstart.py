@@ -21,6 +21,7 @@ from mm.media.image import decode_image
 from mm.run.adaptation import evaluate_probe
 from mm.run.config import CONFIGS
 from mm.run.evaluation import evaluate_retrieval, evaluate_zero_shot
+from mm.run.generation import generate
 from mm.run.inference import classify, search
 from mm.run.picture_evaluation import evaluate_reconstruction
 from mm.run.training import train
@@ -29,6 +30,9 @@ from mm.types import Source, Tokenizes
 
 MODEL = "emoji-clip"
 TOKENIZER = "emoji-vq"
+PAINTERS = ("emoji-dalle", "emoji-muse")
+PAINTED = ("grinning face", "red heart", "pizza", "penguin", "rocket", "sunflower", "red apple", "green heart")
+CANDIDATES = 8
 TEST = "emoji:test/core"
 VALIDATION = "emoji:validation/core"
 EXAMPLES = "emoji:train/all-concepts/core/noto/twemoji"
@@ -64,6 +68,7 @@ def tour(out: Path) -> Path:
         _answers(model, pictures, out),
         _examples(model, console),
         _tokens(out, console),
+        _paint(out, console),
         _train(out, console),
     ]
     seconds = time.monotonic() - started
@@ -144,6 +149,22 @@ def _tokens(out: Path, console: Console) -> Section:
     grid, psnr = " x ".join(map(str, tokenizer.grid)), measured.metrics["psnr"].show()[0]
     words = f"Above the drawings, below what {grid} tokens of {tokenizer.vocab_size} codes keep of them: {psnr} dB."
     return Section("Pictures as tokens, the words of picture generators", [Text(words), Wide(sheet, words)])
+
+
+def _paint(out: Path, console: Console) -> Section:
+    """Pictures of words by both painters, each the best of a few candidates."""
+    console.rule("pictures of words")
+    rows: list[Any] = []
+    for name in PAINTERS:
+        with progress_bar(name) as progress:
+            rows += generate(name, PAINTED, best_of=CANDIDATES, ranker=MODEL, progress=progress)
+    sheet = contact_sheet(
+        [one.pixels for one in rows], [one.prompt for one in rows], columns=len(PAINTED), cell=96, title="mm generate"
+    )
+    save_picture(sheet, out / "painted.png")
+    words = f"Above by {PAINTERS[0]}, token after token; below by {PAINTERS[1]}, in a few parallel steps. Best of {CANDIDATES}."
+    console.print(words)
+    return Section("Pictures of words", [Text(words), Wide(sheet, words)])
 
 
 def _tiles(zero_shot: Result, retrieval: Result) -> Tiles:

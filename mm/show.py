@@ -2,15 +2,18 @@
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from mm.data.check import Report
 from mm.data.write import Packed
@@ -22,8 +25,11 @@ from mm.run.generation import Painting
 from mm.run.inference import Prediction, SearchResult
 from mm.training.loop import TrainResult
 from mm.training.parallel import environment
+from mm.types import RankedAnswers
 
 SHOWN_LABELS = 5
+STATE_MS, LAST_STATE_MS = 150, 1500
+"""How long an animation shows a picture in the making, and the finished one."""
 
 
 @contextmanager
@@ -80,6 +86,19 @@ def predictions(found: Sequence[Prediction], json_file: Path | None) -> None:
     _write_json(json_file, {"predictions": values})
 
 
+def answers(found: RankedAnswers, image: str, question: str, json_file: Path | None) -> None:
+    """The likeliest answers to a question."""
+    table = Table(title=Text(f"{image}: {question}"), title_justify="left")
+    table.add_column("answer")
+    table.add_column("probability", justify="right")
+    ranked = list(zip(found.answers, found.scores, strict=True))
+    for answer, score in ranked:
+        table.add_row(Text(answer), f"{score:.1%}")
+    Console().print(table)
+    values = [{"answer": answer, "probability": score} for answer, score in ranked]
+    _write_json(json_file, {"image": image, "question": question, "answers": values})
+
+
 def hits(found: SearchResult, sheet: Path | None, json_file: Path | None) -> None:
     """The found files with their scores; a contact sheet where a file for it is given."""
     table = Table(caption=f"{found.searched} pictures searched", caption_justify="left")
@@ -100,25 +119,99 @@ def hits(found: SearchResult, sheet: Path | None, json_file: Path | None) -> Non
     _write_json(json_file, {"query": found.query, "hits": values, "searched": found.searched})
 
 
+def check_outputs(pictures: Path | None = None, json_file: Path | None = None) -> None:
+    """Find out before the work whether its results can be written; folders that are missing are made.
+
+    Args:
+        pictures: As in `paintings`.
+        json_file: Any file in a folder that is there.
+
+    Raises:
+        UserError: A file or folder cannot be written, or pictures are to be written in another format than PNG.
+    """
+    if json_file is not None:
+        _check_file(json_file, "the result", "give a path in an existing folder")
+    if pictures is None:
+        return
+    folder = pictures if _is_folder(pictures) else pictures.parent
+    if folder is not pictures and pictures.suffix.lower() != ".png":
+        raise UserError(f"{pictures}: pictures are written as .png; give a name that ends so, or a folder")
+    make_folder(folder)
+    if folder is not pictures:
+        _check_file(pictures, "the picture", "give a name that ends in .png in a folder of yours")
+
+
+def make_folder(folder: Path) -> None:
+    """A folder for pictures that can be written into. Raises `UserError` where there can be none."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{folder}: no pictures can be written there ({error.strerror}); give another folder") from None
+
+
 def paintings(made: Sequence[Painting], out: Path, columns: int, json_file: Path | None) -> None:
-    """A contact sheet of generated pictures, or a file for each in a folder."""
-    if out.suffix:
-        if out.suffix.lower() != ".png":
-            raise UserError(f"{out}: pictures are written as .png; give a name that ends so, or a folder")
-        captions = [one.prompt + (f"  {one.score:.2f}" if one.score is not None else "") for one in made]
-        save_picture(contact_sheet([one.pixels for one in made], captions, columns=columns), out)
-        files = [out] * len(made)
-    else:
-        out.mkdir(parents=True, exist_ok=True)
+    """A contact sheet of generated pictures where ``out`` has a suffix, which is .png; else a file for each in a folder."""
+    if _is_folder(out):
+        make_folder(out)
         files = [out / f"{number:04d}.png" for number in range(len(made))]
         for one, file in zip(made, files, strict=True):
             save_picture(to_pillow(one.pixels), file)
+    else:
+        captions = [one.prompt + (f"  {one.score:.2f}" if one.score is not None else "") for one in made]
+        save_picture(contact_sheet([one.pixels for one in made], captions, columns=columns), out)
+        files = [out] * len(made)
     print(f"{len(made)} pictures: {out}")
     values = [
-        {"prompt": one.prompt, "seed": one.seed, "score": one.score, "file": str(file)}
+        {"prompt": one.prompt, "seed": one.seed, "number": one.number, "score": one.score, "file": str(file)}
         for one, file in zip(made, files, strict=True)
     ]
     _write_json(json_file, {"pictures": values})
+
+
+def prompt_cut(prompt: str, read: str) -> None:
+    """A prompt was too long for a model: one line on standard error."""
+    print(f"mm: the prompt '{prompt}' is too long for the model, which reads only '{read}'", file=sys.stderr)
+
+
+class Making:
+    """Writes pictures while they are made: a sheet of each state of a batch, ``BATCH-STATE.png``, then all as ``BATCH.gif``.
+
+    Args:
+        folder: Where to. Raises `UserError` where nothing can be written.
+        columns: Pictures in a row of a sheet.
+    """
+
+    def __init__(self, folder: Path, columns: int) -> None:
+        make_folder(folder)
+        self.folder, self.columns = folder, columns
+        self._batch, self._states = 0, list[Image.Image]()
+
+    def __call__(self, pictures: Tensor, progress: float) -> None:
+        """Take the pictures of a batch, uint8 ``(B, 3, H, W)``, as far as they are; at progress 1 the batch is done."""
+        sheet = contact_sheet(list(pictures), columns=self.columns)
+        save_picture(sheet, self.folder / f"{self._batch:03d}-{len(self._states):03d}.png")
+        self._states.append(sheet)
+        if progress >= 1:
+            durations = [STATE_MS] * (len(self._states) - 1) + [LAST_STATE_MS]
+            options = {"save_all": True, "append_images": self._states[1:], "duration": durations, "loop": 0}
+            save_picture(self._states[0], self.folder / f"{self._batch:03d}.gif", **options)
+            self._batch, self._states = self._batch + 1, []
+
+
+def _is_folder(out: Path) -> bool:
+    return out.is_dir() or not out.suffix
+
+
+def _check_file(path: Path, what: str, remedy: str) -> None:
+    """Open a file for writing without changing it."""
+    there = path.exists()
+    try:
+        path.open("ab").close()
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"{path}: {what} cannot be written: {error.strerror}; {remedy}") from None
 
 
 def packed(outcome: Packed, folder: Path) -> None:
@@ -173,11 +266,11 @@ def description(values: Mapping[str, Any], json_file: Path | None) -> None:
     _write_json(json_file, values)
 
 
-def save_picture(picture: Any, path: Path) -> None:
-    """Save a PIL image. Raises `UserError` where the file cannot be written."""
+def save_picture(picture: Any, path: Path, **options: Any) -> None:
+    """Save a PIL image; options are those of its format. Raises `UserError` where the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        picture.save(path, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: the picture cannot be written: {error}; give a name that ends in .png") from None
 

@@ -86,6 +86,7 @@ class Batch:
         groups: Samples with equal numbers show the same thing, so they are positives of each other, ``(B,)`` int64.
         fields: Metadata of each sample.
         captions: All captions of each sample, where an evaluation needs them.
+        answers: Right answers to each text, which is a question, and how right they are in 0..1, where a system learns them.
     """
 
     ids: tuple[str, ...]
@@ -94,6 +95,7 @@ class Batch:
     groups: Tensor | None = None
     fields: tuple[Mapping[str, Any], ...] = ()
     captions: tuple[tuple[str, ...], ...] = ()
+    answers: tuple[Mapping[str, float], ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -106,6 +108,7 @@ class Batch:
             groups=None if self.groups is None else self.groups[rows],
             fields=self.fields[rows],
             captions=self.captions[rows],
+            answers=self.answers[rows],
         )
 
     def to(self, device: torch.device) -> "Batch":
@@ -127,6 +130,11 @@ class Losses:
 
 class System(nn.Module):
     """A trainable multimodal system. Only `loss` must be written; the rest has defaults that suit most systems."""
+
+    @property
+    def lacks(self) -> frozenset[str]:
+        """Capabilities that its class has and this network, as configured, has not."""
+        return frozenset()
 
     def loss(self, batch: Batch, step: int) -> Losses:
         """Training loss of this rank's batch; gradients averaged over the ranks are those of the global batch."""
@@ -235,6 +243,52 @@ class Matches(Protocol):
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """Answers to choose among: as words, and as the token ids that a system which reads or writes answers needs."""
+
+    words: tuple[str, ...]
+    text: TextBatch
+
+
+@dataclass(frozen=True)
+class RankedAnswers:
+    """Answers to one question, best first, with their scores in 0..1.
+
+    A score is how likely it is that the answer would be called right; where several answers are right the scores add up to more
+    than 1, unless a system divides one belief among its candidates.
+    """
+
+    answers: tuple[str, ...]
+    scores: tuple[float, ...]
+
+
+@runtime_checkable
+class Answers(Protocol):
+    """Systems that answer questions about pictures: classifiers over a list, or decoders that rank or write answers."""
+
+    @property
+    def known_answers(self) -> tuple[str, ...]:
+        """The answers among which it chooses by itself, normalised; empty where it needs candidates or writes freely."""
+        ...
+
+    def answer(
+        self, image: Tensor, question: TextBatch, candidates: Candidates | None = None, *, k: int = 1
+    ) -> list[RankedAnswers]:
+        """The ``k`` best answers to question i about picture i, fewer where there are no more to choose among.
+
+        Args:
+            image: Pixels uint8 ``(B, 3, H, W)``.
+            question: One a picture.
+            candidates: Answers to choose among, the same for all questions; default: `known_answers`.
+            k: Answers wanted.
+
+        Raises:
+            UserError: A candidate cannot be given by this system.
+        """
+        ...
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How a generator chooses; a system reads what applies to it.
 
@@ -298,13 +352,20 @@ class CompilesDecoding(Protocol):
         ...
 
 
-CAPABILITIES: Mapping[str, type] = {"embeds": Embeds, "tokenizes": Tokenizes, "matches": Matches, "paints": Paints}
+CAPABILITIES: Mapping[str, type] = {
+    "embeds": Embeds,
+    "tokenizes": Tokenizes,
+    "matches": Matches,
+    "answers": Answers,
+    "paints": Paints,
+}
 """Every declared capability. Evaluation, command line and demos ask for one of these, never for a class or a name."""
 
 
 def capabilities(system: nn.Module) -> frozenset[str]:
     """Names of the capabilities that a system really has."""
-    return frozenset(name for name, protocol in CAPABILITIES.items() if isinstance(system, protocol))
+    able = frozenset(name for name, protocol in CAPABILITIES.items() if isinstance(system, protocol))
+    return able - system.lacks if isinstance(system, System) else able
 
 
 class Source(Protocol):

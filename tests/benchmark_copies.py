@@ -327,6 +327,30 @@ def flickr30k_peer(folder: Path, captions_of: Sequence[Sequence[str]] = CAPTIONS
     text(folder / "flickr30k_test_karpathy.txt", "image,caption\n" + "".join(lines))
 
 
+def vqav2(folder: Path) -> list[tuple[str, list[str]]]:
+    """Two questions about one picture and one about another; returns them with their ten answers."""
+    asked = [("What is it?", ["dog"] * 8 + ["a dog", "cat"]), ("How many?", ["2"] * 10), ("Is it red?", ["no"] * 9 + ["yes"])]
+    for number in (40, 41):
+        picture(folder / "val2014" / f"COCO_val2014_{number:012d}.jpg", number)
+    ids = [(4000, 40), (4001, 40), (4100, 41)]
+    pairs = list(zip(asked, ids, ("other", "number", "yes/no"), strict=True))
+    questions = [{"image_id": image, "question": words, "question_id": id} for (words, _), (id, image), _ in pairs]
+    annotations = [
+        {
+            "question_type": words.partition(" ")[0].lower(),
+            "multiple_choice_answer": answers[0],
+            "answers": [{"answer": a, "answer_confidence": "yes", "answer_id": i} for i, a in enumerate(answers, 1)],
+            "image_id": image,
+            "answer_type": kind,
+            "question_id": id,
+        }
+        for (words, answers), (id, image), kind in reversed(pairs)
+    ]
+    text(folder / "v2_OpenEnded_mscoco_val2014_questions.json", json.dumps({"info": {}, "questions": questions}))
+    text(folder / "v2_mscoco_val2014_annotations.json", json.dumps({"annotations": annotations}))
+    return asked
+
+
 PAIRS = [("a cat on a dog", "a dog on a cat"), ("old young", "young old")]
 
 

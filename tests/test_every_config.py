@@ -51,8 +51,9 @@ def test_file_with_a_base_lists_only_what_differs_from_it(path: Path) -> None:
 def test_system_builds_and_every_parameter_learns(path: Path) -> None:
     config = load_run_config(path)
     torch.manual_seed(0)
+    network = config.system.with_answers(("yes", "no")) if config.system.answer_limit else config.system
     parts = {name: _part(reference) for name, reference in config.system.parts().items()}
-    system = build(config.system, {name: build(part) for name, part in parts.items()})
+    system = build(network, {name: build(part) for name, part in parts.items()})
     system.train()
     size, length = config.system.model_copy(update=parts).picture_side, 8
     batch = Batch(
@@ -60,6 +61,7 @@ def test_system_builds_and_every_parameter_learns(path: Path) -> None:
         image=torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8),
         text=TextBatch(torch.randint(3, 250, (4, length)), torch.tensor([8, 5, 8, 3])),
         groups=torch.arange(4),
+        answers=({"yes": 1.0}, {"no": 1.0}, {"no": 0.3}, {}) if config.system.learns_answers else (),
     )
     optimizer = torch.optim.SGD([p for p in system.parameters() if p.requires_grad], lr=0.1)
     waiting = {name for name, parameter in system.named_parameters() if parameter.requires_grad}

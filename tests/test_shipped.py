@@ -9,6 +9,9 @@ from mm.hub import ASSETS
 
 MEASURED = {"embeds": ("zero-shot", "emoji:validation", {"baseline": "none"}, "top1", 0.01)}
 MEASURED["tokenizes"] = ("reconstruction", "emoji:validation/core", {}, "psnr", 0.05)
+FEW = {"limit": 24, "best_of": 4}
+"""Prompts and candidates, fewer than the card's, so that a painter's figure is only roughly the same."""
+MEASURED["paints"] = ("generation", "emoji:validation/core/seen", FEW, "clip_rank5", 0.3)
 
 
 @pytest.mark.parametrize("name", mm.shipped())

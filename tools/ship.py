@@ -42,7 +42,7 @@ PROMPTS = (
     *("tangerine", "nerd face", "ghost", "police car", "green heart", "cactus", "hourglass done", "bomb", "owl", "ice cream"),
     "blue apple",
 )
-JUDGED = {"judge": "emoji-judge", "limit": 100, "best_of": 8}
+JUDGED = {"judge": "emoji-judge", "limit": 100, "best_of": 8, "train": "emoji:train/core"}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from mm.data.emoji import open_emoji
 from mm.data.fields import nearest
 from mm.data.folder import FolderSource
 from mm.data.huggingface import HuggingFaceSource, parquet_files
+from mm.data.questions import open_emoji_questions
 from mm.data.shards import ShardSource
 from mm.data.table import TABLE_SUFFIXES, TableSource
 from mm.errors import BadSample, UserError
@@ -26,6 +27,9 @@ from mm.types import Sample, Source
 Progress = Callable[[int, int | None], None]
 
 PROBED_SAMPLES = 50
+
+EMBEDDED: Mapping[str, Callable[[str, int, Any], Source]] = {"emoji": open_emoji, "emoji-vqa": open_emoji_questions}
+"""Openers of the data that come with the package, by what a source begins with."""
 
 EXPECTED = (
     "a source is emoji:train (or :validation, :test), a folder of pictures, a CSV, TSV or JSONL table, "
@@ -45,9 +49,9 @@ def open_source(
     """Open whatever ``spec`` names; what it is, is found out by looking at it.
 
     Args:
-        spec: ``emoji:...``; a folder of pictures (sub-folders are classes, ``name.txt`` beside a picture its captions); a CSV,
-            TSV or JSONL table, or a folder with one table and its pictures; tar shards (folder, glob, brace range); a folder
-            written by `datasets` or parquet files.
+        spec: ``emoji:...``, or ``emoji-vqa:...`` for questions about them; a folder of pictures (sub-folders are classes,
+            ``name.txt`` beside a picture its captions); a CSV, TSV or JSONL table, or a folder with one table and its
+            pictures; tar shards (folder, glob, brace range); a folder written by `datasets` or parquet files.
         text_field: Column or dotted field that holds the caption, where it is not found by its usual names.
         label_field: The same for the class, which is then found under ``cls``.
         image_field: The same for the picture; for tables and Hugging Face folders only.
@@ -58,10 +62,11 @@ def open_source(
         UserError: Nothing usable there; the message says what was found and what to do.
     """
     columns = {"text_field": text_field, "label_field": label_field, "image_field": image_field}
-    if spec.startswith("emoji:") or spec == "emoji":
-        if spec == "emoji":
-            raise UserError("emoji: choose emoji:train, emoji:validation, emoji:test or emoji:all")
-        return _with_fields(open_emoji(spec, image_size, progress=progress), **columns)
+    scheme, colon, _ = spec.partition(":")
+    if scheme in EMBEDDED:
+        if not colon:
+            raise UserError(f"{scheme}: choose {scheme}:train, {scheme}:validation, {scheme}:test or {scheme}:all")
+        return _with_fields(EMBEDDED[scheme](spec, image_size, progress), **columns)
     if is_benchmark(spec):
         return _with_fields(open_benchmark(spec), **columns)
     if "://" in spec or spec.startswith("pipe:"):

@@ -29,7 +29,8 @@ IMAGE_COLUMNS = (
     "file_name",
     "file",
 )
-TEXT_COLUMNS = ("text", "texts", "caption", "captions", "title", "description", "prompt", "sentence", "alt")
+TEXT_COLUMNS = ("text", "texts", "caption", "captions", "title", "description", "prompt", "sentence", "alt", "question")
+QUESTION_COLUMN = "question"
 LABEL_COLUMNS = ("label", "class", "cls", "category", "class_name")
 ADDRESS_COLUMNS = ("url", "image_url", "uri", "link")
 MAX_CELL_BYTES = 1 << 20
@@ -49,8 +50,9 @@ class Columns:
 
 @dataclass(frozen=True)
 class _Entry:
-    """One picture: its path as written, its captions, and the other columns of its first row."""
+    """One picture, or one question about it: id, path as written, captions, and the other columns of its first row."""
 
+    key: str
     path: str
     texts: tuple[str, ...]
     fields: Mapping[str, Any]
@@ -59,7 +61,9 @@ class _Entry:
 class TableSource:
     """Rows of a table as samples, a `mm.types.Source`.
 
-    Rows with the same picture are one sample with several captions. Ids are the paths as written. Paths are relative to the
+    Rows with the same picture are one sample with several captions, unless they ask a question each (a column ``question``):
+    then each is a sample of its own, with the path as field ``picture``. Ids are the paths as written, with the number of the
+    row where rows ask. Paths are relative to the
     table's folder (or, where none of the first is found there, to the one folder beside it that has them). Fields are all
     columns of the first row, and the class as ``cls``. A missing file is noticed when it is read.
 
@@ -104,7 +108,7 @@ class TableSource:
         return hashlib.sha256(f"{self.fingerprint} {revision_of(files)}".encode()).hexdigest()
 
     def key(self, index: int) -> str:
-        return self._entries[index].path
+        return self._entries[index].key
 
     def fields(self, index: int) -> Mapping[str, Any]:
         return self._entries[index].fields
@@ -114,7 +118,7 @@ class TableSource:
         entry = self._entries[index]
         if not entry.path:
             raise BadSample("missing file", f"{self.name}: a row without a picture")
-        return Sample(entry.path, {"image": read_file(self._root / entry.path)}, entry.texts, entry.fields)
+        return Sample(entry.key, {"image": read_file(self._root / entry.path)}, entry.texts, entry.fields)
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -221,18 +225,20 @@ def _json_rows(file: Iterator[str], path: Path) -> Iterator[Row]:
 
 
 def _entries(rows: Sequence[Row], columns: Columns) -> list[_Entry]:
-    """One entry a picture, in the order of their first rows."""
+    """One entry a picture, or a question, in the order of their first rows."""
     texts: dict[str, list[str]] = {}
     fields: dict[str, dict[str, Any]] = {}
+    paths: dict[str, str] = {}
     for number, row in enumerate(rows):
         cell = row.get(columns.image)
         path = os.path.normpath(str(cell)).replace("\\", "/") if cell else ""
-        key = path or f"row {number}"
+        asks = path and row.get(QUESTION_COLUMN)
+        key = f"{path}?{number}" if asks else path or f"row {number}"
         if key not in texts:
-            texts[key] = []
-            fields[key] = _fields(row, columns)
+            texts[key], paths[key] = [], path
+            fields[key] = _fields(row, columns) | ({"picture": path} if asks else {})
         texts[key] += [text for text in _texts(row, columns) if text not in texts[key]]
-    return [_Entry(key if fields[key].get(columns.image) else "", tuple(texts[key]), fields[key]) for key in texts]
+    return [_Entry(key, path, tuple(texts[key]), fields[key]) for key, path in paths.items()]
 
 
 def _fields(row: Row, columns: Columns) -> dict[str, Any]:

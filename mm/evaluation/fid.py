@@ -32,6 +32,9 @@ NEIGHBOURS = 3
 HALVES = 20
 """Random halves of the pictures that FID is measured on for its interval."""
 
+KERNEL_HALVES = 100
+"""The same for KID, where they cost little: the kernel of each pair of pictures is computed once."""
+
 ROWS = 512
 """Of distances, held at once."""
 
@@ -106,6 +109,7 @@ def distances(
     real: Float[Tensor, "m d"],
     *,
     features: str,
+    suffix: str = "",
     seed: int = 0,
     protocol: Mapping[str, Any] | None = None,
 ) -> Result:
@@ -113,13 +117,15 @@ def distances(
 
     FID is left out, and the protocol says why, where either set has fewer than 2 D pictures: its covariance would be singular
     or nearly so, and the figure would tell the number of pictures. The intervals of FID and KID are 1.96 standard errors to
-    both sides, by the delete-d jackknife (Shao, Wu, Annals of Statistics 17, 1989): the spread over subsets of s of n pictures
-    times the root of ``s / (n - s)``.
+    both sides, by the delete-d jackknife (Shao, Wu, Annals of Statistics 17, 1989) with half of each side left out, where the
+    spread over random halves is the standard error, however many pictures either side has. To that of KID the noise of its
+    random subsets is added.
 
     Args:
         made: Features of the generated pictures.
         real: Features of the real ones.
         features: Network, weights, resize and layer of the features, e.g. ``"Inception v3 (TF 2015), pool3, bicubic 299"``.
+        suffix: Of the figures' names and of what the protocol says of them, where several kinds of features are measured.
         seed: Names the subsets and resamples.
         protocol: Facts for the stamp that only the caller knows.
 
@@ -132,24 +138,24 @@ def distances(
     fewest, width = min(len(made), len(real)), made.shape[1]
     size = min(SUBSET_SIZE, fewest // 2)
     mean, deviation = kernel_distance(made, real, subset_size=size, seed=seed)
-    error = deviation * (size / (fewest - size)) ** 0.5
-    metrics = {"kid": Interval(mean, mean - 1.96 * error, mean + 1.96 * error, "number")}
+    error = float(_half_kernel_distances(made, real, seed).var(ddof=1) + deviation**2 / SUBSETS) ** 0.5
+    metrics = {f"kid{suffix}": Interval(mean, mean - 1.96 * error, mean + 1.96 * error, "number")}
     if fewest >= 2 * width:
         value, error = frechet_distance(made, real), _half_deviation(made, real, seed)
-        metrics |= {"fid": Interval(value, max(0.0, value - 1.96 * error), value + 1.96 * error, "number")}
+        metrics[f"fid{suffix}"] = Interval(value, max(0.0, value - 1.96 * error), value + 1.96 * error, "number")
         fid = f"{width} features, covariances of n - 1"
     else:
-        fid = f"left out: {fewest} pictures are fewer than twice the {width} features, read kid"
+        fid = f"left out: {fewest} pictures are fewer than twice the {width} features, read kid{suffix}"
     for name, hits in zip(("precision", "recall"), precision_recall(made, real), strict=True):
-        metrics |= bootstrap({name: share(hits.numpy())}, len(hits), seed=seed)
+        metrics |= bootstrap({f"{name}{suffix}": share(hits.numpy())}, len(hits), seed=seed)
     stamp = {
-        "features": features,
+        f"features{suffix}": features,
         "generated": len(made),
         "real": len(real),
-        "fid": fid,
-        "kid": f"mean of {SUBSETS} subsets of {size}, cubic kernel, seed {seed}",
+        f"fid{suffix}": fid,
+        f"kid{suffix}": f"mean of {SUBSETS} subsets of {size}, cubic kernel, seed {seed}",
         "precision_recall": f"balls to neighbour {NEIGHBOURS}",
-        "distance_interval": "1.96 standard errors by the delete-d jackknife; bootstrap over pictures for precision and recall",
+        "distance_interval": "1.96 standard errors over halves of both sides; bootstrap over pictures for precision and recall",
     }
     return Result(metrics, {**stamp, **(protocol or {})})
 
@@ -172,13 +178,40 @@ def _covariance_factor(features: Tensor) -> Tensor:
 
 def _discrepancy(made: Tensor, real: Tensor) -> float:
     """Unbiased squared maximum mean discrepancy of two sets of equal size."""
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** DEGREE
-
     size = len(made)
-    within = sum(float(k.sum() - k.trace()) for k in (kernel(made, made), kernel(real, real)))
-    return within / (size * (size - 1)) - 2 * float(kernel(made, real).mean())
+    within = sum(float(k.sum() - k.trace()) for k in (_kernel(made, made), _kernel(real, real)))
+    return within / (size * (size - 1)) - 2 * float(_kernel(made, real).mean())
+
+
+def _kernel(a: Tensor, b: Tensor) -> Tensor:
+    return (a @ b.T / a.shape[1] + 1) ** DEGREE
+
+
+def _half_kernel_distances(made: Tensor, real: Tensor, seed: int) -> np.ndarray:
+    """The unbiased discrepancy of random halves of both sides, which may differ in size, ``(KERNEL_HALVES,)``."""
+    random = generator(seed, "kernel distance halves")
+    ours, theirs = (_halves(len(side), random) for side in (made, real))
+
+    def within(side: Tensor, halves: Tensor) -> Tensor:
+        size, alone = len(side) // 2, (side.square().sum(1) / side.shape[1] + 1) ** DEGREE
+        return (_kernel_sums(side, side, halves, halves) - alone @ halves) / (size * (size - 1))
+
+    across = _kernel_sums(made, real, ours, theirs) / ((len(made) // 2) * (len(real) // 2))
+    return (within(made, ours) + within(real, theirs) - 2 * across).numpy()
+
+
+def _halves(length: int, random: np.random.Generator) -> Tensor:
+    """1 where a thing belongs to a half, one half a column, ``(length, KERNEL_HALVES)`` float64."""
+    halves = torch.zeros(length, KERNEL_HALVES, dtype=torch.float64)
+    for half in halves.T:
+        half[torch.from_numpy(random.permutation(length)[: length // 2])] = 1
+    return halves
+
+
+def _kernel_sums(a: Tensor, b: Tensor, of_a: Tensor, of_b: Tensor) -> Tensor:
+    """For each column the sum of the kernel over all pairs of what is chosen on both sides, ``(KERNEL_HALVES,)``."""
+    parts = zip(a.split(ROWS), of_a.split(ROWS), strict=True)
+    return torch.stack([(_kernel(rows, b) @ of_b * chosen).sum(0) for rows, chosen in parts]).sum(0)
 
 
 def _inside(points: Tensor, members: Tensor, k: int) -> Tensor:

@@ -94,8 +94,7 @@ def clip_score(
     prefix = CLIP_SCORE_PREFIX[convention]
     stamp = {
         "pairs": len(cosines),
-        name: rule,
-        "prefix": f"'{prefix}'" if prefix else "none",
+        name: f"{rule}, captions " + (f"behind '{prefix}'" if prefix else "as they are"),
         **(protocol or {}),
         "interval": f"95 % bootstrap over pairs, {resamples} resamples, seed {seed}",
     }
@@ -184,6 +183,8 @@ def copying(
     train: Shaped[Tensor, "m ..."],
     *,
     features: str,
+    retrieved: Shaped[Tensor, "r ..."] | None = None,
+    mirrored: bool = False,
     protocol: Mapping[str, Any] | None = None,
     seed: int = 0,
     resamples: int = RESAMPLES,
@@ -192,37 +193,42 @@ def copying(
 
     A generator that has learned is about as far from its training pictures as real pictures of the same kind are; one that
     copies is nearer. ``copies`` is the share of generated pictures that are as near to a training picture as only the nearest
-    5 % of the real ones are: about 0.05 without copying, 1 where everything is copied.
+    5 % of the real ones are: about 0.05 without copying, 1 where everything is copied. ``copies_retrieved`` is the control: the
+    share that a generator would get that gives training pictures for its own. Where it is far below 1, ``copies`` cannot show.
 
     Args:
         made: Features or pixels of the generated pictures.
         held_out: The same of real pictures that were not trained on.
         train: The same of the training pictures.
         features: What the distances are between, for the protocol.
+        retrieved: The same of training pictures that went the way of generated ones (through tokens, mirrored).
+        mirrored: Training pictures count in their mirror images, too; all are pixels then, the last axis to the right.
         protocol: Facts for the stamp that only the caller knows.
         seed: Seed of the intervals.
         resamples: Number of bootstrap resamples.
 
     Returns:
-        ``nearest_train`` and ``nearest_train_real``, mean Euclidean distances, and ``copies``, a share.
+        ``nearest_train`` and ``nearest_train_real``, mean Euclidean distances, and ``copies``, a share; where there are
+        ``retrieved`` pictures ``nearest_train_retrieved`` and ``copies_retrieved``, the same of them.
 
     Raises:
         UserError: nothing on one side, shapes that differ, NaN or infinity.
     """
-    ours, theirs = (nearest_train(side, train).distances.numpy() for side in (made, held_out))
-    bar = np.quantile(theirs, NEAR, method="lower")
-    generated = bootstrap(
-        {"nearest_train": share(ours), "copies": share(ours <= bar)}, len(ours), seed=seed, resamples=resamples
-    )
-    real = bootstrap({"nearest_train_real": share(theirs)}, len(theirs), seed=seed, resamples=resamples)
-    metrics = {
-        "nearest_train": _number(generated["nearest_train"]),
-        "nearest_train_real": _number(real["nearest_train_real"]),
-        "copies": generated["copies"],
-    }
+    known = torch.cat([train, train.flip(-1)]) if mirrored else train
+    sides = {"": made, "_real": held_out} | ({} if retrieved is None else {"_retrieved": retrieved})
+    distances = {suffix: nearest_train(side, known).distances.numpy() for suffix, side in sides.items()}
+    bar = np.quantile(distances["_real"], NEAR, method="lower")
+    metrics: dict[str, Interval] = {}
+    for suffix, values in distances.items():
+        statistics = {f"nearest_train{suffix}": share(values), f"copies{suffix}": share(values <= bar)}
+        found = bootstrap(statistics, len(values), seed=seed, resamples=resamples)
+        metrics[f"nearest_train{suffix}"] = _number(found[f"nearest_train{suffix}"])
+        if suffix != "_real":  # 5 % by definition
+            metrics[f"copies{suffix}"] = found[f"copies{suffix}"]
+    counts = {"generated": len(made), "real": len(held_out), "training": len(train)}
     stamp = {
-        "nearest_train": f"mean Euclidean distance between {features}",
-        "pictures_compared": {"generated": len(ours), "real": len(theirs), "training": len(train)},
+        "nearest_train": f"mean Euclidean distance between {features}" + (", training ones also mirrored" if mirrored else ""),
+        "pictures_compared": counts if retrieved is None else {**counts, "retrieved": len(retrieved)},
         "copies": f"share within {bar:.4g}, as {NEAR:.0%} of the real pictures are",
         **(protocol or {}),
         "interval": f"95 % bootstrap over pictures, {resamples} resamples, seed {seed}",

@@ -18,6 +18,9 @@ from mm.seeding import generator
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
+ALSO = " | "
+"""Between two statements of a protocol on the same."""
+
 MAX_WEIGHTS = 1 << 21
 """Resampling weights held at once: 16 MiB of float64, whatever the size of the data."""
 
@@ -66,8 +69,9 @@ class Result:
     protocol: Mapping[str, Any]
 
     def __or__(self, other: "Result") -> "Result":
-        """Both sets of figures; where both protocols state a key, this one's statement stays."""
-        return Result({**self.metrics, **other.metrics}, {**other.protocol, **self.protocol})
+        """Both sets of figures; of a key that the protocols state differently both statements are kept, in one text."""
+        shared = {key: _both(self.protocol[key], other.protocol[key]) for key in self.protocol if key in other.protocol}
+        return Result({**self.metrics, **other.metrics}, {**other.protocol, **self.protocol, **shared})
 
     def stamp(self) -> str:
         """The protocol in one line of text."""
@@ -97,6 +101,14 @@ class Result:
             raise UserError(
                 f"{path}: the results cannot be written: {error.strerror}; give a path in an existing folder"
             ) from None
+
+
+def _both(first: Any, second: Any) -> Any:
+    """One statement where they agree, else a text with each once."""
+    if first == second:
+        return first
+    stated = _plain(first).split(ALSO)
+    return ALSO.join([*stated, *(one for one in _plain(second).split(ALSO) if one not in stated)])
 
 
 def _plain(value: Any) -> str:

@@ -6,7 +6,7 @@ Shapes: H and W pixels of the input, S the wanted side. All pictures are uint8 i
 from typing import Annotated, Literal
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 from pydantic import Field, model_validator
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
@@ -80,6 +80,14 @@ def fit_image(image: UInt8[Tensor, "c h w"], spec: ImageSpec, keep_alpha: bool =
     if not keep_alpha:
         return _place(composite(image, spec.background), spec, fill)
     return _straight(_place(_premultiplied(image), spec, torch.zeros(4)))
+
+
+def fit_mask(mask: Bool[Tensor, "h w"], image: UInt8[Tensor, "c h w"], spec: ImageSpec) -> Bool[Tensor, "s s"]:
+    """Bring a mask of a picture to where `fit_image` brings the picture; True around content that is cut out."""
+    layer = 255 * mask.to(torch.uint8).expand(3, -1, -1)
+    if spec.fit == "content":
+        layer = _cut(layer, _content(image)[0])
+    return _place(layer, spec, torch.full((3,), 255))[0] >= 128
 
 
 def composite(image: UInt8[Tensor, "4 h w"], background: tuple[int, int, int]) -> UInt8[Tensor, "3 h w"]:

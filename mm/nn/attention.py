@@ -179,7 +179,8 @@ def _attend_once(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | No
     """Attention of a single query, ``(B, H, 1, E)``, by two small products.
 
     The fused kernel for CPUs is made for many queries: with one it was slower by a quarter in fp32 and threefold in bf16. The
-    queries that share keys and values become the rows of one product, so that nothing is repeated.
+    queries that share keys and values become the rows of one product, so that nothing is repeated. Logits are rounded to the
+    type of the keys, which the fused kernel's are not; the softmax is in fp32.
     """
     batch_size, num_heads, _, head_width = query.shape
     grouped = query.reshape(batch_size, key.shape[1], -1, head_width)

@@ -134,8 +134,9 @@ class PictureDecoder(nn.Module):
 
     def forward(self, features: Float[Tensor, "b d h w"]) -> Float[Tensor, "b c H W"]:
         stages = iter(self.refinement)
-        x = next(stages)(self.layers[0](features))
-        for layer in self.layers[1:]:
+        first, *layers = self.layers
+        x = next(stages)(first(features))
+        for layer in layers:
             x = layer(x)
             if isinstance(layer, nn.PixelShuffle):
                 x = next(stages)(x)

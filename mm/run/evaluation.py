@@ -47,7 +47,7 @@ WORKERS_FROM = 1000
 MAX_BAD_SHARE = 0.2
 """Pictures of a user's own source that may be left out; of a published set, whose figures are compared, none may."""
 
-COMMANDS = {"zero-shot": "zero-shot", "winoground": "compositional", "sugarcrepe": "compositional"}
+COMMANDS = {"zero-shot": "zero-shot", "winoground": "compositional", "sugarcrepe": "compositional", "vqa": "vqa"}
 """``mm eval`` command for what figures of a set are published for, where it is not retrieval."""
 
 
@@ -294,14 +294,19 @@ def encode(
 
 def _encoded(source: Source, vectors: Tensor, samples: Sequence[Mapping[str, Any]], accounting: Accounting) -> EncodedSource:
     """What was encoded, unless so much of the source is missing that its figures would mislead."""
+    refuse_incomplete(source, accounting)
+    return EncodedSource(vectors, tuple(samples), accounting.describe())
+
+
+def refuse_incomplete(source: Source, accounting: Accounting) -> None:
+    """Raise `DataError` where so much of a source could not be used that its figures would mislead."""
     allowed = MAX_BAD_SHARE if getattr(source, "evaluation", None) is None else 0
-    if not samples or accounting.skipped > allowed * accounting.indexed:
+    if not accounting.delivered or accounting.skipped > allowed * accounting.indexed:
         cause, where = next(iter(accounting.examples.items()), ("empty", source.name))
         remedy = "run `mm data check` on it" if allowed else "a published set is measured whole, complete the copy"
         raise DataError(
             f"{source.name}: too few samples can be used: {accounting.describe()}; for example {cause}: {where}; {remedy}"
         )
-    return EncodedSource(vectors, tuple(samples), accounting.describe())
 
 
 def embed_texts_together(model: Model, world: World) -> Callable[[Sequence[str]], Tensor]:
@@ -350,7 +355,7 @@ def _encode_here(model: Model, source: Source, progress: Progress | None) -> tup
         tail="short",
         shuffle=False,
         substitute=False,
-        workers=min(MAX_WORKERS, (os.cpu_count() or 1) // 2) if len(source) >= WORKERS_FROM else 0,
+        workers=decoding_workers(len(source)),
         max_bad_fraction=1,  # what all processes together left out is judged in `encode`
     )
     vectors: list[Tensor] = []
@@ -363,6 +368,11 @@ def _encode_here(model: Model, source: Source, progress: Progress | None) -> tup
         if progress:
             progress(len(samples), len(source))
     return torch.cat(vectors) if vectors else torch.empty(0, model.embed_dim), samples, loader.accounting
+
+
+def decoding_workers(samples: int) -> int:
+    """Processes that decode beside the network, none where their start would take longer than they save."""
+    return min(MAX_WORKERS, (os.cpu_count() or 1) // 2) if samples >= WORKERS_FROM else 0
 
 
 def stretch(length: int, world: World) -> tuple[int, int]:

@@ -1,39 +1,42 @@
 """Measuring models that make pictures: reconstruction through tokens, generation from prompts."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mm.data.labels import LabelTask, label_task
-from mm.data.loader import Loader
 from mm.errors import UserError
 from mm.evaluation.fid import distances
-from mm.evaluation.generation import clip_score, copying, rank_of_prompt
+from mm.evaluation.generation import CLIP_SCORE_PREFIX, clip_score, copying, rank_of_prompt
+from mm.evaluation.inception import Inception, open_inception
 from mm.evaluation.metrics import RESAMPLES, Interval, Result, bootstrap, share
 from mm.evaluation.reconstruction import psnr, ssim
 from mm.evaluation.zero_shot import class_vectors
 from mm.hub import Model
 from mm.nn.quantize import CodeUsage
-from mm.run.evaluation import encode, labelled, loaded, opened, stamp, subset_masks
-from mm.run.generation import Painting, generate
-from mm.run.preparation import EvalPreparation
-from mm.seeding import derive_seed
+from mm.run.evaluation import EncodedSource, encode, loaded, opened, stamp
+from mm.run.generation import BATCH_SIZE, Painting, generate, ranking
+from mm.run.picture_controls import (
+    THUMBNAILS,
+    RealPictures,
+    Training,
+    check_independent,
+    half_mirrored,
+    picture_loader,
+    real_pictures,
+    stand_in,
+    thumbnails,
+    training_pictures,
+)
+from mm.run.prompts import Classes, Prompts, labels_or_captions, prompts
 from mm.types import Sampling, Source, Tokenizes
 
 Progress = Callable[[int, int | None], None]
 
-BATCH_SIZE = 64
 RANK = 5
 """Places that count for the judge; the first alone where there are no more classes than that."""
-
-SIDE = 16
-"""Of the pictures that are compared for copies, pixels."""
 
 MIN_SET = 8
 """Fewest pictures for distances between sets."""
@@ -64,7 +67,7 @@ def evaluate_reconstruction(
     if not isinstance(tokenizer, Tokenizes):
         raise UserError(f"{model.name} does not turn pictures into tokens; train one with configs/vq.yaml")
     source = opened(data, model)
-    loader, usage = _loader(source, model), CodeUsage(tokenizer.vocab_size)
+    loader, usage = picture_loader(source, model), CodeUsage(tokenizer.vocab_size)
     noise, likeness = [], []
     for batch in loader.one_epoch():
         assert batch.image is not None
@@ -95,11 +98,15 @@ def evaluate_generation(
     model: str | Path | Model,
     data: str | Source,
     *,
-    judge: str | Path | Model,
+    judge: str | Path | Model = "emoji-judge",
     limit: int = 100,
     ranker: str | Path | Model | None = "emoji-clip",
     best_of: int = 8,
     train: str | Source | None = None,
+    features: str | Path | None = None,
+    label: str | None = None,
+    image_field: str | None = None,
+    text_field: str | None = None,
     seed: int = 0,
     sampling: Sampling | None = None,
     device: str = "auto",
@@ -107,16 +114,24 @@ def evaluate_generation(
     progress: Progress | None = None,
     on_made: Callable[[Sequence[Painting]], None] | None = None,
 ) -> Result:
-    """Pictures of a labelled source's class names, looked at by a judge that had no part in making or choosing them.
+    """Pictures of a source's class names or captions, looked at by a judge that had no part in making or choosing them.
+
+    Prompts are the names of the source's classes; where it has none, captions, one each of ``limit`` pictures. Everything that
+    can be wrong with what is given is found before anything is painted.
 
     Args:
         model: A loaded model or a MODEL reference; it must be able to paint.
-        data: A labelled source: its names are the prompts, its pictures the real ones.
-        judge: A model with a shared space that shares neither weights nor seed nor architecture with model and ranker.
-        limit: Number of prompts, drawn with ``seed`` among the classes that the source has pictures of.
+        data: A labelled or captioned source: its names or captions are the prompts, its pictures the real ones.
+        judge: A model with a shared space that shares neither weights nor architecture with the ranker, nor weights with the
+            model and what taught it.
+        limit: Number of prompts, drawn with ``seed`` among the classes that the source has pictures of, or its captions.
         ranker: Chooses the best of ``best_of`` candidates; None for ``best_of`` 1.
         best_of: Candidates of each prompt.
-        train: What the model was trained on, to see whether it copies; default: the source that its card names.
+        train: What the model was trained on, to see whether it copies; default: what its card or its run says.
+        features: Weight file of the FID Inception (`mm.evaluation.inception`), for ``fid_inception`` and its like.
+        label: Field that holds the class name, ``txt`` for the caption; default: the source's own.
+        image_field: Column of a table that holds the picture files, where its name is not a usual one.
+        text_field: Column or field that holds the captions, likewise; given without ``label``, captions are the prompts.
         seed: Of prompts and pictures.
         sampling: Guidance, temperature and so on.
         device: Where to compute; ``auto`` chooses.
@@ -125,105 +140,156 @@ def evaluate_generation(
         on_made: Receives the chosen pictures.
 
     Returns:
-        ``clip_rank5`` and ``clip_rank5_real`` with subset suffixes, ``clipscore``, ``kid`` (and ``fid`` where there are enough
-        pictures), ``precision``, ``recall``, ``nearest_train``, ``nearest_train_real``, ``copies``, ``seconds_per_image``.
+        For class names, with subset suffixes (5 is 1 where there are no more than 5 classes):
+
+        - ``clip_rank5``: share of pictures of whose names the judge finds the right one among the five nearest.
+        - ``clip_rank5_real``: the same of the source's pictures.
+        - ``clip_rank5_real_tokens``: the same of these behind the model's own tokenizer, all that it could reach by painting
+          them; only for models that have one.
+        - ``clip_rank5_retrieved``, where the training source is known and has the names: the same of a painter that copies a
+          training picture of each name. It can exceed ``clip_rank5_real``, because the judge knows the training artists; so
+          can the model's, as far as it copies, which is why ``copies`` stands beside it.
+
+        For all prompts:
+
+        - ``clipscore`` and ``clipscore_torchmetrics``: see `mm.evaluation.generation.clip_score`, by the judge.
+        - ``kid``, ``precision``, ``recall``, and ``fid`` where there are enough pictures, of the judge's features; with the
+          suffix ``_inception`` of the FID Inception's, the real pictures being prepared for the model. Never to be mixed.
+        - ``nearest_train``, ``nearest_train_real``, ``copies``, where the training source is known: whether the pictures,
+          blurred at 16 x 16 pixels, are nearer to training pictures or their mirror images than real ones are.
+        - ``nearest_train_retrieved``, ``copies_retrieved``: the same of the painter that copies, half of whose pictures are
+          mirrored; what is far below 1 here cannot show copies.
+        - ``seconds_per_candidate``: in the painter alone; ``seconds_per_image``: all candidates of a picture and choosing one.
 
     Raises:
-        UserError: The models cannot do what is asked of them, or the source has no labels.
+        UserError: The models cannot do what is asked of them, or the source has neither labels nor captions.
     """
     painter, critic = loaded(model, device, precision), loaded(judge, device, precision)
-    chooser = loaded(ranker, device, precision) if ranker is not None and best_of > 1 else None
-    _independent(critic, painter, chooser)
-    source = opened(data, painter)
-    task = label_task(source)
+    chooser = ranking(loaded(ranker, device, precision)) if ranker is not None and best_of > 1 else None
+    check_independent(critic, painter, chooser)
+    inception = None if features is None else open_inception(features, painter.device)
+    source, task = labels_or_captions(opened(data, painter, image_field=image_field, text_field=text_field), label, text_field)
     encoded = encode(critic, source)
-    fields = [sample["fields"] for sample in encoded.samples]
-    rows, labels = labelled(fields, task, source)
-    prompts = _prompts(labels, limit, seed)
-    names = [task.classes[label] for label in prompts.tolist()]
-    begun = time.perf_counter()
+    asked = prompts(source, encoded, task, limit, seed)
+    real = real_pictures(painter, critic, source, asked.rows, inception)
+    training = training_pictures(painter, train, asked.texts, label=label, seed=seed)
+    clock = _Clock()
     made = generate(
         painter,
-        names,
+        asked.texts,
         seed=seed,
         sampling=sampling,
         best_of=best_of if chooser else 1,
         ranker=chooser,
+        on_cut=clock.cut,
+        on_batch=clock.batch,
         progress=progress,
     )
-    seconds = (time.perf_counter() - begun) / len(made)
+    timing = clock.result(len(made), best_of if chooser else 1)
     if on_made:
         on_made(made)
-    real = torch.isin(labels, prompts)
-    real_rows, real_labels = torch.tensor(rows)[real], labels[real]
-    texts = class_vectors(critic.embed_texts, task.classes, critic.processor.templates)
-    vectors, real_vectors = critic.embed_images([one.pixels for one in made]), encoded.images[real_rows]
-    first_row = {int(label): row for row, label in reversed(list(zip(real_rows.tolist(), real_labels.tolist(), strict=True)))}
-    k = RANK if len(task.classes) > RANK else 1
-    result = rank_of_prompt(
-        vectors, texts, prompts, k=k, subsets=_splits([first_row[p] for p in prompts.tolist()], fields, task)
-    )
-    result |= rank_of_prompt(
-        real_vectors, texts, real_labels, k=k, suffix="_real", subsets=_splits(real_rows.tolist(), fields, task)
-    )
-    result |= clip_score(vectors, critic.embed_texts([f"A photo depicts {name}" for name in names]))
-    if min(len(vectors), len(real_vectors)) >= MIN_SET:
-        features = f"unit vectors of {critic.name}, {critic.processor.stamp()['resize']}"
-        result |= distances(vectors, real_vectors, features=features)
-    result |= _copies(painter, made, source, real_rows.tolist(), train)
-    timing = Result({"seconds_per_image": Interval(seconds, seconds, seconds, "number")}, {})
     facts = {
-        "prompts": f"{len(names)} class names of {source.name}, seed {seed}",
+        "prompts": f"{len(asked.texts)} {asked.kind} of {source.name}, seed {seed}",
         "judge": f"{critic.name} {critic.fingerprint[:16]}",
         "chosen": f"best of {best_of} by {chooser.name}" if chooser else "the first picture of each prompt",
         "sampling": str(sampling or Sampling()),
     }
-    return Result({}, stamp(painter, source, encoded.accounting) | facts) | result | timing
+    result = Result({}, stamp(painter, source, encoded.accounting) | facts)
+    copied = stand_in(painter, training, asked.texts)
+    vectors = critic.embed_images([one.pixels for one in made])
+    if asked.classes is not None:
+        result |= _ranks(critic, vectors, asked, asked.classes, encoded, real, copied)
+    result |= _fit(critic, vectors, asked, encoded)
+    if inception is not None:
+        result |= _inception_distances(inception, made, real)
+    return result | _copies(made, real, training, copied) | timing
 
 
-def _independent(judge: Model, painter: Model, ranker: Model | None) -> None:
-    """A judge that is the ranker, or part of the painter, would praise what it chose itself."""
-    for other, role in ((ranker, "chooses"), (painter, "paints")):
-        if other is not None and other.fingerprint == judge.fingerprint:
-            raise UserError(f"judge: {judge.name} also {role}; judging needs a model of its own, see configs/judge.yaml")
+class _Clock:
+    """Counts what the painter was asked for and how long it took."""
+
+    def __init__(self) -> None:
+        self._begun, self._candidates, self._seconds, self._cut = time.perf_counter(), 0, 0.0, 0
+
+    def cut(self, prompt: str, read: str) -> None:
+        self._cut += 1
+
+    def batch(self, pictures: int, seconds: float) -> None:
+        self._candidates += pictures
+        self._seconds += seconds
+
+    def result(self, pictures: int, best_of: int) -> Result:
+        """Figures of all so far, for so many pictures that were chosen."""
+        times = {
+            "seconds_per_candidate": self._seconds / self._candidates,
+            "seconds_per_image": (time.perf_counter() - self._begun) / pictures,
+        }
+        facts = {
+            "seconds_per_candidate": f"in the painter alone, {BATCH_SIZE} at a time",
+            "seconds_per_image": f"{best_of} candidates of each picture and choosing one",
+        }
+        cut = {"prompts_cut": f"{self._cut} are longer than the model reads"} if self._cut else {}
+        return Result({name: Interval(value, value, value, "number") for name, value in times.items()}, facts | cut)
 
 
-def _prompts(labels: Tensor, limit: int, seed: int) -> Tensor:
-    """Classes that have pictures, ``limit`` of them, in the order of their numbers."""
-    present = sorted(set(labels.tolist()))
-    chosen = sorted(present, key=lambda label: derive_seed(seed, "prompt", label))[:limit]
-    return torch.tensor(sorted(chosen))
+def _ranks(
+    judge: Model,
+    vectors: Tensor,
+    asked: Prompts,
+    classes: Classes,
+    encoded: EncodedSource,
+    real: RealPictures,
+    copied: tuple[list[str], Tensor] | None,
+) -> Result:
+    """Whether the judge finds the prompts of generated, of real and of copied pictures among the names of all classes."""
+    names = classes.task.classes
+    texts = class_vectors(judge.embed_texts, names, judge.processor.templates)
+    k = RANK if len(names) > RANK else 1
+    result = rank_of_prompt(vectors, texts, classes.asked, k=k, subsets=classes.asked_subsets)
+    for suffix, seen in (("_real", encoded.images[list(asked.rows)]), ("_real_tokens", real.token_vectors)):
+        if seen is not None:
+            result |= rank_of_prompt(seen, texts, classes.real, k=k, suffix=suffix, subsets=classes.real_subsets)
+    if copied is not None:
+        found, pictures = copied
+        labels = classes.asked[[asked.texts.index(name) for name in found]]
+        result |= rank_of_prompt(judge.embed_images(list(pictures)), texts, labels, k=k, suffix="_retrieved")
+    return result
 
 
-def _splits(rows: Sequence[int], fields: Sequence[Mapping[str, Any]], task: LabelTask) -> dict[str, np.ndarray]:
-    """Masks of the task's subsets, where there is more than one."""
-    masks = subset_masks([fields[row] for row in rows], task)
-    return {name: np.array(mask) for name, mask in masks.items()} if len(masks) > 1 else {}
+def _fit(judge: Model, vectors: Tensor, asked: Prompts, encoded: EncodedSource) -> Result:
+    """CLIPScore in both conventions, and distances between the sets of the judge's vectors."""
+    result = Result({}, {})
+    for convention, prefix in CLIP_SCORE_PREFIX.items():
+        captions = judge.embed_texts([prefix + text for text in asked.texts])
+        result |= clip_score(vectors, captions, convention=convention)
+    real = encoded.images[list(asked.rows)]
+    if min(len(vectors), len(real)) < MIN_SET:
+        return result
+    return result | distances(vectors, real, features=f"unit vectors of {judge.name}, {judge.processor.stamp()['resize']}")
+
+
+def _inception_distances(inception: Inception, made: Sequence[Painting], real: RealPictures) -> Result:
+    assert real.inception is not None
+    if min(len(made), len(real.inception)) < MIN_SET:
+        return Result({}, {"features_inception": f"left out: fewer than {MIN_SET} pictures"})
+    pictures = torch.stack([one.pixels for one in made])
+    side = pictures.shape[-1]
+    name = f"{inception.name}; generated pictures and real ones prepared for the painter at {side} px"
+    return distances(inception(pictures), real.inception, features=name, suffix="_inception")
 
 
 def _copies(
-    painter: Model, made: Sequence[Painting], source: Source, rows: Sequence[int], train: str | Source | None
+    made: Sequence[Painting], real: RealPictures, training: Training, copied: tuple[list[str], Tensor] | None
 ) -> Result:
-    """How near the pictures are to the model's training pictures, beside real pictures; nothing where those are unknown."""
-    train = train or painter.card.get("train")
-    if train is None:
-        return Result({}, {"copies": "not measured: give the training source"})
-    known, real = _small(opened(train, painter), painter), _small(source, painter)
-    ours = _thumbnails(torch.stack([one.pixels for one in made]))
-    return copying(ours, real[list(rows)], known, features=f"pictures of {SIDE} x {SIDE} pixels")
-
-
-def _small(source: Source, model: Model) -> Tensor:
-    """Every picture of a source that can be used, prepared for the model, then at 16 x 16 pixels."""
-    return torch.cat([_thumbnails(batch.image) for batch in _loader(source, model).one_epoch() if batch.image is not None])
-
-
-def _thumbnails(pictures: Tensor) -> Tensor:
-    return F.interpolate(pictures.float(), (SIDE, SIDE), mode="area").round().to(torch.uint8)
-
-
-def _loader(source: Source, model: Model) -> Loader:
-    preparation = EvalPreparation(model.processor)
-    return Loader(
-        source, preparation, preparation.collate, batch_size=BATCH_SIZE, seed=0, tail="short", shuffle=False, substitute=False
+    """How near the pictures are to the model's training pictures, beside real pictures and beside copies."""
+    if training.thumbnails is None:
+        return Result({}, {"copies": f"not measured: the training source is {training.note}; give it with --train"})
+    return copying(
+        thumbnails(torch.stack([one.pixels for one in made])),
+        real.thumbnails,
+        training.thumbnails,
+        features=THUMBNAILS,
+        retrieved=None if copied is None else thumbnails(half_mirrored(copied[1])),
+        mirrored=True,
+        protocol={"training": training.note},
     )

@@ -1,7 +1,7 @@
 """Samples to batches: where a data source meets a model's processor. Picklable, so that loader workers can do the work."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,7 +9,9 @@ from torch import Tensor
 
 from mm.data.augment import AugmentConfig, augment, may_flip
 from mm.data.captions import Captioner, look_up
+from mm.data.questions import question_of
 from mm.errors import BadSample
+from mm.evaluation.vqa import accepted
 from mm.media.image import decode_image, fit_image
 from mm.processor import Processor
 from mm.seeding import derive_seed, generator
@@ -20,7 +22,10 @@ RGBA_CHANNELS = 4
 
 @dataclass(frozen=True)
 class Item:
-    """One prepared sample: pixels uint8 ``(3 or 4, S, S)``, captions, the group of its positives, the seed of its changes."""
+    """One prepared sample: pixels uint8 ``(3 or 4, S, S)``, captions, the group of its positives, the seed of its changes.
+
+    ``answers`` are the right answers to its question and how right they are, where they are learned.
+    """
 
     id: str
     image: Tensor
@@ -29,6 +34,7 @@ class Item:
     group: int = 0
     augment_seed: int = 0
     flippable: bool = True
+    answers: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class TrainPreparation:
         augment: Picture augmentation.
         positives: What makes two samples positives of each other: ``text``, ``none`` or the name of a field.
         seed: Seed of the run.
+        answers: Whether samples are questions whose answers are learned; captions are then of the question.
     """
 
     processor: Processor
@@ -48,6 +55,7 @@ class TrainPreparation:
     augment: AugmentConfig
     positives: str
     seed: int
+    answers: bool = False
 
     def __call__(self, sample: Sample, visit: int) -> Item:
         caption = ""
@@ -61,6 +69,7 @@ class TrainPreparation:
             group=_group(sample, caption, self.positives) if self.processor.has_text else 0,
             augment_seed=derive_seed(self.seed, visit, sample.id, "augment"),
             flippable=may_flip(sample, self.augment),
+            answers=accepted(question_of(sample.fields, sample.id).answers) if self.answers else {},
         )
 
     def collate(self, items: Sequence[Item], epoch: int) -> Batch:
@@ -78,6 +87,7 @@ class TrainPreparation:
             image=image,
             text=self.processor.text([item.texts[0] for item in items]) if self.processor.has_text else None,
             groups=torch.tensor([item.group for item in items], dtype=torch.int64) if self.processor.has_text else None,
+            answers=tuple(item.answers for item in items) if self.answers else (),
         )
 
 
@@ -98,6 +108,17 @@ class EvalPreparation:
             fields=tuple(item.fields for item in items),
             captions=tuple(item.texts for item in items),
         )
+
+
+@dataclass(frozen=True)
+class QuestionPreparation:
+    """As another preparation, but a sample that asks no question or has no answer is bad."""
+
+    base: EvalPreparation
+
+    def __call__(self, sample: Sample, visit: int) -> Item:
+        question_of(sample.fields, sample.id)
+        return self.base(sample, visit)
 
 
 def _pixels(sample: Sample, processor: Processor, *, keep_alpha: bool) -> Tensor:

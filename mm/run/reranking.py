@@ -19,7 +19,7 @@ from mm.evaluation.metrics import Result
 from mm.evaluation.reranking import BothWays, candidates, reranked
 from mm.evaluation.retrieval import ranks, recalls
 from mm.hub import Model
-from mm.run.evaluation import Captioned, check_retrieval_set, encode_captioned, stamp, stretch
+from mm.run.evaluation import Captioned, check_retrieval_set, decoding_workers, encode_captioned, stamp, stretch
 from mm.run.preparation import EvalPreparation
 from mm.training.parallel import World, gather_bytes, open_world
 from mm.types import Embeds, Matches, Source, TextBatch
@@ -62,7 +62,7 @@ def evaluate_reranked(
         The figures of `evaluate_retrieval` after the second stage and, named ``contrastive_...``, after the first.
 
     Raises:
-        UserError: As `evaluate_retrieval`; an unknown score, ``top_k`` below 1, a model that was not trained to match.
+        UserError: As `evaluate_retrieval`; an unknown score, ``top_k`` below 1.
     """
     if score not in get_args(Score):
         raise UserError(f"score '{score}': there are {', '.join(SCORES)}")
@@ -122,6 +122,7 @@ def _pictures(model: Model, source: Source, ids: Sequence[str]) -> Iterator[Tens
         tail="short",
         shuffle=False,
         substitute=False,
+        workers=decoding_workers(len(ids)),
         max_bad_fraction=0.0,
     )
     for batch in loader.one_epoch():

@@ -7,11 +7,12 @@ from typing import Any
 from mm.errors import UserError
 from mm.evaluation.metrics import Result
 from mm.hub import Model
+from mm.run.answering import evaluate_vqa
 from mm.run.evaluation import evaluate_compositional, evaluate_retrieval, evaluate_zero_shot, loaded, opened
 from mm.run.matching import evaluate_matching
 from mm.run.picture_evaluation import evaluate_generation, evaluate_reconstruction
 from mm.run.reranking import TOP_K, evaluate_reranked
-from mm.types import Embeds, Matches, Source
+from mm.types import Source
 
 
 def evaluate_any_retrieval(
@@ -35,7 +36,7 @@ def evaluate_any_retrieval(
         UserError: A score for a model that does not both embed and match; what the evaluation itself raises.
     """
     model = loaded(model, device, precision)
-    embeds, matches = isinstance(model.system, Embeds), isinstance(model.system, Matches)
+    embeds, matches = (name in model.capabilities for name in ("embeds", "matches"))
     if score is not None and not (embeds and matches):
         raise UserError(f"{model.name}: score '{score}' is for models that both embed and match; leave it out")
     source = opened(data, model, image_field=image_field, text_field=text_field)
@@ -52,6 +53,7 @@ TASKS: Mapping[str, Callable[..., Result]] = {
     "compositional": evaluate_compositional,
     "reconstruction": evaluate_reconstruction,
     "generation": evaluate_generation,
+    "vqa": evaluate_vqa,
 }
 
 

@@ -7,19 +7,21 @@ from typing import Any
 
 import torch
 
-from mm.config import apply_overrides, merge, read_layers, to_dict, validate, write_yaml
+from mm.config import apply_overrides, merge, read_layers, read_yaml, to_dict, validate, write_yaml
 from mm.data.accounting import merge_states
 from mm.data.captions import Captioner, corpus
 from mm.data.loader import Loader
+from mm.data.questions import check_questions, questions_of
 from mm.data.sources import open_source, open_training_source
-from mm.errors import BadSample, ConfigError
+from mm.errors import BadSample, ConfigError, UserError
+from mm.evaluation.vqa import frequent_answers, normalise
 from mm.hub import CONFIG_FILE, Model, embed_parts, load, load_parts, with_parts
 from mm.nn.lora import add_lora
 from mm.processor import Processor
 from mm.run.config import RunConfig
 from mm.run.preparation import TrainPreparation
 from mm.run.validation import Validator
-from mm.systems import build
+from mm.systems import build, read_system
 from mm.tokenizers.text import TextTokenizer
 from mm.training.checkpoint import find_checkpoint
 from mm.training.devices import choose_device, seed_everything
@@ -86,7 +88,7 @@ class Assembled:
     """The parts of a run, ready to be trained.
 
     Args:
-        config: The configuration with what depends on the data filled in (vocabulary size).
+        config: The configuration with what depends on the data filled in (vocabulary size, answers).
         system: The network.
         processor: Its preparation.
         stream: Its batches.
@@ -123,7 +125,7 @@ def assemble(config: RunConfig, *, resume: Path | None = None) -> Assembled:
         processor = _kept_processor(config, resume, image_size)
     else:
         processor = _processor(config, source, image_size) if start is None else start.processor
-    config = _with_vocabulary(config, processor)
+    config = _with_answers(_with_vocabulary(config, processor), source, resume)
     config = config.model_copy(update={"system": embed_parts(config.system, parts)})
     system = _system(config, start, {name: part.system for name, part in parts.items()})
     rank, world_size = environment()
@@ -132,7 +134,14 @@ def assemble(config: RunConfig, *, resume: Path | None = None) -> Assembled:
             f"train.batch_size {config.train.batch_size} is not a multiple of the {world_size} processes, which share it evenly"
         )
     captioner = Captioner(config.data.captions)
-    preparation = TrainPreparation(processor, captioner, config.data.augment, config.data.positives, config.train.seed)
+    preparation = TrainPreparation(
+        processor,
+        captioner,
+        config.data.augment,
+        config.data.positives,
+        config.train.seed,
+        answers=config.system.learns_answers,
+    )
     sampling = config.data.sampling
     stream = Loader(
         source,
@@ -196,23 +205,45 @@ def _with_vocabulary(config: RunConfig, processor: Processor) -> RunConfig:
     return config.model_copy(update={"system": config.system.with_vocabulary(processor.tokenizer.vocab_size)})
 
 
+def _with_answers(config: RunConfig, source: Source, resume: Path | None) -> RunConfig:
+    """The configuration with the answers that the network will know: those that a run began with, the configured ones, or the
+    most frequent ones of the training questions. Raises `UserError` where the source asks no questions."""
+    system = config.system
+    if not system.learns_answers:
+        return config
+    check_questions(source)
+    if resume is not None:
+        kept = read_yaml(resume / CONFIG_FILE)["system"]
+        known = read_system(kept, f"{resume / CONFIG_FILE} (system)").known_answers
+    elif system.answer_limit:
+        known = frequent_answers((question.answers for question in questions_of(source)), system.answer_limit)
+    else:
+        known = tuple(dict.fromkeys(map(normalise, system.known_answers)))
+    if not known:
+        raise UserError(f"{source.name}: no question has an answer that could be learned")
+    return config.model_copy(update={"system": system.with_answers(known)})
+
+
 def _system(config: RunConfig, start: Model | None, parts: Mapping[str, System]) -> System:
     seed_everything(config.train.seed, torch.device("cpu"))
     system = build(config.system, parts)
     if start is not None:
-        _adopt(system, start.system, config.init_from or start.name)
+        same_answers = config.system.known_answers == start.config.known_answers
+        fresh = () if same_answers else {*config.system.fresh_parts, *start.config.fresh_parts}
+        _adopt(system, start.system, config.init_from or start.name, tuple(fresh))
     if config.tune is not None:
         add_lora(system, config.tune)
     return system
 
 
-def _adopt(system: System, start: System, name: str) -> None:
+def _adopt(system: System, start: System, name: str, fresh: tuple[str, ...] = ()) -> None:
     """Take over all parameters, and the buffers that fit: a queue that only one of the two has is left as it is.
 
-    Parameters that `System.may_be_added` allows may be missing; those that are `System.only_for_training` may be on one side.
+    Parts named in ``fresh`` are not taken over, and may be in one of the two only; parameters that `System.may_be_added` allows
+    may be missing in ``start``; those that are `System.only_for_training` may be in one of the two only.
     """
-    state, own = start.state_dict(), system.state_dict()
-    parameters = {key for network in (start, system) for key, _ in network.named_parameters()}
+    state, own = _without(start.state_dict(), fresh), system.state_dict()
+    parameters = set(_without({key: None for network in (start, system) for key, _ in network.named_parameters()}, fresh))
     parameters -= {key for key in parameters - state.keys() if key.startswith(system.may_be_added)}
     one_sided = state.keys() ^ own.keys()
     parameters -= {key for key in parameters & one_sided if key.startswith(system.only_for_training + start.only_for_training)}
@@ -224,6 +255,10 @@ def _adopt(system: System, start: System, name: str) -> None:
         )
     fit = {key: value for key, value in state.items() if key in own and value.shape == own[key].shape}
     system.load_state_dict(own | fit)
+
+
+def _without(values: Mapping[str, Any], parts: tuple[str, ...]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key.partition(".")[0] not in parts}
 
 
 def _validator(config: RunConfig, processor: Processor, image_size: int, able: frozenset[str]) -> Validator | None:

@@ -8,14 +8,16 @@ from torch import Tensor
 
 from mm.data.labels import label_of, label_task
 from mm.data.loader import Loader
+from mm.data.questions import Question, check_questions, question_of
 from mm.errors import UserError
 from mm.evaluation.reconstruction import psnr, ssim
 from mm.evaluation.retrieval import ranks
+from mm.evaluation.vqa import accepted, accuracy
 from mm.evaluation.zero_shot import class_vectors, label_ranks
 from mm.hub import Model
 from mm.nn.quantize import CodeUsage
 from mm.processor import Processor
-from mm.run.preparation import EvalPreparation
+from mm.run.preparation import EvalPreparation, QuestionPreparation
 from mm.systems import SystemConfig
 from mm.types import Batch, Embeds, Source, System, Tokenizes
 
@@ -25,11 +27,12 @@ BATCH_SIZE = 128
 
 @dataclass(frozen=True)
 class _Held:
-    """Validation pictures as the network takes them, with their captions and fields."""
+    """Validation pictures as the network takes them, with their captions and fields, and questions where they are asked."""
 
     pixels: tuple[Tensor, ...]
     captions: tuple[tuple[str, ...], ...]
     fields: tuple[Any, ...]
+    questions: tuple[Question, ...] = ()
 
 
 class Validator:
@@ -37,7 +40,7 @@ class Validator:
 
     Figures of systems that embed, as fractions: ``r1`` is the mean of ``image_to_text_r1`` and ``text_to_image_r1``; ``top1``
     where there are labels. Of picture tokenizers: ``psnr`` in decibels, ``ssim``, ``codebook_usage`` and ``perplexity``. Of all
-    others: the mean of each part of their loss.
+    others: the mean of each part of their loss, and of systems that answer questions ``accuracy``, by the rules of VQA v2.
 
     Args:
         source: Pictures, captioned or labelled ones for systems with text, of which the first 2,000 usable ones are taken.
@@ -56,9 +59,12 @@ class Validator:
         Raises:
             UserError: There is nothing to measure: no picture that can be used, or neither captions nor labels.
         """
+        if "answers" in self._able:
+            check_questions(self._source)
         self._held = self._held or self._read()
         labelled = "embeds" in self._able and self._labels(self._held) is not None
-        if self._processor.has_text and not any(self._held.captions) and not labelled:
+        texts = any(self._held.captions) or bool(self._held.questions)
+        if self._processor.has_text and not texts and not labelled:
             raise UserError(f"{self._source.name}: has neither captions nor labels to validate with; leave data.validation out")
 
     def __call__(self, system: System) -> dict[str, float]:
@@ -66,17 +72,18 @@ class Validator:
         device = next(system.parameters()).device
         if isinstance(system, Tokenizes):
             return self._reconstruction(system, held, device)
-        if not isinstance(system, Embeds):
-            return self._losses(system, held, device)
         model = Model(system=system, processor=self._processor, config=self._config, name="validation", device=device)
+        if not isinstance(system, Embeds):
+            return self._losses(system, held, device) | (self._accuracy(model, held) if "answers" in self._able else {})
         vectors = torch.cat([model.embed_pixels(pixels) for pixels in held.pixels])
         return self._retrieval(model, vectors, held) | self._zero_shot(model, vectors, held)
 
     def _read(self) -> _Held:
         preparation = EvalPreparation(self._processor)
+        prepare = QuestionPreparation(preparation) if "answers" in self._able else preparation
         loader = Loader(
             self._source,
-            preparation,
+            prepare,
             preparation.collate,
             batch_size=BATCH_SIZE,
             seed=0,
@@ -95,6 +102,12 @@ class Validator:
             tuple(batch.image for batch in batches if batch.image is not None),
             tuple(captions for batch in batches for captions in batch.captions),
             tuple(fields for batch in batches for fields in batch.fields),
+            tuple(
+                question_of(fields, where)
+                for batch in batches
+                for fields, where in zip(batch.fields, batch.ids, strict=True)
+                if "answers" in self._able
+            ),
         )
 
     def _reconstruction(self, system: Tokenizes, held: _Held, device: torch.device) -> dict[str, float]:
@@ -119,14 +132,26 @@ class Validator:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for number, pixels in enumerate(held.pixels):
                 torch.manual_seed(number)
-                texts = [(next(captions) or ("",))[0] for _ in pixels]
+                rows = slice(count, count + len(pixels))
+                asked = held.questions[rows]
+                texts = [question.text for question in asked] or [(next(captions) or ("",))[0] for _ in pixels]
                 text = self._processor.text(texts) if self._processor.has_text else None
-                batch = Batch(tuple(map(str, range(count, count + len(pixels)))), pixels, text)
+                answers = tuple(accepted(question.answers) for question in asked)
+                batch = Batch(tuple(map(str, range(rows.start, rows.stop))), pixels, text, answers=answers)
                 losses = system.loss(batch.to(device), 0)
                 for name, value in {"loss": losses.total, **losses.parts}.items():
                     sums[name] = sums.get(name, 0.0) + float(value) * len(pixels)
                 count += len(pixels)
         return {name: value / count for name, value in sums.items()}
+
+    def _accuracy(self, model: Model, held: _Held) -> dict[str, float]:
+        """Of the best answers, by the rules of VQA v2."""
+        scores: list[float] = []
+        for pixels in held.pixels:
+            asked = held.questions[len(scores) : len(scores) + len(pixels)]
+            ranked = model.answer_pixels(pixels, [question.text for question in asked])
+            scores += [accuracy(best.answers[0], question.answers) for best, question in zip(ranked, asked, strict=True)]
+        return {"accuracy": sum(scores) / len(scores)}
 
     def _retrieval(self, model: Model, vectors: Tensor, held: _Held) -> dict[str, float]:
         rows = [row for row, captions in enumerate(held.captions) if captions]

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from mm.encoders.image import ImageEncoderConfig, build_image_encoder
 from mm.encoders.text import TextEncoder
-from mm.errors import UserError
 from mm.fusion.align_before_fuse import AlignBeforeFuse, FeatureMap
 from mm.fusion.cross_attention import CrossAttention
 from mm.fusion.dual_tower import DualTower
@@ -66,7 +65,7 @@ class AlbefConfig(SystemSettings):
         text_pooling: What of a text is aligned: its ``first`` token, or the ``mean`` of all.
         embed_dim: Width of the space in which both are aligned.
         contrastive_weight: Of aligning pictures and texts.
-        matching_weight: Of telling matching pairs from others; 0 leaves the network unable to re-rank.
+        matching_weight: Of telling matching pairs from others; with 0 the network cannot match, so nothing is re-ranked.
         masked_weight: Of predicting hidden words.
         mask_rate: Share of the words to predict.
         momentum: Share of the momentum encoders that stays at each step; 0 for none, plain InfoNCE without queue.
@@ -144,6 +143,10 @@ class Albef(System):
         self._freeze_what_no_task_trains()
 
     @property
+    def lacks(self) -> frozenset[str]:
+        return frozenset() if self.config.matching_weight else frozenset({"matches"})
+
+    @property
     def only_for_training(self) -> tuple[str, ...]:
         return "momentum.", "queues."
 
@@ -160,13 +163,7 @@ class Albef(System):
         return self.network.fusion(text, image, maps=maps)
 
     def match(self, image: Encoded, text: Encoded) -> Float[Tensor, " b"]:
-        """Logits of row i of the pictures and row i of the texts, both encoded, belonging together, fp32.
-
-        Raises:
-            UserError: The network was not trained to match.
-        """
-        if not self.config.matching_weight:
-            raise UserError("this model was not trained to match pairs (matching_weight: 0); evaluate it with --score itc")
+        """Logits of row i of the pictures and row i of the texts, both encoded, belonging together, fp32."""
         return self._matching_logits(self.fuse(image, text))
 
     def embed_image(self, image: Tensor) -> Tensor:

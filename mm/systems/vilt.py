@@ -1,8 +1,8 @@
 """ViLT: words and patches of a picture in one sequence, one transformer, no encoder before it.
 
 Paper: ViLT https://arxiv.org/abs/2102.03334 (masked language modelling, image-text matching with half of the pairs mismatched,
-word-patch alignment; fine-tuning for retrieval against random texts with ``retrieval_negatives``); a convolutional stem instead
-of linear patches with ``stem``, https://arxiv.org/abs/2106.14881.
+word-patch alignment; fine-tuning for retrieval against random texts with ``retrieval_negatives``, for questions with
+``answer_weight``); a convolutional stem instead of linear patches with ``stem``, https://arxiv.org/abs/2106.14881.
 
 Deviations: fresh weights, not those of a picture classifier, without which linear patches need much data (hence ``stem``);
 square pictures of one size; single tokens are hidden, not whole words, as a batch does not say where words end; one logit tells
@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from mm.encoders.patches import PatchEmbedding
 from mm.errors import UserError
 from mm.fusion.single_tower import SingleTower
 from mm.losses.alignment import word_patch_alignment
@@ -33,8 +33,9 @@ from mm.nn.embeddings import LearnedPositions, TokenEmbedding
 from mm.nn.freeze import freeze
 from mm.nn.initialise import initialise
 from mm.nn.transformer import Block, FeedForward, Transformer
+from mm.systems.answer_list import AnswerList
 from mm.systems.settings import SystemSettings
-from mm.types import Batch, Encoded, Losses, System, TextBatch
+from mm.types import Batch, Candidates, Encoded, Losses, RankedAnswers, System, TextBatch
 
 
 class ViltConfig(SystemSettings):
@@ -59,6 +60,10 @@ class ViltConfig(SystemSettings):
         matching_weight: Of telling matching pairs from others.
         alignment_weight: Of moving words onto patches; needs ``matching_weight``.
         retrieval_negatives: Texts of the batch among which a picture's own is to be found, for fine-tuning; 0 leaves it out.
+        answer_weight: Of answering the texts, which are questions, from a list of answers.
+        num_answers: Length of that list, which holds the most frequent answers of the training questions.
+        answers: The list itself, which a run fills in; give it to choose one's own.
+        blind: See grey instead of every picture: what a model learns from the questions alone.
     """
 
     name: Literal["vilt"] = "vilt"
@@ -79,6 +84,10 @@ class ViltConfig(SystemSettings):
     matching_weight: float = Field(default=1.0, ge=0)
     alignment_weight: float = Field(default=0.1, ge=0)
     retrieval_negatives: int = Field(default=0, ge=0)
+    answer_weight: float = Field(default=0.0, ge=0)
+    num_answers: int = Field(default=0, ge=0)
+    answers: tuple[str, ...] = ()
+    blind: bool = False
 
     @property
     def picture_side(self) -> int:
@@ -91,6 +100,30 @@ class ViltConfig(SystemSettings):
     def with_vocabulary(self, size: int) -> "ViltConfig":
         return self.model_copy(update={"vocab_size": size})
 
+    @property
+    def answer_limit(self) -> int:
+        return 0 if self.answers else self.num_answers
+
+    @property
+    def known_answers(self) -> tuple[str, ...]:
+        return self.answers
+
+    @property
+    def learns_answers(self) -> bool:
+        return self.answer_weight > 0
+
+    def with_answers(self, answers: tuple[str, ...]) -> "ViltConfig":
+        return self.model_copy(update={"answers": answers, "num_answers": len(answers)})
+
+    @property
+    def fresh_parts(self) -> tuple[str, ...]:
+        return ("answer_list",)
+
+    @property
+    def learns_matching(self) -> bool:
+        """Whether any loss tells matching pairs from others."""
+        return bool(self.matching_weight or self.retrieval_negatives)
+
     @model_validator(mode="after")
     def _possible(self) -> "ViltConfig":
         if self.width % self.heads:
@@ -101,55 +134,23 @@ class ViltConfig(SystemSettings):
             raise ValueError(f"patch_size {self.patch_size} cannot be halved between the {len(self.stem)} stages of stem")
         if min(self.std) <= 0:
             raise ValueError("std must be above 0")
-        if not (self.matching_weight or self.retrieval_negatives):
-            raise ValueError("nothing would learn to match; set matching_weight or retrieval_negatives above 0")
+        if not (self.learns_matching or self.answer_weight):
+            raise ValueError(
+                "nothing would learn to match or to answer; set matching_weight, retrieval_negatives or answer_weight above 0"
+            )
+        if bool(self.answer_weight) != bool(self.num_answers or self.answers):
+            raise ValueError("answer_weight and num_answers (or answers) go together; set both above 0, or none")
+        if self.answers and self.num_answers not in (0, len(self.answers)):
+            raise ValueError(f"num_answers {self.num_answers} is not the number of answers, {len(self.answers)}; leave it out")
+        if len(set(self.answers)) < len(self.answers):
+            raise ValueError("answers must differ from each other")
         if self.alignment_weight and not self.matching_weight:
             raise ValueError("alignment_weight is of the pairs of matching; set it to 0 where matching_weight is 0")
         return self
 
 
-class PatchEmbedding(nn.Module):
-    """Pixels to one vector a patch, in raster order.
-
-    Args:
-        projection: Normalised pixels ``(B, 3, H, W)`` to ``(B, D, rows, columns)``.
-        image_size: Side of the pictures it accepts, pixels.
-        mean: Of each colour channel, in 0..1.
-        std: Of each colour channel, in 0..1.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(
-        self,
-        projection: nn.Module,
-        image_size: int,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
-    ) -> None:
-        super().__init__()
-        self.projection, self.image_size = projection, image_size
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-
-    def forward(self, image: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b 3 h w"]) -> Encoded:
-        """Embed pictures, uint8 in 0..255 or float in 0..1. Raises `UserError` for pictures of another size.
-
-        ``extras["grid"]`` holds the rows and columns of the patches; what is pooled is their mean.
-        """
-        size = self.image_size
-        if image.shape[1:] != (3, size, size):
-            raise UserError(
-                f"pictures of shape {tuple(image.shape[1:])} where (3, {size}, {size}) is expected; "
-                "prepare them with the model's processor or change image_size"
-            )
-        white = 1.0 if image.is_floating_point() else 255.0
-        pixels = (image.to(self.mean.dtype) - self.mean * white) / (self.std * white)
-        features = self.projection(pixels.to(next(self.projection.parameters()).dtype))
-        tokens = rearrange(features, "b d r c -> b (r c) d")
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        return Encoded(tokens, mask, tokens.mean(1), {"grid": tuple(features.shape[2:])})
+GREY = 128
+"""What a blind network sees, of 255."""
 
 
 class Vilt(System):
@@ -173,9 +174,24 @@ class Vilt(System):
         if not config.masked_weight:  # kept, so that fine-tuning takes and gives the same weights
             freeze(self.masked_head)
             self.word_bias.requires_grad_(False)
+        if not config.learns_matching:
+            freeze(self.matching_head)
+        if config.answer_weight:
+            self.answer_list = AnswerList(width, config.answers, len(config.answers) or config.num_answers)
+
+    @property
+    def lacks(self) -> frozenset[str]:
+        learned = {"matches": self.config.learns_matching, "answers": self.config.learns_answers}
+        return frozenset(name for name, has in learned.items() if not has)
+
+    @property
+    def known_answers(self) -> tuple[str, ...]:
+        return self.config.known_answers
 
     def encode_image(self, image: Tensor) -> Encoded:
         """Pixels ``(B, 3, H, W)`` to patch vectors, the part of a picture's computation that does not depend on a text."""
+        if self.config.blind:
+            image = torch.full_like(image, GREY / 255 if image.is_floating_point() else GREY)
         return self.patches(image)
 
     def encode_text(self, text: TextBatch) -> Encoded:
@@ -197,6 +213,14 @@ class Vilt(System):
         """Logits of row i of the pictures and row i of the texts, both encoded, belonging together, fp32."""
         return self._matching_logits(self.fuse(image, text))
 
+    def answer(
+        self, image: Tensor, question: TextBatch, candidates: Candidates | None = None, *, k: int = 1
+    ) -> list[RankedAnswers]:
+        """The ``k`` likeliest answers to question i about picture i, pixels ``(B, 3, H, W)``; see `mm.types.Answers`."""
+        return self.answer_list.rank(
+            self._pooled(self.fuse(self.encode_image(image), self.encode_text(question))), candidates, k
+        )
+
     def loss(self, batch: Batch, step: int) -> Losses:
         """Weighted sum of the losses of all tasks; each task reads the batch in a pass of its own."""
         assert batch.image is not None
@@ -216,6 +240,9 @@ class Vilt(System):
         if config.retrieval_negatives:
             parts["retrieval"] = self._retrieval_loss(image, text, groups)
             total = total + parts["retrieval"]
+        if config.answer_weight:
+            parts |= self.answer_list.losses(self._pooled(self.fuse(image, self.encode_text(text))), batch.answers)
+            total = total + config.answer_weight * parts["answer"]
         return Losses(total, {name: part.detach() for name, part in parts.items()})
 
     def cast_(self, dtype: torch.dtype) -> None:
@@ -224,8 +251,11 @@ class Vilt(System):
         self.to(dtype)
         self.patches.mean, self.patches.std = mean, std
 
+    def _pooled(self, fused: Encoded) -> Tensor:
+        return self.pooler(fused.pooled)
+
     def _matching_logits(self, fused: Encoded) -> Tensor:
-        return self.matching_head(self.pooler(fused.pooled))[:, 0].float()
+        return self.matching_head(self._pooled(fused))[:, 0].float()
 
     def _masked_loss(self, image: Encoded, text: TextBatch) -> Tensor:
         vocab_size = self.config.vocab_size

@@ -19,6 +19,7 @@ from mm.data.benchmarks.names import ASSETS, published, vocabulary
 from mm.data.benchmarks.plain_pickle import read_plain_pickle
 from mm.data.benchmarks.source import Files
 from mm.data.labels import label_of, label_task
+from mm.data.questions import questions_of
 from mm.data.sources import revision
 from mm.errors import BadSample, DataError, UserError
 from mm.media.image import decode_image
@@ -572,3 +573,41 @@ def test_data_files_name_their_source_and_fit() -> None:
         wnids = published(name)["wnids"]
         assert len(wnids) == 200
         assert wnids == [wnid for wnid in full["wnids"] if wnid in wnids]
+
+
+def test_vqa_v2_questions_with_ten_answers(tmp_path: Path) -> None:
+    asked = copies.vqav2(tmp_path)
+    source = open_benchmark(f"vqav2:{tmp_path}")
+    assert source.evaluation == "vqa"
+    assert [(q.text, list(q.answers)) for q in questions_of(source)] == asked
+    assert [source.key(i) for i in range(3)] == ["4000", "4001", "4100"]
+    assert [source.fields(i)["kind"] for i in range(3)] == ["other", "number", "yes/no"]
+    assert len({source.fields(i)["picture"] for i in range(3)}) == 2
+    sample = source.read(2)
+    assert sample.texts == ("Is it red?",)
+    assert decode_image(sample.media["image"]).shape[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("v2_OpenEnded_mscoco_val2014_questions.json", '{"questions": 3}', "lacks the list 'questions'"),
+        ("v2_OpenEnded_mscoco_val2014_questions.json", '{"questions": [{"question": "x"}]}', "'question_id'"),
+        ("v2_OpenEnded_mscoco_val2014_questions.json", "{", "not valid JSON"),
+        ("v2_mscoco_val2014_annotations.json", '{"annotations": []}', "a question lacks KeyError"),
+        ("v2_mscoco_val2014_annotations.json", '{"annotations": [3]}', "lacks the list 'annotations'"),
+    ],
+)
+def test_damaged_vqa_v2_files_are_told(tmp_path: Path, name: str, damage: str, message: str) -> None:
+    copies.vqav2(tmp_path)
+    (tmp_path / name).write_text(damage)
+    with pytest.raises(UserError, match=message) as error:
+        open_benchmark(f"vqav2:{tmp_path}")
+    assert "\n" not in str(error.value)
+
+
+def test_vqa_v2_without_its_pictures_is_told(tmp_path: Path) -> None:
+    copies.vqav2(tmp_path)
+    shutil.rmtree(tmp_path / "val2014")
+    with pytest.raises(UserError, match="none of its pictures is there"):
+        open_benchmark(f"vqav2:{tmp_path}")

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from mm.errors import UserError
-from mm.evaluation.fid import distances, frechet_distance, kernel_distance, precision_recall
+from mm.evaluation.fid import (
+    _half_kernel_distances,
+    _halves,
+    distances,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+)
+from mm.seeding import generator
 
 
 def gaussian(n: int, d: int, seed: int) -> Tensor:
@@ -119,14 +127,36 @@ def test_distances_say_what_they_were_measured_on() -> None:
     assert few.protocol["fid"] == "left out: 15 pictures are fewer than twice the 8 features, read kid"
 
 
-def test_intervals_have_the_width_of_repetitions() -> None:
+@pytest.mark.parametrize(("n", "m"), [(120, 120), (60, 600), (600, 60)])
+def test_intervals_have_the_width_of_repetitions(n: int, m: int) -> None:
     repetitions = [
-        distances(gaussian(200, 4, seed), gaussian(200, 4, seed + 100) + 0.8, features="numbers").metrics for seed in range(12)
+        distances(gaussian(n, 4, seed), gaussian(m, 4, seed + 100) + 0.8, features="numbers").metrics for seed in range(30)
     ]
     for name in ("fid", "kid"):
         spread = np.std([metrics[name].value for metrics in repetitions], ddof=1)
         claimed = np.mean([(metrics[name].high - metrics[name].low) / 2 / 1.96 for metrics in repetitions])
-        assert 0.5 < claimed / spread < 2, name
+        assert 0.7 < claimed / spread < 1.4, name
+
+
+def test_halves_of_unequal_sets_are_compared_without_bias() -> None:
+    made, real = gaussian(9, 3, 0), gaussian(6, 3, 1) + 0.3
+    found = _half_kernel_distances(made, real, seed=5)
+    random = generator(5, "kernel distance halves")
+    ours, theirs = (_halves(n, random) for n in (9, 6))
+    for value, a, b in zip(found, ours.T, theirs.T, strict=True):
+        assert a.sum() == 4
+        assert b.sum() == 3
+        assert value == pytest.approx(brute_force_discrepancy(made[a.bool()], real[b.bool()]), rel=1e-9)
+
+
+def test_figures_of_several_kinds_of_features_do_not_meet() -> None:
+    made, real = gaussian(40, 8, 0), gaussian(50, 8, 1)
+    ours = distances(made, real, features="emoji-judge")
+    both = ours | distances(made + 1, real, features="Inception", suffix="_inception")
+    assert both.metrics.keys() == {f"{name}{s}" for name in ("fid", "kid", "precision", "recall") for s in ("", "_inception")}
+    assert both.metrics["kid"] == ours.metrics["kid"]
+    assert both.protocol["features"] == "emoji-judge"
+    assert both.protocol["features_inception"] == "Inception"
 
 
 @pytest.mark.parametrize(

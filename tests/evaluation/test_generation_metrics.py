@@ -1,7 +1,7 @@
 """Fit to the prompt, and copying: both CLIPScores, the prompt's rank, the nearest training picture."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -27,11 +27,11 @@ def test_both_conventions_of_clip_score() -> None:
     images, texts = at_angle(0.4, -0.2, 0.1)
     original = clip_score(images, texts, protocol={"clip": "emoji-judge"})
     assert original.metrics["clipscore"].value == pytest.approx(2.5 * (0.4 + 0 + 0.1) / 3)
-    assert original.protocol["prefix"] == "'A photo depicts '"
+    assert original.protocol["clipscore"] == "2.5 max(cosine, 0) of each pair, captions behind 'A photo depicts '"
     assert original.protocol["clip"] == "emoji-judge"
     library = clip_score(images, texts, convention="torchmetrics")
     assert library.metrics["clipscore_torchmetrics"].value == pytest.approx(100 * (0.4 - 0.2 + 0.1) / 3)
-    assert library.protocol["prefix"] == "none"
+    assert library.protocol["clipscore_torchmetrics"] == "100 times the mean cosine, at least 0, captions as they are"
     assert not library.metrics.keys() & original.metrics.keys()
 
 
@@ -109,6 +109,22 @@ def test_copying_shows_and_fresh_pictures_do_not() -> None:
     assert thief.protocol["pictures_compared"] == {"generated": 300, "real": 300, "training": 400}
     half = copying(torch.cat([train[:150], fresh[:150]]), held_out, train, features="vectors").metrics
     assert half["copies"].value == pytest.approx(0.5, abs=0.06)
+
+
+def test_mirrored_copies_show_and_the_control_says_whether_copies_can() -> None:
+    random = torch.Generator().manual_seed(0)
+    train, fresh, held_out = (torch.randint(0, 256, (60, 3, 4, 4), dtype=torch.uint8, generator=random) for _ in range(3))
+    options: dict[str, Any] = {"features": "pixels", "retrieved": torch.cat([train[:30], fresh[:30]])}
+    plain = copying(train.flip(-1), held_out, train, **options).metrics
+    found = copying(train.flip(-1), held_out, train, mirrored=True, **options)
+    assert plain["copies"].value < 0.2
+    assert found.metrics["copies"].value == 1
+    assert found.metrics["nearest_train"].value == 0
+    assert found.metrics["copies_retrieved"].value == pytest.approx(0.5, abs=0.07)
+    assert found.protocol["pictures_compared"] == {"generated": 60, "real": 60, "training": 60, "retrieved": 60}
+    honest = copying(fresh, held_out, train, features="pixels", mirrored=True)
+    assert honest.metrics["copies"].low <= 0.05 <= honest.metrics["copies"].high
+    assert "copies_retrieved" not in honest.metrics
 
 
 def test_what_cannot_be_compared_is_one_line() -> None:

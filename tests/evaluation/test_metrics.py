@@ -80,13 +80,13 @@ def test_nothing_to_evaluate_and_wrong_subsets_are_refused() -> None:
 
 def test_result_writes_the_stable_json(tmp_path) -> None:
     result = Result({"top1": Interval(0.5, 0.4, 0.6)}, {"split": "emoji:test", "templates": ["{}", "an emoji of {}"]})
-    other = Result({"baseline_top1": Interval(0.3, 0.2, 0.4)}, {"split": "ignored", "index": "train artists"})
+    other = Result({"baseline_top1": Interval(0.3, 0.2, 0.4)}, {"split": "emoji:train", "index": "train artists"})
     joint = result | Result(other.metrics, {**other.protocol, "seed": 1})
     joint.write(tmp_path / "out.json")
     assert json.loads((tmp_path / "out.json").read_text()) == {
         "metrics": {"top1": {"value": 0.5, "low": 0.4, "high": 0.6}, "baseline_top1": {"value": 0.3, "low": 0.2, "high": 0.4}},
         "protocol": {
-            "split": "emoji:test",
+            "split": "emoji:test | emoji:train",
             "templates": ["{}", "an emoji of {}"],
             "index": "train artists",
             "seed": 1,
@@ -94,6 +94,12 @@ def test_result_writes_the_stable_json(tmp_path) -> None:
     }
     with pytest.raises(UserError, match="existing folder"):
         joint.write(tmp_path / "missing" / "out.json")
+
+
+def test_statements_of_both_protocols_are_kept_each_once() -> None:
+    prompts, pairs = Result({}, {"interval": "over prompts", "k": 5}), Result({}, {"interval": "over pairs", "k": 5})
+    joint = prompts | pairs | prompts | Result({}, {"interval": {"resamples": 10}})
+    assert joint.protocol == {"interval": "over prompts | over pairs | resamples 10", "k": 5}
 
 
 def test_table_shows_percent_numbers_and_the_stamp_without_reading_markup() -> None:

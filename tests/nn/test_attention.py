@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mm.nn.attention import MultiHeadAttention
+from mm.nn.attention import MultiHeadAttention, _attend_once
 from mm.nn.embeddings import Rotary
 from mm.nn.masks import EVERYTHING, Mask, attention_mask
 
@@ -140,3 +140,14 @@ def test_bf16_training_on_a_cpu_gives_the_gradients_of_fp32(monkeypatch: pytest.
     for units in (False, True):
         monkeypatch.setattr("mm.nn.attention.MATRIX_UNITS", units)
         torch.testing.assert_close(gradient(autocast=True), exact, rtol=0.05, atol=0.02 * exact.abs().max().item())
+
+
+def test_a_single_query_with_large_logits_stays_finite_in_fp16() -> None:
+    """The unscaled product of these would not fit the type."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, rows, 64) * scale for rows, scale in ((1, 60), (30, 60), (30, 1)))
+    exact = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    assert (query @ key.transpose(-1, -2)).abs().max() > torch.finfo(torch.float16).max
+    found = _attend_once(query.half(), key.half(), value.half(), None)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found.float(), exact, rtol=0, atol=0.01)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm.config import validate
-from mm.errors import ConfigError, UserError
+from mm.errors import ConfigError
 from mm.evaluation.reranking import BothWays, candidates
 from mm.losses.contrastive import info_nce
 from mm.losses.distillation import Views, distilled_contrastive
@@ -16,7 +16,7 @@ from mm.losses.masked import mask_tokens
 from mm.losses.matching import draw_negatives
 from mm.run.reranking import pair_scores
 from mm.systems.albef import Albef, AlbefConfig, build
-from mm.types import Batch, TextBatch
+from mm.types import Batch, TextBatch, capabilities
 
 VIT = {"backbone": "vit_tiny_patch16_224", "image_size": 16, "patch_size": 8}
 VIT = VIT | {"options": {"embed_dim": 16, "depth": 1, "num_heads": 2}}
@@ -242,11 +242,9 @@ def test_candidate_pairs_have_the_scores_of_all_pairs_in_any_chunks() -> None:
     torch.testing.assert_close(both.images, sums.T.gather(1, found.images), rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_that_was_not_trained_to_match_says_so() -> None:
-    model = small(matching_weight=0)
-    image, text = inputs(batch(2))
-    with pytest.raises(UserError, match="--score itc"):
-        model.match(model.encode_image(image), model.encode_text(text))
+def test_a_network_that_was_not_trained_to_match_cannot() -> None:
+    assert capabilities(small()) == {"embeds", "matches"}
+    assert capabilities(small(matching_weight=0)) == {"embeds"}
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,13 @@ ABLE = {
 }
 
 
+def test_every_declared_capability_is_some_systems() -> None:
+    options = {"answer_weight": 1, "num_answers": 7}
+    answering = build(read_system({"name": "vilt", **options}, "test").with_answers(("yes", "no")))
+    assert capabilities(answering) == {"matches", "answers"}
+    assert set().union(*ABLE.values(), {"answers"}) == CAPABILITIES.keys()
+
+
 def small(name: str) -> tuple[SystemConfig, System]:
     torch.manual_seed(0)
     config = read_system({"name": name, **REQUIRED.get(name, {})}, "test")
@@ -46,6 +53,7 @@ def test_a_system_is_what_its_configuration_says(name: str) -> None:
     limits = config.text_limits
     if limits is not None:
         assert config.with_vocabulary(limits[0] + 5).text_limits == (limits[0] + 5, limits[1])
+    assert (config.learns_answers, config.answer_limit, config.known_answers) == (False, 0, ())
     assert read_system(config.model_dump(mode="json"), "test") == config
 
 

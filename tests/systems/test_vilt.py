@@ -233,7 +233,7 @@ def test_pictures_of_another_size_and_long_texts_are_refused() -> None:
         ({"patch_size": 5}, "multiple of patch_size 5"),
         ({"stem": [8, 8, 8, 8, 8]}, "cannot be halved between the 5 stages"),
         ({"std": [0.5, 0, 0.5]}, "std must be above 0"),
-        ({"matching_weight": 0}, "nothing would learn to match"),
+        ({"matching_weight": 0}, "nothing would learn to match or to answer"),
         ({"matching_weight": 0, "retrieval_negatives": 1}, "alignment_weight is of the pairs of matching"),
         ({"patchsize": 4}, "did you mean 'patch_size'"),
     ],

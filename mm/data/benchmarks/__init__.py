@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from mm.data.benchmarks import arrays, captioned, contrasts, folders, imagenet, lists, recordings
+from mm.data.benchmarks import arrays, captioned, contrasts, folders, imagenet, lists, questions, recordings
 from mm.data.benchmarks.layout import Benchmark, Copy, Evaluation
 from mm.data.benchmarks.source import BenchmarkSource
 from mm.data.fields import nearest
@@ -21,6 +21,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     **captioned.SETS,
     **contrasts.SETS,
     **recordings.SETS,
+    **questions.SETS,
 }
 """Every set by its name."""
 

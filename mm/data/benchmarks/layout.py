@@ -15,7 +15,7 @@ from mm.types import Source
 MAX_METADATA_BYTES = 1 << 30
 """Largest annotation file; Karpathy's of COCO has 144 MB."""
 
-Evaluation = Literal["zero-shot", "retrieval", "winoground", "sugarcrepe", "transcription"]
+Evaluation = Literal["zero-shot", "retrieval", "winoground", "sugarcrepe", "transcription", "vqa"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,202 @@
+"""From a table of questions to a model that answers: training, exact resume, figures, commands, one-line errors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import mm
+from mm.cli import app
+from mm.data.sources import open_source
+from mm.errors import ConfigError, DataError, UserError
+from mm.hub import Model
+from mm.run.answering import answer_all, evaluate_vqa
+
+COLOURS = ("red", "green", "blue", "white")
+VILT: dict[str, Any] = {
+    "name": "vilt",
+    "image_size": 16,
+    "patch_size": 8,
+    "vocab_size": 300,
+    "context_length": 12,
+    "width": 32,
+    "layers": 2,
+    "heads": 2,
+    "masked_weight": 0,
+    "matching_weight": 0,
+    "alignment_weight": 0,
+    "answer_weight": 1,
+    "num_answers": 50,
+}
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Coloured pictures with two questions each, and in ``run`` a model that learned to answer them, beside a blind one."""
+    folder = tmp_path_factory.mktemp("questions")
+    lines = []
+    for number in range(16):
+        colour = COLOURS[number % 4]
+        picture = Image.new("RGB", (16, 16), colour)
+        picture.putpixel((number, 3), (0, 0, 0))
+        picture.save(folder / f"{number}.png")
+        asked = {
+            "image": f"{number}.png",
+            "question": "which colour is it?",
+            "answers": [colour] * 8 + ["x"] * 2,
+            "kind": "colour",
+        }
+        red = {
+            "image": f"{number}.png",
+            "question": "is it red?",
+            "answer": "yes" if colour == "red" else "no",
+            "kind": "yes/no",
+        }
+        lines += [asked, red]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    train(folder, "run", steps=60)
+    train(folder, "blind", steps=40, system={"blind": True})
+    return folder
+
+
+def train(folder: Path, name: str, *, steps: int, system: dict[str, Any] | None = None, **more: Any) -> Path:
+    values = {
+        "system": VILT | (system or {}),
+        "data": {"train": str(folder / "rows.jsonl"), "validation": str(folder / "rows.jsonl")},
+        "train": {"steps": steps, "batch_size": 16, "lr": 0.003, "warmup_steps": 0, "schedule": "constant", "ema_decay": 0.5}
+        | {"tensorboard": False, "precision": "fp32"},
+    } | more
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(values))
+    mm.train(file, out=folder / name, progress=False)
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def model(workshop: Path) -> Model:
+    return mm.load(workshop / "run", device="cpu")
+
+
+def test_the_model_answers_and_the_blind_one_guesses(workshop: Path, model: Model) -> None:
+    data = str(workshop / "rows.jsonl")
+    result = mm.evaluate("vqa", model, data, train=data)
+    values = {name: interval.value for name, interval in result.metrics.items()}
+    assert values["accuracy"] == values["accuracy_colour"] == values["accuracy_yes/no"] == 1
+    assert values["blind_accuracy_yes/no"] == 0.75
+    assert values["blind_accuracy_colour"] == pytest.approx(0.6), "two of ten people said x, of every picture"
+    assert values["majority_accuracy"] < values["blind_accuracy"] < 1
+    assert result.protocol["answers"] == "7 known, at best 100.0% right"
+    blind = mm.evaluate("vqa", workshop / "blind", data, device="cpu")
+    assert blind.metrics["accuracy"].value <= values["blind_accuracy"] + 1e-9
+    assert "blind_accuracy" not in blind.metrics
+
+
+def test_answers_are_what_evaluation_counts(workshop: Path, model: Model) -> None:
+    source = open_source(str(workshop / "rows.jsonl"))
+    asked, accounting = answer_all(model, source)
+    assert accounting.delivered == len(asked) == 32
+    for one in asked[:6]:
+        assert model.answer(workshop / one.question.picture, one.question.text, k=1).answers == (one.answer,)
+
+
+def test_a_few_answers_can_be_chosen_among(workshop: Path, model: Model) -> None:
+    found = model.answer(workshop / "1.png", "which colour is it?", candidates=["red", "blue"])
+    assert set(found.answers) == {"red", "blue"}
+    with pytest.raises(UserError, match="at least one answer"):
+        model.answer(workshop / "1.png", "which colour is it?", candidates=[])
+    with pytest.raises(UserError, match="'pink' is none of the"):
+        model.answer(workshop / "1.png", "which colour is it?", candidates=["pink"])
+
+
+def test_the_list_holds_normalised_answers_by_frequency(model: Model) -> None:
+    assert model.config.known_answers == ("no", "x", "blue", "green", "red", "white", "yes")
+
+
+def test_validation_measures_answers(workshop: Path) -> None:
+    last = [json.loads(line) for line in (workshop / "run" / "metrics.jsonl").read_text().splitlines()][-1]
+    assert last["validation"]["accuracy"] == 1
+    assert last["validation"]["answer"] < 1
+
+
+def test_a_resumed_run_ends_in_the_same_bits(workshop: Path, tmp_path: Path) -> None:
+    folder = tmp_path
+    (folder / "rows.jsonl").write_text((workshop / "rows.jsonl").read_text().replace('"image": "', f'"image": "{workshop}/'))
+    train(folder, "parts", steps=3)
+    parts = train(folder, "parts", steps=6)
+    whole = train(folder, "whole", steps=6)
+    for name in ("model", "ema"):
+        first, second = (load_file(run / "checkpoints" / "step-00000006" / f"{name}.safetensors") for run in (parts, whole))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+    kept = mm.load(parts, device="cpu").config.known_answers
+    fewer = train(folder, "parts", steps=7, system={"num_answers": 2})
+    assert mm.load(fewer, device="cpu").config.known_answers == kept, "the weights know their places"
+
+
+def test_other_weights_can_be_taken_over_with_a_fresh_list(workshop: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text((workshop / "rows.jsonl").read_text().replace('"image": "', f'"image": "{workshop}/'))
+    start = str(workshop / "run")
+    few = VILT | {"vocab_size": mm.load(start, device="cpu").config.model_dump()["vocab_size"], "num_answers": 3}
+    tuned = mm.load(train(tmp_path, "few", steps=1, system=few, init_from=start), device="cpu")
+    assert tuned.config.known_answers == ("no", "x", "blue")
+    matching = few | {"num_answers": 0, "answer_weight": 0, "matching_weight": 1}
+    assert mm.load(train(tmp_path, "match", steps=1, system=matching, init_from=start), device="cpu").capabilities == {
+        "matches"
+    }
+    with pytest.raises(ConfigError, match="another network"):
+        train(tmp_path, "wide", steps=1, system=few | {"width": 64}, init_from=start)
+
+
+def test_the_commands(workshop: Path, tmp_path: Path) -> None:
+    run, data, out = str(workshop / "run"), str(workshop / "rows.jsonl"), tmp_path / "out.json"
+    runner = CliRunner()
+    done = runner.invoke(app, ["answer", run, str(workshop / "2.png"), "which colour is it?", "-k", "3", "--json", str(out)])
+    assert done.exit_code == 0, done.output
+    answers = json.loads(out.read_text())["answers"]
+    assert [len(answers), answers[0]["answer"]] == [3, "blue"]
+    assert 0.5 < answers[0]["probability"] <= 1
+    assert "blue" in done.output
+    done = runner.invoke(app, ["eval", "vqa", run, "--data", data, "--train", data, "--limit", "8", "--json", str(out)])
+    assert done.exit_code == 0, done.output
+    written = json.loads(out.read_text())
+    assert {"accuracy", "blind_accuracy", "majority_accuracy", "accuracy_colour"} <= written["metrics"].keys()
+    assert written["protocol"]["questions"] == 8
+
+
+def test_bad_input_is_told_in_one_line(workshop: Path, model: Model, tmp_path: Path) -> None:
+    run, data = str(workshop / "run"), str(workshop / "rows.jsonl")
+    (tmp_path / "captions.csv").write_text(f"image,caption\n{workshop}/1.png,a picture\n")
+    (tmp_path / "broken.png").write_bytes(b"broken")
+    (tmp_path / "broken.csv").write_text("image,question,answer\nbroken.png,what?,dog\n")
+    cases = [
+        (["answer", "emoji-clip", data, "what?"], "emoji-clip cannot answer questions (it can: embeds); take a model"),
+        (["eval", "vqa", "emoji-clip", "--data", data], "configs/vilt_vqa.yaml"),
+        (["eval", "vqa", run, "--data", str(tmp_path / "captions.csv")], "no field 'question'"),
+        (["eval", "vqa", run, "--data", data, "--train", str(tmp_path / "captions.csv")], "no field 'question'"),
+        (["eval", "vqa", run, "--data", str(tmp_path / "broken.csv")], "too few samples can be used"),
+        (["answer", run, str(tmp_path / "broken.png"), "what?"], "broken.png"),
+        (["answer", run, str(tmp_path / "none.png"), "what?"], "none.png"),
+        (["eval", "retrieval", run, "--data", data], "no shared embedding space (it can: answers)"),
+    ]
+    for arguments, message in cases:
+        done = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
+        assert isinstance(done.exception, UserError), (arguments, done.exception, done.output)
+        assert message in str(done.exception), done.exception
+        assert "\n" not in str(done.exception)
+    with pytest.raises(UserError, match="cannot answer questions"):
+        evaluate_vqa("emoji-clip", data)
+    with pytest.raises(DataError, match="too few"):
+        evaluate_vqa(model, str(tmp_path / "broken.csv"))
+
+
+def test_training_needs_questions(workshop: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": f"{workshop}/1.png", "caption": "a picture"}))
+    with pytest.raises(UserError, match="no field 'question'"):
+        train(tmp_path, "run", steps=1)
+    assert not (tmp_path / "run").exists()
