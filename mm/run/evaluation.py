@@ -158,8 +158,8 @@ def evaluate_retrieval(
     check_retrieval_set(source)
     fingerprint = model.fingerprint
     with open_world(model.device.type) as world:
-        data = encode_captioned(model, source, world, cache=cache, progress=progress, fingerprint=fingerprint)
-    return retrieval(data.images, data.texts, data.image_of, protocol=stamp(model, source, data.accounting, fingerprint))
+        pairs = encode_captioned(model, source, world, cache=cache, progress=progress, fingerprint=fingerprint)
+    return retrieval(pairs.images, pairs.texts, pairs.image_of, protocol=stamp(model, source, pairs.accounting, fingerprint))
 
 
 @dataclass(frozen=True)
