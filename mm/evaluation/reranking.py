@@ -12,8 +12,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mm.evaluation.retrieval import TILE, Ranks
+from mm.evaluation.retrieval import Ranks
 from mm.evaluation.scores import BLOCK, checked, checked_index, exact_fp32, pad_rows
+
+TILE = 3_000_000
+"""Scores held at once while candidates are sought: 12 MiB of fp32, and some ten times as much to order them."""
 
 
 class BothWays(NamedTuple):
