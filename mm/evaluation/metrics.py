@@ -71,7 +71,7 @@ class Result:
     def __or__(self, other: "Result") -> "Result":
         """Both sets of figures; of a key that the protocols state differently both statements are kept, in one text."""
         shared = {key: _both(self.protocol[key], other.protocol[key]) for key in self.protocol if key in other.protocol}
-        return Result({**self.metrics, **other.metrics}, {**other.protocol, **self.protocol, **shared})
+        return Result({**self.metrics, **other.metrics}, {**self.protocol, **other.protocol, **shared})
 
     def stamp(self) -> str:
         """The protocol in one line of text."""

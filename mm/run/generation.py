@@ -197,7 +197,7 @@ def _jobs(prompts: Sequence[str], each: int) -> Iterator[tuple[str, int]]:
 def _painter(model: Model) -> Paints:
     if not isinstance(model.system, Paints):
         able = ", ".join(sorted(model.capabilities)) or "nothing yet"
-        raise UserError(f"{model.name} cannot paint (it can: {able}); train one with configs/dalle.yaml")
+        raise UserError(f"{model.name} cannot paint (it can: {able}); take emoji-muse, or train one with configs/muse.yaml")
     return model.system
 
 

@@ -65,7 +65,7 @@ def evaluate_reconstruction(
     model = loaded(model, device, precision)
     tokenizer = model.system
     if not isinstance(tokenizer, Tokenizes):
-        raise UserError(f"{model.name} does not turn pictures into tokens; train one with configs/vq.yaml")
+        raise UserError(f"{model.name} does not turn pictures into tokens; take emoji-vq, or train one with configs/vq.yaml")
     source = opened(data, model)
     loader, usage = picture_loader(source, model), CodeUsage(tokenizer.vocab_size)
     noise, likeness = [], []

@@ -100,6 +100,7 @@ def test_statements_of_both_protocols_are_kept_each_once() -> None:
     prompts, pairs = Result({}, {"interval": "over prompts", "k": 5}), Result({}, {"interval": "over pairs", "k": 5})
     joint = prompts | pairs | prompts | Result({}, {"interval": {"resamples": 10}})
     assert joint.protocol == {"interval": "over prompts | over pairs | resamples 10", "k": 5}
+    assert list((Result({}, {"model": "m", "k": 5}) | pairs).protocol) == ["model", "k", "interval"], "the first one's first"
 
 
 def test_table_shows_percent_numbers_and_the_stamp_without_reading_markup() -> None:
