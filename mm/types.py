@@ -151,6 +151,11 @@ class System(nn.Module):
         """Hold the weights in another floating type, cast once, for inference; what must stay in fp32 does."""
         self.to(dtype)
 
+    def state_from(self, start: "System") -> dict[str, Tensor]:
+        """The state that this network takes over from one that a training starts with; of another kind, too, where one is
+        made to be followed by this one."""
+        return start.state_dict()
+
     @property
     def may_be_added(self) -> tuple[str, ...]:
         """Beginnings of the names of parameters that change nothing at first, so that a trained network may be given them."""

@@ -5,7 +5,6 @@ Shapes: B batch, T positions, D width.
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from mm.config import StrictConfig
 from mm.errors import UserError
+from mm.nn import buckets
 from mm.nn.attention import MultiHeadAttention
 from mm.nn.embeddings import LearnedPositions, TokenEmbedding
 from mm.nn.initialise import initialise
@@ -30,10 +30,6 @@ ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "quick_gelu": QuickGELU,
     "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
 }
-
-MIN_BUCKETED_ROWS = 32
-LENGTH_BUCKETS = 4
-"""On a CPU, where padding costs as much as text, larger batches are computed in so many groups of like length."""
 
 
 class TextEncoderConfig(StrictConfig):
@@ -146,29 +142,10 @@ class TextEncoder(nn.Module):
             )
         if self.pad_id is not None:
             return self._encode_padded(text, self.pad_id)
-        compiling = torch.compiler.is_compiling()  # a compiled graph must not depend on the lengths, nor on the batch size
-        if compiling or text.ids.device.type != "cpu" or len(text) < MIN_BUCKETED_ROWS:
+        if not buckets.pays(len(text), text.ids.device):
             return self._encode(text)
-        return self._encode_by_length(text)
-
-    def _encode_by_length(self, text: TextBatch) -> Encoded:
-        """The same vectors with less padding: rows of like length are computed together (exact, about twice as fast)."""
-        length = text.ids.shape[1]
-        order = text.lengths.argsort(stable=True)
-        parts = []
-        for rows in order.chunk(LENGTH_BUCKETS):
-            longest = int(text.lengths[rows[-1]])
-            part = self._encode(TextBatch(text.ids[rows, :longest], text.lengths[rows]))
-            parts.append(
-                replace(
-                    part, tokens=F.pad(part.tokens, (0, 0, 0, length - longest)), mask=F.pad(part.mask, (0, length - longest))
-                )
-            )
-        back = order.argsort()
-        tokens, mask, pooled = (
-            torch.cat([getattr(part, name) for part in parts])[back] for name in ("tokens", "mask", "pooled")
-        )
-        return Encoded(tokens, mask, pooled)
+        encode = lambda longest, ids, lengths: self._encode(TextBatch(ids[:, :longest], lengths))  # noqa: E731
+        return buckets.by_length(length, text.lengths, (text.ids, text.lengths), encode)
 
     def _encode_padded(self, text: TextBatch, pad_id: int) -> Encoded:
         """Padding takes part as if it were words: the whole context is computed for every text."""

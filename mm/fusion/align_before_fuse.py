@@ -19,19 +19,21 @@ from mm.types import Encoded, TextBatch
 
 
 class FeatureMap(nn.Module):
-    """A bare feature map as tokens: brought to one scale, told where they are.
+    """A bare feature map as tokens: brought to one scale and to the width of the words, told where they are.
 
     Args:
         num_tokens: N.
-        width: C.
+        map_width: C.
+        width: D.
     """
 
-    def __init__(self, num_tokens: int, width: int) -> None:
+    def __init__(self, num_tokens: int, map_width: int, width: int) -> None:
         super().__init__()
-        self.norm, self.positions = nn.LayerNorm(width), LearnedPositions(num_tokens, width)
+        self.norm, self.project = nn.LayerNorm(map_width), nn.Linear(map_width, width)
+        self.positions = LearnedPositions(num_tokens, width)
 
-    def forward(self, tokens: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        return self.norm(tokens) + self.positions(tokens.shape[1])
+    def forward(self, tokens: Float[Tensor, "b n c"]) -> Float[Tensor, "b n d"]:
+        return self.project(self.norm(tokens)) + self.positions(tokens.shape[1])
 
 
 class AlignBeforeFuse(nn.Module):

@@ -6,8 +6,10 @@ self-attention and feed-forward.
 Shapes: B batch, T words, N picture tokens, D width of the text, H heads.
 """
 
+import torch
 from torch import Tensor, nn
 
+from mm.nn import buckets
 from mm.nn.masks import attention_mask
 from mm.nn.transformer import Transformer
 from mm.types import Encoded
@@ -41,11 +43,27 @@ class CrossAttention(nn.Module):
             Fused words; what is pooled is the first of them.
         """
         length = text.tokens.shape[1]
+        if maps is not None or not buckets.pays(len(text.tokens), text.tokens.device):
+            return self._fuse(text.tokens, text.mask, image.tokens, image.mask, causal, maps)
+        needed = (text.mask * torch.arange(1, length + 1, device=text.mask.device)).amax(1).clamp(min=1)
+        fuse = lambda longest, words, mask, *picture: self._fuse(words[:, :longest], mask[:, :longest], *picture, causal)  # noqa: E731
+        return buckets.by_length(length, needed, (text.tokens, text.mask, image.tokens, image.mask), fuse)
+
+    def _fuse(
+        self,
+        words: Tensor,
+        mask: Tensor,
+        picture: Tensor,
+        picture_mask: Tensor,
+        causal: bool,
+        maps: list[dict[str, Tensor]] | None = None,
+    ) -> Encoded:
+        length = words.shape[1]
         tokens = self.transformer(
-            text.tokens,
-            image.tokens,
-            mask=attention_mask(length, causal=causal, keys=text.mask),
-            context_mask=attention_mask(length, image.tokens.shape[1], keys=image.mask),
+            words,
+            picture,
+            mask=attention_mask(length, causal=causal, keys=mask),
+            context_mask=attention_mask(length, picture.shape[1], keys=picture_mask),
             maps=maps,
         )
-        return Encoded(tokens, text.mask, tokens[:, 0])
+        return Encoded(tokens, mask, tokens[:, 0])

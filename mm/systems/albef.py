@@ -43,6 +43,8 @@ from mm.nn.transformer import Block, FeedForward, Transformer
 from mm.systems.settings import SystemSettings
 from mm.types import Batch, Encoded, Losses, System, TextBatch
 
+WORDS = "network.towers.encoders.text.embedding.tokens.weight"
+
 LOGIT_SCALE_RANGE = (math.log(1 / 0.5), math.log(1 / 0.001))
 
 
@@ -51,7 +53,8 @@ class AlbefConfig(SystemSettings):
 
     Args:
         image: The picture encoder; its tokens are what words attend to, its pooled vector is what is aligned.
-        feature_map: The tokens are a bare feature map, as of a convolutional encoder: normalise them and add trained positions.
+        feature_map: The tokens are a bare feature map, as of a convolutional encoder: normalise them, project them to
+            ``width`` and add trained positions.
         vocab_size: Number of token ids; at least that of the tokenizer.
         context_length: Longest text in tokens, start and end included.
         width: Feature width of words.
@@ -186,6 +189,17 @@ class Albef(System):
         """Hold the network in another floating type, for inference; projections and matching stay in fp32."""
         self.network.cast_(dtype)
 
+    def state_from(self, start: System) -> dict[str, Tensor]:
+        """An aligned dual tower gives both encoders, their projections and the temperature; the fusion starts fresh."""
+        towers = getattr(start, "towers", None)
+        if isinstance(start, Albef) or not isinstance(towers, DualTower):
+            return super().state_from(start)
+        state, given = self.state_dict(), towers.state_dict(prefix="network.towers.")
+        for name in given.keys() & {WORDS}:  # the last row stands for a hidden word, which no other encoder knows
+            given[name] = torch.cat([given[name], state[name][-1:]])
+        zero = {name: torch.zeros_like(state[name]) for name in state if name.startswith("network.towers.projections.")}
+        return state | zero | given
+
     def loss(self, batch: Batch, step: int) -> Losses:
         """Weighted sum of the losses of all tasks, this rank's share of the global batch."""
         assert batch.image is not None
@@ -304,12 +318,13 @@ def build(config: AlbefConfig, parts: Mapping[str, Any] | None = None) -> Albef:
     for projection in projections.values():  # keeps the variance of its input
         nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
         nn.init.zeros_(projection.bias)
+    context_width = config.width if config.feature_map else image.token_width
     network = AlignBeforeFuse(
         DualTower(
             {"image": (image, projections["image"]), "text": (text, projections["text"])}, logit_scale_range=LOGIT_SCALE_RANGE
         ),
-        FeatureMap(image.num_tokens, image.token_width) if config.feature_map else nn.Identity(),
-        CrossAttention(_transformer(config, config.fusion_layers, context_width=image.token_width)),
+        FeatureMap(image.num_tokens, image.token_width, config.width) if config.feature_map else nn.Identity(),
+        CrossAttention(_transformer(config, config.fusion_layers, context_width=context_width)),
         config.width,
         config.vocab_size,
     )
