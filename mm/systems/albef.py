@@ -77,6 +77,7 @@ class AlbefConfig(SystemSettings):
         distillation: Share of soft targets from the momentum encoders; 0 switches momentum distillation off.
         distillation_ramp_steps: Steps over which that share rises from 0; the paper takes those of the first epoch.
         hard_negatives: Draw the negatives of matching by contrastive similarity, else evenly.
+        lock: Towers whose encoders keep their weights; their projections are trained.
     """
 
     name: Literal["albef"] = "albef"
@@ -103,6 +104,7 @@ class AlbefConfig(SystemSettings):
     distillation: float = Field(default=0.4, ge=0, le=1)
     distillation_ramp_steps: int = Field(default=1000, ge=0)
     hard_negatives: bool = True
+    lock: tuple[Literal["image", "text"], ...] = ()
 
     @property
     def picture_side(self) -> int:
@@ -321,7 +323,9 @@ def build(config: AlbefConfig, parts: Mapping[str, Any] | None = None) -> Albef:
     context_width = config.width if config.feature_map else image.token_width
     network = AlignBeforeFuse(
         DualTower(
-            {"image": (image, projections["image"]), "text": (text, projections["text"])}, logit_scale_range=LOGIT_SCALE_RANGE
+            {"image": (image, projections["image"]), "text": (text, projections["text"])},
+            logit_scale_range=LOGIT_SCALE_RANGE,
+            locked=config.lock,
         ),
         FeatureMap(image.num_tokens, image.token_width, config.width) if config.feature_map else nn.Identity(),
         CrossAttention(_transformer(config, config.fusion_layers, context_width=context_width)),
