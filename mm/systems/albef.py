@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -192,15 +193,15 @@ class Albef(System):
         self.network.cast_(dtype)
 
     def state_from(self, start: System) -> dict[str, Tensor]:
-        """An aligned dual tower gives both encoders, their projections and the temperature; the fusion starts fresh."""
+        """An aligned dual tower gives both encoders, their projections and the temperature."""
         towers = getattr(start, "towers", None)
         if isinstance(start, Albef) or not isinstance(towers, DualTower):
             return super().state_from(start)
-        state, given = self.state_dict(), towers.state_dict(prefix="network.towers.")
-        for name in given.keys() & {WORDS}:  # the last row stands for a hidden word, which no other encoder knows
-            given[name] = torch.cat([given[name], state[name][-1:]])
-        zero = {name: torch.zeros_like(state[name]) for name in state if name.startswith("network.towers.projections.")}
-        return state | zero | given
+        own, given = self.state_dict(), towers.state_dict(prefix="network.towers.")
+        if WORDS in given:  # the last row stands for a hidden word, which no other encoder knows
+            given[WORDS] = F.pad(given[WORDS], (0, 0, 0, 1))
+        biases = own.keys() & {f"network.towers.projections.{side}.bias" for side in Views._fields}
+        return {name: torch.zeros_like(own[name]) for name in biases} | given
 
     def loss(self, batch: Batch, step: int) -> Losses:
         """Weighted sum of the losses of all tasks, this rank's share of the global batch."""
