@@ -139,6 +139,7 @@ def eval_retrieval(
             help="order of the candidates of models that embed and match: itm (default), itc or sum", show_default=False
         ),
     ] = None,
+    itm_weight: Annotated[float, typer.Option("--itm-weight", min=0, help="Of the logit of matching in the sum.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Candidates of each query that such models read.")] = 128,
     json_file: JsonOption = None,
     device: DeviceOption = "auto",
@@ -159,6 +160,7 @@ def eval_retrieval(
             image_field=image_field,
             text_field=text_field,
             score=score,
+            itm_weight=itm_weight,
             top_k=top_k,
             device=device,
             precision=precision,

@@ -144,7 +144,10 @@ class TextEncoder(nn.Module):
             return self._encode_padded(text, self.pad_id)
         if not buckets.pays(len(text), text.ids.device):
             return self._encode(text)
-        encode = lambda longest, ids, lengths: self._encode(TextBatch(ids[:, :longest], lengths))  # noqa: E731
+
+        def encode(longest: int, ids: Tensor, lengths: Tensor) -> Encoded:
+            return self._encode(TextBatch(ids[:, :longest], lengths))
+
         return buckets.by_length(length, text.lengths, (text.ids, text.lengths), encode)
 
     def _encode_padded(self, text: TextBatch, pad_id: int) -> Encoded:

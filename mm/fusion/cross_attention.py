@@ -46,7 +46,10 @@ class CrossAttention(nn.Module):
         if maps is not None or not buckets.pays(len(text.tokens), text.tokens.device):
             return self._fuse(text.tokens, text.mask, image.tokens, image.mask, causal, maps)
         needed = (text.mask * torch.arange(1, length + 1, device=text.mask.device)).amax(1).clamp(min=1)
-        fuse = lambda longest, words, mask, *picture: self._fuse(words[:, :longest], mask[:, :longest], *picture, causal)  # noqa: E731
+
+        def fuse(longest: int, words: Tensor, mask: Tensor, picture: Tensor, picture_mask: Tensor) -> Encoded:
+            return self._fuse(words[:, :longest], mask[:, :longest], picture, picture_mask, causal)
+
         return buckets.by_length(length, needed, (text.tokens, text.mask, image.tokens, image.mask), fuse)
 
     def _fuse(

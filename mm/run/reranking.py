@@ -34,7 +34,7 @@ PAIRS_AT_ONCE = 256
 SCORES: dict[str, str] = {
     "itm": "logit of matching",
     "itc": "contrastive logit alone, no second stage",
-    "sum": "logit of matching plus contrastive logit",
+    "sum": "weighted logit of matching plus contrastive logit",
 }
 """With negatives drawn by contrastive similarity, matching learns what that similarity lacks, hence the sum."""
 
@@ -44,6 +44,7 @@ def evaluate_reranked(
     source: Source,
     *,
     score: str = "itm",
+    itm_weight: float = 1.0,
     top_k: int = TOP_K,
     cache: bool = True,
     progress: Progress | None = None,
@@ -54,6 +55,8 @@ def evaluate_reranked(
         model: Its system `Embeds` and `Matches`.
         source: Captioned pictures.
         score: What candidates are ordered by, see `SCORES`.
+        itm_weight: Of the logit of matching in the sum. Below 1 where matching is surer of itself than it is right, as it is of
+            pictures unlike those that it learned from; to be chosen on validation data.
         top_k: Candidates of each query; all, where there are fewer.
         cache: As `evaluate_retrieval`.
         progress: Called with (done, total) while encoding, then with (pairs read, pairs of this process).
@@ -62,21 +65,24 @@ def evaluate_reranked(
         The figures of `evaluate_retrieval` after the second stage and, named ``contrastive_...``, after the first.
 
     Raises:
-        UserError: As `evaluate_retrieval`; an unknown score, ``top_k`` below 1.
+        UserError: As `evaluate_retrieval`; an unknown score, ``top_k`` below 1, a weight below 0 or without a sum.
     """
     if score not in get_args(Score):
         raise UserError(f"score '{score}': there are {', '.join(SCORES)}")
     if top_k < 1:
         raise UserError(f"top_k {top_k}: at least one candidate of each query is read; for none take score itc")
+    if itm_weight != 1 and (score != "sum" or itm_weight < 0):
+        raise UserError(f"itm_weight {itm_weight}: weighs the logit of matching in score sum, with 0 or more")
     check_retrieval_set(source)
     fingerprint = model.fingerprint
     with open_world(model.device.type) as world:
         data = encode_captioned(model, source, world, cache=cache, progress=progress, fingerprint=fingerprint)
         first = second = ranks(data.images, data.texts, data.image_of)
-        facts: dict[str, Any] = {"scores": f"{SCORES[score]}; of equal ones the lowest index wins"}
+        weighed = f" (weight {itm_weight:g})" if score == "sum" else ""
+        facts: dict[str, Any] = {"scores": f"{SCORES[score]}{weighed}; of equal ones the lowest index wins"}
         if score != "itc":
-            found = candidates(data.images, data.texts, top_k)
-            second = reranked(first, found, _shared_scores(model, source, data, found, score, world, progress), data.image_of)
+            found, weight = candidates(data.images, data.texts, top_k), itm_weight if score == "sum" else None
+            second = reranked(first, found, _shared_scores(model, source, data, found, weight, world, progress), data.image_of)
             facts["reranked"] = (
                 f"the {found.texts.shape[1]} nearest texts of each image and {found.images.shape[1]} nearest images of each "
                 "text, by dot product in fp32; the others follow in their order"
@@ -89,9 +95,15 @@ def evaluate_reranked(
 
 
 def _shared_scores(
-    model: Model, source: Source, data: Captioned, found: BothWays, score: str, world: World, progress: Progress | None
+    model: Model,
+    source: Source,
+    data: Captioned,
+    found: BothWays,
+    weight: float | None,
+    world: World,
+    progress: Progress | None,
 ) -> BothWays:
-    """Scores of all candidates, each process having read the pairs of its pictures."""
+    """Scores of all candidates, each process having read the pairs of its pictures; without a weight of matching alone."""
     start, stop = stretch(len(data.ids), world)
     own = pair_scores(
         model.system,
@@ -99,7 +111,8 @@ def _shared_scores(
         model.processor.text(data.captions),
         found,
         first_row=start,
-        vectors=(data.images, data.texts) if score == "sum" else None,
+        vectors=None if weight is None else (data.images, data.texts),
+        weight=1.0 if weight is None else weight,
         device=model.device,
         progress=progress,
     )
@@ -139,6 +152,7 @@ def pair_scores(
     *,
     first_row: int = 0,
     vectors: tuple[Tensor, Tensor] | None = None,
+    weight: float = 1.0,
     device: torch.device,
     pairs_at_once: int = PAIRS_AT_ONCE,
     progress: Progress | None = None,
@@ -152,6 +166,7 @@ def pair_scores(
         found: Candidates of all N pictures and M texts.
         first_row: Number of the first picture.
         vectors: Unit vectors of all pictures and texts, whose contrastive logits are added.
+        weight: Of the logits of matching.
         device: Where to compute.
         pairs_at_once: Pairs of a pass.
         progress: Called with (pairs read, None).
@@ -169,7 +184,7 @@ def pair_scores(
         forward = torch.arange(len(pixels))[:, None] * num_texts + found.texts[rows]
         back = (found.images[askers, places] - rows.start) * num_texts + askers
         pairs, inverse = torch.cat([forward.flatten(), back]).unique(return_inverse=True)
-        chunk = _read(system, pixels.to(device), text, pairs // num_texts, pairs % num_texts, pairs_at_once)
+        chunk = weight * _read(system, pixels.to(device), text, pairs // num_texts, pairs % num_texts, pairs_at_once)
         if vectors is not None:
             assert isinstance(system, Embeds)
             contrastive = system.scores(vectors[0][rows].to(device), vectors[1].to(device)).float().cpu()

@@ -24,13 +24,14 @@ def evaluate_any_retrieval(
     device: str = "auto",
     precision: str = "auto",
     score: str | None = None,
+    itm_weight: float = 1.0,
     top_k: int = TOP_K,
     cache: bool = True,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> Result:
     """Retrieval by what a model can: by vectors, by reading all pairs, or in two stages where it can do both.
 
-    Arguments as `evaluate_retrieval`; ``score`` (itm if None) and ``top_k`` as `evaluate_reranked`.
+    Arguments as `evaluate_retrieval`; ``score`` (itm if None), ``itm_weight`` and ``top_k`` as `evaluate_reranked`.
 
     Raises:
         UserError: A score for a model that does not both embed and match; what the evaluation itself raises.
@@ -41,7 +42,9 @@ def evaluate_any_retrieval(
         raise UserError(f"{model.name}: score '{score}' is for models that both embed and match; leave it out")
     source = opened(data, model, image_field=image_field, text_field=text_field)
     if embeds and matches:
-        return evaluate_reranked(model, source, score=score or "itm", top_k=top_k, cache=cache, progress=progress)
+        return evaluate_reranked(
+            model, source, score=score or "itm", itm_weight=itm_weight, top_k=top_k, cache=cache, progress=progress
+        )
     if matches:
         return evaluate_matching(model, source, progress=progress)
     return evaluate_retrieval(model, source, cache=cache, progress=progress)

@@ -71,10 +71,10 @@ def test_training_may_begin_from_a_model_with_or_without_momentum() -> None:
     )
 
 
-@pytest.mark.parametrize("score", ["itm", "sum"])
-def test_with_all_candidates_it_is_the_order_of_the_scores(folder: Path, score: str) -> None:
+@pytest.mark.parametrize(("score", "weight"), [("itm", 1.0), ("sum", 1.0), ("sum", 0.25)])
+def test_with_all_candidates_it_is_the_order_of_the_scores(folder: Path, score: str, weight: float) -> None:
     model, data = mm.load(folder / "model", device="cpu"), str(folder / "pictures.csv")
-    result = mm.evaluate("retrieval", model, data, score=score, top_k=1000)
+    result = mm.evaluate("retrieval", model, data, score=score, itm_weight=weight, top_k=1000)
     source = open_source(data)
     samples = [source.read(row) for row in range(len(source))]
     texts = [text for sample in samples for text in sample.texts]
@@ -85,7 +85,7 @@ def test_with_all_candidates_it_is_the_order_of_the_scores(folder: Path, score: 
         everyone = [images[torch.full((len(texts),), row)] for row in range(len(samples))]
         logits = torch.stack([model.system.match(image, words) for image in everyone])
         contrastive = model.system.scores(images.pooled, words.pooled)
-    for prefix, scores in (("", logits + contrastive if score == "sum" else logits), ("contrastive_", contrastive)):
+    for prefix, scores in (("", weight * logits + contrastive if score == "sum" else logits), ("contrastive_", contrastive)):
         found = ranks_of_scores(scores, owner)
         assert result.metrics[f"{prefix}image_to_text_r1"].value == pytest.approx((found.image_to_text < 1).double().mean())
         assert result.metrics[f"{prefix}text_to_image_r5"].value == pytest.approx((found.text_to_image < 5).double().mean())
@@ -126,3 +126,9 @@ def test_figures_do_not_depend_on_the_number_of_processes(folder: Path) -> None:
         assert done.returncode == 0, done.stderr
         metrics.append(json.loads(output.read_text())["metrics"])
     assert metrics[0] == metrics[1]
+
+
+@pytest.mark.parametrize(("score", "weight"), [("itm", 0.5), ("sum", -1.0)])
+def test_a_weight_without_a_sum_is_refused(folder: Path, score: str, weight: float) -> None:
+    with pytest.raises(UserError, match="itm_weight"):
+        mm.evaluate("retrieval", str(folder / "model"), str(folder / "pictures.csv"), score=score, itm_weight=weight)
