@@ -246,7 +246,9 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
     system = build(config, {name: part.system for name, part in parts.items()})
     if values.get("tune"):
         add_lora(system, validate(LoraConfig, values["tune"], f"{config_path} (tune)"))
-    _load_weights(system, _part_weights(parts) | _read_weights(weights), str(weights))
+    own, of_parts = _read_weights(weights), _part_weights(parts)
+    _check_stored_parts(own, of_parts, parts, weights)
+    _load_weights(system, of_parts | own, str(weights))
     merge_lora(system)
     place = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     dtype = inference_dtype(precision, place)
@@ -298,6 +300,21 @@ def _check_parts(parts: Mapping[str, Model], digests: Mapping[str, str], where: 
         if name in parts and _digest(parts[name].system) != digest:
             raise CheckpointError(
                 f"{where}: its {name} '{parts[name].name}' has other weights than when this model was saved; "
+                "take the version of mm that it was made with, or train it again"
+            )
+
+
+def _check_stored_parts(
+    own: Mapping[str, Tensor], of_parts: Mapping[str, Tensor], parts: Mapping[str, Model], where: Path
+) -> None:
+    """Raises `CheckpointError` where a run has kept other weights of a part than the model that it names has by now."""
+    for name, part in parts.items():
+        kept = {key: tensor for key, tensor in own.items() if key.startswith(f"{name}.")}
+        named = {key: tensor for key, tensor in of_parts.items() if key.startswith(f"{name}.")}
+        same = kept.keys() == named.keys() and all(torch.equal(tensor, named[key]) for key, tensor in kept.items())
+        if kept and not same:
+            raise CheckpointError(
+                f"{where}: its {name} '{part.name}' has other weights than when this run began; "
                 "take the version of mm that it was made with, or train it again"
             )
 

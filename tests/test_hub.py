@@ -178,3 +178,18 @@ def test_bf16_vectors_are_close_to_fp32(model: Model, pictures: list[Image.Image
 def test_an_unknown_precision_is_refused(precision: str) -> None:
     with pytest.raises(UserError, match="auto, fp32 and bf16"):
         mm.load("emoji-clip", precision=precision)
+
+
+def test_a_run_that_kept_other_weights_of_a_shipped_part_is_refused(tmp_path: Path) -> None:
+    """Weights of two versions of a part must never be mixed."""
+    model = mm.load("emoji-dalle", device="cpu", precision="fp32")
+    mm.save(model, tmp_path / "run")
+    weights = tmp_path / "run" / "model.safetensors"
+    whole = {name: tensor.contiguous() for name, tensor in model.system.state_dict().items()}
+    save_file(whole, weights)
+    assert mm.load(tmp_path / "run", device="cpu").fingerprint
+    changed = next(name for name in whole if name.startswith("tokenizer.") and whole[name].is_floating_point())
+    for kept in (whole | {changed: whole[changed] + 1}, {name: tensor for name, tensor in whole.items() if name != changed}):
+        save_file(kept, weights)
+        with pytest.raises(CheckpointError, match="its tokenizer 'emoji-vq' has other weights than when this run began"):
+            mm.load(tmp_path / "run", device="cpu")
