@@ -40,10 +40,23 @@ TextFieldOption = Annotated[
 PrecisionOption = Annotated[
     str, typer.Option("--precision", help="auto, fp32 or bf16; auto is bf16 where the hardware has matrix units for it.")
 ]
+GuidanceOption = Annotated[
+    float, typer.Option("--guidance", min=0, help="How closely the prompt is followed; 1 is no guidance.")
+]
 GuidanceIntervalOption = Annotated[
     tuple[float, float],
     typer.Option("--guidance-interval", metavar="LOW HIGH", help="Part of the progress, in 0..1, in which guidance acts."),
 ]
+GuidanceRampOption = Annotated[
+    bool,
+    typer.Option("--guidance-ramp", help="Let guidance grow with the steps, for generators that choose many tokens at once."),
+]
+TemperatureOption = Annotated[
+    float, typer.Option("--temperature", min=0, help="Below 1 safer, above 1 bolder; 0 the likeliest.")
+]
+TopKOption = Annotated[int, typer.Option("--top-k", min=0, help="Draw from so many likeliest tokens; 0 for all.")]
+TopPOption = Annotated[float, typer.Option("--top-p", min=0, max=1, help="Draw from the likeliest tokens of this probability.")]
+StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Steps of generators that choose many tokens at once.")]
 CacheOption = Annotated[bool, typer.Option("--cache/--no-cache", help="Remember the vectors of this model and source.")]
 
 
@@ -291,12 +304,13 @@ def eval_generation(
     label: Annotated[str | None, typer.Option(metavar="FIELD", help="Field with the class: cls, txt or a JSON key.")] = None,
     image_field: ImageFieldOption = None,
     text_field: TextFieldOption = None,
-    guidance: Annotated[float, typer.Option(min=0)] = 3.0,
+    guidance: GuidanceOption = 3.0,
     guidance_interval: GuidanceIntervalOption = (0.0, 1.0),
-    temperature: Annotated[float, typer.Option(min=0)] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0)] = 0,
-    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
-    steps: Annotated[int, typer.Option(min=1)] = 12,
+    guidance_ramp: GuidanceRampOption = False,
+    temperature: TemperatureOption = 1.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    steps: StepsOption = 12,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     sheet: Annotated[Path | None, typer.Option("--sheet", metavar="PNG", help="Contact sheet of the chosen pictures.")] = None,
     json_file: JsonOption = None,
@@ -313,6 +327,7 @@ def eval_generation(
     sampling = Sampling(
         guidance=guidance,
         guidance_interval=guidance_interval,
+        guidance_ramp=guidance_ramp,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -425,12 +440,13 @@ def generate(
         "generated.png"
     ),
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal pictures.")] = 0,
-    guidance: Annotated[float, typer.Option(min=0, help="How closely the prompt is followed; 1 is no guidance.")] = 3.0,
-    temperature: Annotated[float, typer.Option(min=0, help="Below 1 safer, above 1 bolder; 0 takes the likeliest.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw from so many likeliest tokens; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens of this probability.")] = 1.0,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of generators that choose many tokens at once.")] = 12,
+    guidance: GuidanceOption = 3.0,
     guidance_interval: GuidanceIntervalOption = (0.0, 1.0),
+    guidance_ramp: GuidanceRampOption = False,
+    temperature: TemperatureOption = 1.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    steps: StepsOption = 12,
     best_of: Annotated[int, typer.Option(min=1, help="Candidates of each picture; the ranker takes the best.")] = 1,
     ranker: Annotated[str, typer.Option(metavar="MODEL", help="Chooses among candidates.")] = "emoji-clip",
     image: Annotated[str | None, typer.Option("--image", metavar="FILE", help="A picture to be finished or changed.")] = None,
@@ -462,6 +478,7 @@ def generate(
     sampling = Sampling(
         guidance=guidance,
         guidance_interval=guidance_interval,
+        guidance_ramp=guidance_ramp,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,

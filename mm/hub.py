@@ -246,8 +246,9 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
     system = build(config, {name: part.system for name, part in parts.items()})
     if values.get("tune"):
         add_lora(system, validate(LoraConfig, values["tune"], f"{config_path} (tune)"))
-    shared = _shared_weights(system, values.get("base"), config_path)
-    _load_weights(system, _part_weights(parts) | shared | _read_weights(weights), str(weights))
+    own, of_parts = _read_weights(weights), _part_weights(parts)
+    _check_stored_parts(own, of_parts, parts, weights)
+    _load_weights(system, of_parts | _shared_weights(system, values.get("base"), config_path) | own, str(weights))
     merge_lora(system)
     place = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     dtype = inference_dtype(precision, place)
@@ -317,6 +318,21 @@ def _shared_weights(system: System, base: object, where: Path) -> dict[str, Tens
     shared = load(base["model"], device="cpu", precision="fp32")
     _check_unchanged(shared, base.get("digest"), f"{where}: its base")
     return system.state_from(shared.system)
+
+
+def _check_stored_parts(
+    own: Mapping[str, Tensor], of_parts: Mapping[str, Tensor], parts: Mapping[str, Model], where: Path
+) -> None:
+    """Raises `CheckpointError` where a run has kept other weights of a part than the model that it names has by now."""
+    for name, part in parts.items():
+        kept = {key: tensor for key, tensor in own.items() if key.startswith(f"{name}.")}
+        named = {key: tensor for key, tensor in of_parts.items() if key.startswith(f"{name}.")}
+        same = kept.keys() == named.keys() and all(torch.equal(tensor, named[key]) for key, tensor in kept.items())
+        if kept and not same:
+            raise CheckpointError(
+                f"{where}: its {name} '{part.name}' has other weights than when this run began; "
+                "take the version of mm that it was made with, or train it again"
+            )
 
 
 def _digest(system: System, text: str = "") -> str:

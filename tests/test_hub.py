@@ -220,3 +220,18 @@ def test_a_base_that_changed_is_noticed(tmp_path: Path) -> None:
         mm.load(tmp_path / "beside")
     with pytest.raises(UserError, match="base 'elsewhere': is not shipped"):
         mm.save(model, tmp_path / "other", base="elsewhere")
+
+
+def test_a_run_that_kept_other_weights_of_a_shipped_part_is_refused(tmp_path: Path) -> None:
+    """Weights of two versions of a part must never be mixed."""
+    model = mm.load("emoji-dalle", device="cpu", precision="fp32")
+    mm.save(model, tmp_path / "run")
+    weights = tmp_path / "run" / "model.safetensors"
+    whole = {name: tensor.contiguous() for name, tensor in model.system.state_dict().items()}
+    save_file(whole, weights)
+    assert mm.load(tmp_path / "run", device="cpu").fingerprint
+    changed = next(name for name in whole if name.startswith("tokenizer.") and whole[name].is_floating_point())
+    for kept in (whole | {changed: whole[changed] + 1}, {name: tensor for name, tensor in whole.items() if name != changed}):
+        save_file(kept, weights)
+        with pytest.raises(CheckpointError, match="its tokenizer 'emoji-vq' has other weights than when this run began"):
+            mm.load(tmp_path / "run", device="cpu")

@@ -143,7 +143,7 @@ SHIPMENTS = {
     ),
     "emoji-vq": Shipment(
         summary="Picture tokenizer for emoji-like pictures: 64 px as 8 x 8 tokens of 1,000 codes",
-        configs=("configs/vq.yaml",),
+        configs=("configs/vq.yaml", "configs/vq_decoder.yaml"),
         train="emoji:train",
         data="emoji:train: artists noto, twemoji, fluent-flat, openmoji; seen concepts only",
         headline="psnr",

@@ -8,7 +8,8 @@ Deviations: fresh weights, not those of a picture classifier, without which line
 square pictures of one size; single tokens are hidden, not whole words, as a batch does not say where words end; one logit tells
 whether a picture and a text match, which is the paper's two-way softmax; negatives are a derangement of the batch, so that a
 text alone does not tell, and never of the same group. As in the reference, the alignment cost of mismatched pairs counts
-negatively.
+negatively. Each slice of an accumulated batch, and each process, averages over its own hidden words, so these weigh a little
+differently where slices hide different numbers of them.
 """
 
 import functools
