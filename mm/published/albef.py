@@ -1,6 +1,9 @@
 """Checkpoints of ALBEF's authors: the configuration is read off the shapes of the weights.
 
 Source: https://github.com/salesforce/ALBEF (formats of its weights and texts), https://arxiv.org/abs/2107.07651.
+
+Deviation: pairs are ordered by the odds that they match; the authors' evaluation orders them by the logit of "yes" alone, which
+leaves out what speaks for "no".
 """
 
 import math
@@ -20,7 +23,7 @@ from mm.published import bert
 from mm.published.imported import PROMPTS, Imported, one_line, put, take
 from mm.published.open_clip import PREPROCESSING
 from mm.systems.albef import AlbefConfig
-from mm.tokenizers.text import Cleaning, TextTokenizer
+from mm.tokenizers.text import Cleaning
 
 BACKBONE = "vit_base_patch16_224"
 """The member of timm's family that all others are made from by options."""
@@ -62,24 +65,37 @@ def import_albef(
         UserError: There is no vocabulary.
         CheckpointError: Weights are missing or those of another network, or the vocabulary is another.
     """
-    if vocabulary is None:
-        raise UserError(f"{where}: ALBEF, whose words are those of bert-base-uncased; give its vocabulary: --vocab vocab.txt")
-    tokenizer = bert.word_pieces(vocabulary, Cleaning(whitespace=False, nfc=False), before=BARE_WORDS)
     with one_line(where):
-        return _import_albef(state, tokenizer, vocabulary, image_size, where)
+        words = bert.plain_names(take(state, "text_encoder."))
+        text_layers = _text_layers(words, where)
+        if vocabulary is None:
+            raise UserError(
+                f"{where}: ALBEF, whose words are those of bert-base-uncased; give its vocabulary: --vocab vocab.txt"
+            )
+        return _import_albef(state, words, text_layers, vocabulary, image_size, where)
 
 
-def _import_albef(
-    state: Mapping[str, Tensor], tokenizer: TextTokenizer, vocabulary: Path, image_size: int | None, where: str
-) -> Imported:
-    words = bert.plain_names(take(state, "text_encoder."))
+def _text_layers(words: Mapping[str, Tensor], where: str) -> int:
+    """Number of layers over words alone. Raises `CheckpointError` where they are not those below the others."""
     layers, crossed = (bert.layer_numbers(words, part) for part in ("attention", "crossattention"))
-    text_layers = len(layers) - len(crossed)
-    if layers != list(range(len(layers))) or crossed != layers[text_layers:] or not crossed or not text_layers:
+    alone = len(layers) - len(crossed)
+    if layers != list(range(len(layers))) or crossed != layers[alone:] or not crossed or not alone:
         raise CheckpointError(
             f"{where}: no ALBEF, in which the upper layers of words attend to the picture: here {len(crossed)} of "
             f"{len(layers)} do"
         )
+    return alone
+
+
+def _import_albef(
+    state: Mapping[str, Tensor],
+    words: Mapping[str, Tensor],
+    text_layers: int,
+    vocabulary: Path,
+    image_size: int | None,
+    where: str,
+) -> Imported:
+    tokenizer = bert.word_pieces(vocabulary, Cleaning(whitespace=False, nfc=False), before=BARE_WORDS)
     num_words, width = words["embeddings.word_embeddings.weight"].shape
     if tokenizer.vocab_size != num_words:
         raise CheckpointError(
@@ -93,7 +109,7 @@ def _import_albef(
         context_length=len(words["embeddings.position_embeddings.weight"]),
         width=width,
         text_layers=text_layers,
-        fusion_layers=len(crossed),
+        fusion_layers=len(bert.layer_numbers(words, "crossattention")),
         heads=width // HEAD_WIDTH,
         mlp_ratio=len(words["encoder.layer.0.intermediate.dense.weight"]) / width,
         norm_eps=bert.NORM_EPS,

@@ -277,6 +277,11 @@ def test_what_has_to_be_added_is_said(vocab: Path) -> None:
 
     refused("--i-trust-this-file", trusted=False)
     refused(r"give its vocabulary: --vocab vocab\.txt")
+    torch.save(
+        without(Reference().checkpoint(), "text_encoder.bert.encoder.layer.0.", "text_encoder.bert.encoder.layer.1."), file
+    )
+    refused("no ALBEF, in which the upper layers of words attend to the picture: here 2 of 2 do")
+    torch.save(Reference().checkpoint(), file)
     refused("cannot be read as a vocabulary", added=Added(vocab=vocab.parent / "absent.txt"))
     for content, message in (
         ("\n".join(WORDS[:-1]), rf"holds {len(WORDS) - 1} words, the checkpoint {len(WORDS)}; take the vocab\.txt"),
