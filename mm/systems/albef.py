@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -78,6 +79,7 @@ class AlbefConfig(SystemSettings):
         distillation: Share of soft targets from the momentum encoders; 0 switches momentum distillation off.
         distillation_ramp_steps: Steps over which that share rises from 0; the paper takes those of the first epoch.
         hard_negatives: Draw the negatives of matching by contrastive similarity, else evenly.
+        lock: Towers whose encoders keep their weights; their projections are trained.
     """
 
     name: Literal["albef"] = "albef"
@@ -104,6 +106,7 @@ class AlbefConfig(SystemSettings):
     distillation: float = Field(default=0.4, ge=0, le=1)
     distillation_ramp_steps: int = Field(default=1000, ge=0)
     hard_negatives: bool = True
+    lock: tuple[Literal["image", "text"], ...] = ()
 
     @property
     def picture_side(self) -> int:
@@ -191,15 +194,15 @@ class Albef(System):
         self.network.cast_(dtype)
 
     def state_from(self, start: System) -> dict[str, Tensor]:
-        """An aligned dual tower gives both encoders, their projections and the temperature; the fusion starts fresh."""
+        """An aligned dual tower gives both encoders, their projections and the temperature."""
         towers = getattr(start, "towers", None)
         if isinstance(start, Albef) or not isinstance(towers, DualTower):
             return super().state_from(start)
-        state, given = self.state_dict(), towers.state_dict(prefix="network.towers.")
-        for name in given.keys() & {WORDS}:  # the last row stands for a hidden word, which no other encoder knows
-            given[name] = torch.cat([given[name], state[name][-1:]])
-        zero = {name: torch.zeros_like(state[name]) for name in state if name.startswith("network.towers.projections.")}
-        return state | zero | given
+        own, given = self.state_dict(), towers.state_dict(prefix="network.towers.")
+        if WORDS in given:  # the last row stands for a hidden word, which no other encoder knows
+            given[WORDS] = F.pad(given[WORDS], (0, 0, 0, 1))
+        biases = own.keys() & {f"network.towers.projections.{side}.bias" for side in Views._fields}
+        return {name: torch.zeros_like(own[name]) for name in biases} | given
 
     def loss(self, batch: Batch, step: int) -> Losses:
         """Weighted sum of the losses of all tasks, this rank's share of the global batch."""
@@ -322,7 +325,9 @@ def build(config: AlbefConfig, parts: Mapping[str, Any] | None = None) -> Albef:
     context_width = config.width if config.feature_map else image.token_width
     network = AlignBeforeFuse(
         DualTower(
-            {"image": (image, projections["image"]), "text": (text, projections["text"])}, logit_scale_range=LOGIT_SCALE_RANGE
+            {"image": (image, projections["image"]), "text": (text, projections["text"])},
+            logit_scale_range=LOGIT_SCALE_RANGE,
+            locked=config.lock,
         ),
         FeatureMap(image.num_tokens, image.token_width, config.width) if config.feature_map else nn.Identity(),
         CrossAttention(_transformer(config, config.fusion_layers, context_width=context_width)),
