@@ -133,7 +133,7 @@ def drawn_set(folder: Path, count: int = 6) -> Path:
 
 
 def tuned(model: Path, data: Path, run: Path) -> None:
-    """A few steps from a converted model on, with a configuration that is made for dual towers."""
+    """A few steps from a converted model on, whose network stays as it is."""
     changes = {"init_from": model, "system": "null", "data.train": data, "data.workers": 0, "data.validation": "null"}
     changes |= {"train.steps": 2, "train.batch_size": 4, "train.warmup_steps": 1, "train.tensorboard": "false"}
     config = Path(__file__).parents[2] / "configs" / "finetune.yaml"
