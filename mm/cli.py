@@ -589,7 +589,10 @@ def list_everything() -> None:
 def convert(
     file: Annotated[
         Path,
-        typer.Argument(metavar="FILE", help="Weights of open_clip or OpenAI's CLIP, or a folder of open_clip or transformers."),
+        typer.Argument(
+            metavar="FILE",
+            help="Weights of open_clip, OpenAI's CLIP or ALBEF, or a folder of open_clip or transformers (BERT, too).",
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="New model folder.")],
     arch: Annotated[
@@ -601,14 +604,21 @@ def convert(
     trusted: Annotated[
         bool, typer.Option("--i-trust-this-file", help="Read a pickled file, which can run whatever its writer put in.")
     ] = False,
+    vocab: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="For ALBEF, which does not hold it: vocab.txt of bert-base-uncased.")
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="For BERT, which becomes a start of ALBEF: sees the pictures.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(metavar="PIXELS", min=8, help="For ALBEF and BERT: side of the pictures, if another.")
+    ] = None,
 ) -> None:
     """Turn a foreign weight file into a model folder: safetensors and JSON, read without running code from then on."""
-    from mm.hub import from_imported, make_folder, save
-    from mm.published.convert import import_file
+    from mm.run.conversion import convert as run_conversion
 
-    make_folder(out)
-    model = from_imported(import_file(file, architecture=arch, trusted=trusted), name=file.stem, device="cpu", precision="fp32")
-    typer.echo(save(model, out))
+    done = run_conversion(file, out, architecture=arch, trusted=trusted, vocab=vocab, image=image, image_size=image_size)
+    typer.echo(done)
 
 
 @app.command("export")

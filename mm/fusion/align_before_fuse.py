@@ -46,14 +46,22 @@ class AlignBeforeFuse(nn.Module):
         fusion: Of words and picture tokens.
         width: D of the words.
         vocab_size: V.
+        norm_eps: Added to the variance in the norm of the head.
     """
 
     def __init__(
-        self, towers: DualTower, picture_tokens: nn.Module, fusion: CrossAttention, width: int, vocab_size: int
+        self,
+        towers: DualTower,
+        picture_tokens: nn.Module,
+        fusion: CrossAttention,
+        width: int,
+        vocab_size: int,
+        *,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.towers, self.picture_tokens, self.fusion = towers, picture_tokens, fusion
-        self.masked_head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
+        self.masked_head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width, eps=norm_eps))
         self.word_bias = nn.Parameter(torch.zeros(vocab_size))
 
     def encode_image(self, image: Tensor) -> Encoded:

@@ -44,6 +44,7 @@ ARCHITECTURES = {
 """The dual tower of each ``model_type``."""
 
 LATER = {
+    "bert": "BERT reads no pictures; mm convert FOLDER --image MODEL -o DIR joins it with a picture encoder",
     "clap": "CLAP needs an audio tower",
     "vilt": "ViLT has one tower for both, and no shared space",
     "siglip2": "this SigLIP 2 takes pictures of any aspect ratio; use one of a fixed resolution",
@@ -127,7 +128,7 @@ def _import_huggingface(folder: Path, state: Mapping[str, Tensor] | None) -> Imp
     values = read_json(folder / CONFIG_FILE)
     architecture = _architecture(values, folder)
     config = _configuration(architecture, values, folder)
-    state = _prepared(_read(folder) if state is None else state)
+    state = _prepared(read_weights(folder) if state is None else state)
     if architecture not in OWN_NAMES:
         state = _renamed(architecture, config, state, folder)
     pixels = read_pixels(folder, int(config.vision_config.image_size))
@@ -210,7 +211,8 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All weights of a folder that transformers wrote, from one safetensors file or from shards. Raises `CheckpointError`."""
     return {name: tensor for file in _weight_files(folder) for name, tensor in read_safetensors(file).items()}
 
 

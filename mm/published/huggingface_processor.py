@@ -123,7 +123,7 @@ def read_tokenizer(folder: Path, *, siglip: bool) -> tuple[TextTokenizer, int]:
     CLIP's own vocabulary comes with the cleaning that CLIP was trained with; other texts go through ``tokenizer.json`` alone,
     after SigLIP's lower case (and, for its first version, removal of punctuation), which is not part of that file.
     """
-    settings = _settings(folder)
+    settings = tokenizer_settings(folder)
     with one_line(f"{folder}: the model_max_length of its tokenizer"):
         limit = min(int(settings.get("model_max_length") or UNLIMITED), UNLIMITED)
     if _is_clips(folder):
@@ -147,7 +147,7 @@ def _from_file(path: Path, settings: Mapping[str, Any], siglip: bool) -> TextTok
     return TextTokenizer.from_file(path, pad=_pad_id(path, settings), cleaning=cleaning)
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def tokenizer_settings(folder: Path) -> dict[str, Any]:
     """``tokenizer_config.json``, with the names of special tokens that older checkpoints keep beside it."""
     result: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):

@@ -8,7 +8,8 @@ pretraining knows only pairs); momentum features of all processes are columns be
 by the similarities of the trained encoders; one logit tells whether a pair matches, which is the paper's two-way softmax; the
 temperature is learned as the logarithm of its inverse, as CLIP does: steps are relative to its size, and none can change its
 sign. Its range is the reference's, 0.001 to 0.5. Single tokens are hidden, not whole words, as a batch does not say where words
-end. Convolutional picture encoders (``feature_map``) and norms before the branches are allowed; weights are fresh.
+end. Convolutional picture encoders (``feature_map``) and norms before the branches are allowed. Weights are fresh; those of a
+published checkpoint, or of BERT as in the paper, come by way of ``mm convert`` and ``init_from``.
 """
 
 import functools
@@ -332,6 +333,7 @@ def build(config: AlbefConfig, parts: Mapping[str, Any] | None = None) -> Albef:
         CrossAttention(_transformer(config, config.fusion_layers, context_width=context_width)),
         config.width,
         config.vocab_size,
+        norm_eps=config.norm_eps,
     )
     for part in (text, network.picture_tokens, network.fusion):
         initialise(part)

@@ -93,6 +93,10 @@ class TextTokenizer:
         """Number of ids, special ones included."""
         return self._tokenizer.get_vocab_size()
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a piece of the vocabulary, special ones included; None where there is no such piece."""
+        return self._tokenizer.token_to_id(token)
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without start and end."""
         return self._tokenizer.encode(self.cleaning(text), add_special_tokens=False).ids

@@ -1,0 +1,59 @@
+"""Foreign weights as a model folder."""
+
+from pathlib import Path
+
+import torch
+
+from mm.encoders.image import ImageEncoderConfig
+from mm.errors import UserError
+from mm.hub import from_imported, load, make_folder, save
+from mm.published.bert_start import PictureEncoder
+from mm.published.convert import Added, import_file
+from mm.types import Embeds
+
+SEED = 0
+"""Of what a checkpoint has no weights for."""
+
+
+def convert(
+    file: str | Path,
+    out: str | Path,
+    *,
+    architecture: str | None = None,
+    trusted: bool = False,
+    vocab: str | Path | None = None,
+    image: str | None = None,
+    image_size: int | None = None,
+) -> Path:
+    """Write a model folder; see `mm.published.convert.import_file`.
+
+    Args:
+        file: Weights, or a folder with weights.
+        out: New folder.
+        architecture: One of open_clip's, where the weights do not tell it.
+        trusted: The user's word that whoever wrote a pickled file is trusted.
+        vocab: For ALBEF: the ``vocab.txt`` of bert-base-uncased.
+        image: For BERT: a MODEL whose picture encoder it is joined with.
+        image_size: For ALBEF and BERT: side of the pictures in pixels, where it is not that of the weights.
+
+    Raises:
+        UserError: As `mm.published.convert.import_file`; ``out`` cannot be written, or ``image`` has no such encoder.
+    """
+    out, file = make_folder(out), Path(file)
+    added = Added(
+        vocab=None if vocab is None else Path(vocab),
+        image=None if image is None else _picture_encoder(image),
+        image_size=image_size,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        imported = import_file(file, architecture=architecture, trusted=trusted, added=added)
+    return save(from_imported(imported, name=file.stem, device="cpu", precision="fp32"), out)
+
+
+def _picture_encoder(name: str) -> PictureEncoder:
+    model = load(name, device="cpu", precision="fp32")
+    config = getattr(model.config, "image", None)
+    if not isinstance(config, ImageEncoderConfig) or not isinstance(model.system, Embeds):
+        raise UserError(f"--image {name}: has no picture encoder of timm; take a timm folder, a run of clip or of albef")
+    return PictureEncoder(config, model.system.encoders()["image"].state_dict(), model.processor.image_spec)
