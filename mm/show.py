@@ -114,8 +114,9 @@ def grounding(found: Grounding, image: str, view: Tensor, out: Path | None, json
         out: Draw picture, text and words there: a contact sheet where it has a suffix, which is .png; else a file each.
         json_file: Gets the grids of the heat, too.
     """
-    table = Table(title=Text(f"{image}: {found.text} ({found.match:.0%} match)"), title_justify="left")
-    table.add_column("")
+    fits = f"the text fits the picture: {found.match:.0%}"
+    table = Table(title=Text(f"{image}: {found.text}"), title_justify="left", caption=fits, caption_justify="left")
+    table.add_column("word")
     for name in ("share of the heat", "x", "y", "in the hottest quarter"):
         table.add_column(name, justify="right")
     words = [{"word": word, "share": share} for word, share in zip(found.words, found.shares, strict=True)]
