@@ -190,7 +190,7 @@ class Model:
         system, tokenizer = self._grounding_system(), self.processor.tokenizer
         words = tokenizer.words(text, self.processor.context_length)
         if not words:
-            raise UserError(f"text '{text}': has no word to look for; say what the picture shows")
+            raise UserError(f"text {text!r}: has no word to look for; say what the picture shows")
         pixels, ids = self.processor.image(image)[None], self.processor.text([text])
         with torch.no_grad():
             encoded = system.encode_image(pixels.to(self.device)), system.encode_text(ids.to(self.device))

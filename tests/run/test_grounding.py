@@ -149,7 +149,7 @@ def test_bad_input_is_told_in_one_line(folder: Path, tmp_path: Path) -> None:
         ([model, str(tmp_path / "none.png"), "red"], "none.png: no such picture"),
         ([model, str(tmp_path / "broken.png"), "red"], "broken.png"),
         ([model, picture, ""], "has no word to look for"),
-        ([model, picture, " ?! "], "has no word to look for"),
+        ([model, picture, " ?!\n "], "has no word to look for"),
         ([model, picture, "red", "--word", "blue"], "'blue' is no word of the text; its words are red"),
         ([model, picture, "red", "--layer", "2"], "layer 2: words are grounded by layers 0 to 1"),
         ([model, picture, "red", "--out", str(tmp_path / "x.jpg")], "x.jpg: pictures are written as .png"),
