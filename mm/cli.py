@@ -411,6 +411,37 @@ def answer(
 
 
 @app.command()
+def ground(
+    model: ModelArgument,
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="A picture file.")],
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="What it shows.")],
+    word: Annotated[list[str] | None, typer.Option(help="Show this word only; repeat for several.")] = None,
+    layer: Annotated[list[int] | None, typer.Option(min=0, help="Layer of the fusion, from 0; repeat to average.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="PNG", help="Draw the heat of each word; a folder for single files.")
+    ] = None,
+    json_file: JsonOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+) -> None:
+    """Find the words of a text in a picture: which parts of it speak for each word, with their centres (Grad-CAM).
+
+    Places are those of the square that the model sees, 0 to 1 from the left and from the top.
+    """
+    from mm import show
+    from mm.hub import load
+    from mm.run.generation import cut_prompts
+
+    show.check_outputs(out, json_file)
+    loaded = load(model, device=device, precision=precision)
+    found = loaded.ground(image, text, layers=layer)
+    for prompt, read in cut_prompts(loaded, [text]):
+        show.prompt_cut(prompt, read)
+    view = loaded.processor.view(image, show.GROUNDING_SIDE)
+    show.grounding(found.only(word) if word else found, image, view, out, json_file)
+
+
+@app.command()
 def search(
     model: ModelArgument,
     index: Annotated[Path, typer.Option("--index", metavar="DIR", help="Folder of pictures; its vectors are cached.")],

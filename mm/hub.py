@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mm.config import read_json, read_yaml, validate
 from mm.errors import CheckpointError, UserError
+from mm.fusion.grounding import Grounding, ground_words
 from mm.nn.freeze import folded_weights
 from mm.nn.lora import LoraConfig, add_lora, merge_lora
 from mm.processor import Processor
@@ -32,7 +33,7 @@ from mm.published.resolve import import_model
 from mm.systems import SystemConfig, build, read_system
 from mm.training.checkpoint import find_checkpoint
 from mm.training.devices import choose_device, inference_dtype
-from mm.types import Answers, Candidates, CompilesDecoding, Embeds, RankedAnswers, System, TextBatch, capabilities
+from mm.types import Answers, Candidates, CompilesDecoding, Embeds, Grounds, RankedAnswers, System, TextBatch, capabilities
 
 ASSETS = Path(__file__).parent / "assets"
 CONFIG_FILE = "config.yaml"
@@ -173,6 +174,30 @@ class Model:
         with torch.no_grad():
             return system.answer(pixels.to(self.device), text, among, k=k)
 
+    def ground(self, image: Any, text: str, *, layers: Sequence[int] | None = None) -> Grounding:
+        """Where in one raw picture (path, bytes, PIL image, array) the words of a text are.
+
+        Places are those of the picture as the model sees it, `mm.processor.Processor.view`.
+
+        Args:
+            image: What `mm.processor.Processor.image` takes.
+            text: What the picture may show; what is longer than the model reads is left out.
+            layers: See `mm.types.Grounds.ground`.
+
+        Raises:
+            UserError: This model cannot ground words, or not by these layers; the text has no word; no picture there.
+        """
+        system, tokenizer = self._grounding_system(), self.processor.tokenizer
+        words = tokenizer.words(text, self.processor.context_length)
+        if not words:
+            raise UserError(f"text {text!r}: has no word to look for; say what the picture shows")
+        pixels, ids = self.processor.image(image)[None], self.processor.text([text])
+        with torch.no_grad():
+            encoded = system.encode_image(pixels.to(self.device)), system.encode_text(ids.to(self.device))
+            pieces = system.ground(*encoded, layers=layers)[0].cpu()
+            match = float(system.match(*encoded).sigmoid())
+        return ground_words(tokenizer.decode(ids.ids[0].tolist()), words, pieces, match)
+
     def parameters(self) -> dict[str, int]:
         """Parameter counts of the top-level parts, and ``total``."""
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.system.named_children()}
@@ -190,19 +215,26 @@ class Model:
 
     def _embedding_system(self) -> Embeds:
         if not isinstance(self.system, Embeds):
-            able = ", ".join(sorted(self.capabilities)) or "nothing yet"
-            raise UserError(f"{self.name} has no shared embedding space (it can: {able}); take a dual-tower model")
+            raise self._unable("has no shared embedding space", "take a dual-tower model")
         return self.system
 
     def answering_system(self) -> Answers:
         """The system, where it answers questions. Raises `UserError` where it does not."""
         if "answers" not in self.capabilities or not isinstance(self.system, Answers):
-            able = ", ".join(sorted(self.capabilities)) or "nothing yet"
-            raise UserError(
-                f"{self.name} cannot answer questions (it can: {able}); "
-                "take a model that learned to, such as a run of configs/vilt_vqa.yaml"
+            raise self._unable(
+                "cannot answer questions", "take a model that learned to, such as a run of configs/vilt_vqa.yaml"
             )
         return self.system
+
+    def _grounding_system(self) -> Grounds:
+        if "grounds" not in self.capabilities or not isinstance(self.system, Grounds):
+            remedy = "take a model whose words attend to the picture, such as a run of configs/albef.yaml"
+            raise self._unable("cannot tell where words are", remedy)
+        return self.system
+
+    def _unable(self, lack: str, remedy: str) -> UserError:
+        able = ", ".join(sorted(self.capabilities)) or "nothing yet"
+        return UserError(f"{self.name} {lack} (it can: {able}); {remedy}")
 
 
 def _filled(rows: Tensor, count: int) -> Tensor:

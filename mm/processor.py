@@ -92,6 +92,12 @@ class Processor:
         """One picture (path, bytes, PIL image, ``(H, W, C)`` array or ``(C, H, W)`` uint8 tensor) to uint8 ``(3, S, S)``."""
         return fit_image(open_image(raw), self.image_spec)
 
+    def view(self, raw: Any, side: int) -> Tensor:
+        """What the model sees of a picture in another resolution, for people: uint8 ``(3, side, side)``."""
+        spec = self.image_spec
+        resize_to = None if spec.resize_to is None else round(side * spec.resize_to / spec.size)
+        return fit_image(open_image(raw), spec.model_copy(update={"size": side, "resize_to": resize_to}))
+
     def images(self, raws: Sequence[Any]) -> Tensor:
         """Several pictures to uint8 ``(B, 3, S, S)``."""
         return torch.stack([self.image(raw) for raw in raws])

@@ -18,8 +18,10 @@ from torch import Tensor
 from mm.data.check import Report
 from mm.data.write import Packed
 from mm.errors import UserError
+from mm.evaluation.heat import heat_over
 from mm.evaluation.metrics import Result
-from mm.evaluation.sheet import contact_sheet, to_pillow
+from mm.evaluation.sheet import Picture, contact_sheet, to_pillow
+from mm.fusion.grounding import Grounding, centre, focus
 from mm.media.image import open_image
 from mm.run.generation import Painting
 from mm.run.inference import Prediction, SearchResult
@@ -28,6 +30,9 @@ from mm.training.parallel import environment
 from mm.types import RankedAnswers
 
 SHOWN_LABELS = 5
+GROUNDING_SIDE, GROUNDING_COLUMNS = 256, 6
+"""Pixels of a side of each picture with heat, and how many of them are beside each other at most."""
+
 STATE_MS, LAST_STATE_MS = 150, 1500
 """How long an animation shows a picture in the making, and the finished one."""
 
@@ -99,6 +104,50 @@ def answers(found: RankedAnswers, image: str, question: str, json_file: Path | N
     _write_json(json_file, {"image": image, "question": question, "answers": values})
 
 
+def grounding(found: Grounding, image: str, view: Tensor, out: Path | None, json_file: Path | None) -> None:
+    """Where the words of a text are in a picture.
+
+    Args:
+        found: The words with their heat.
+        image: What the user called the picture.
+        view: The picture as the model sees it, uint8 ``(3, S, S)``, of any resolution.
+        out: Draw picture, text and words there: a contact sheet where it has a suffix, which is .png; else a file each.
+        json_file: Gets the grids of the heat, too.
+    """
+    fits = f"the text fits the picture: {found.match:.0%}"
+    table = Table(title=Text(f"{image}: {found.text}"), title_justify="left", caption=fits, caption_justify="left")
+    table.add_column("word")
+    for name in ("share of the heat", "x", "y", "in the hottest quarter"):
+        table.add_column(name, justify="right")
+    words = [{"word": word, "share": share} for word, share in zip(found.words, found.shares, strict=True)]
+    words = [word | _summary(heat) for word, heat in zip(words, found.heat, strict=True)]
+    whole = {"word": "whole text", "share": None} | _summary(found.whole)
+    for row in (*words, whole):
+        figures = [_or_dash(row[key], form) for key, form in (("share", ".0%"), ("x", ".2f"), ("y", ".2f"), ("focus", ".0%"))]
+        table.add_row(Text(row["word"], style="dim" if row is whole else ""), *figures)
+    Console().print(table)
+    if out:
+        panels = [to_pillow(view), *(heat_over(view, heat) for heat in (found.whole, *found.heat))]
+        captions = ["what the model sees", "whole text", *(f"{row['word']}\n{row['share']:.0%} of the heat" for row in words)]
+        title = f"{found.text}  ({found.match:.0%} match)"
+        columns = -(-len(panels) // -(-len(panels) // GROUNDING_COLUMNS))  # rows of like length
+        _save_pictures(panels, captions, out, columns=columns, cell=view.shape[-1], title=title)
+        print(f"picture: {out}")
+    whole_values = {key: whole[key] for key in ("x", "y", "focus", "heat")}
+    values = {"image": image, "text": found.text, "match": found.match, "words": words, "whole": whole_values}
+    _write_json(json_file, values)
+
+
+def _summary(heat: Tensor) -> dict[str, Any]:
+    """Centre, share in the hottest quarter and all of a map, JSON ready."""
+    x, y = centre(heat) or (None, None)
+    return {"x": x, "y": y, "focus": focus(heat), "heat": heat.tolist()}
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
 def hits(found: SearchResult, sheet: Path | None, json_file: Path | None) -> None:
     """The found files with their scores; a contact sheet where a file for it is given."""
     table = Table(caption=f"{found.searched} pictures searched", caption_justify="left")
@@ -152,15 +201,8 @@ def make_folder(folder: Path) -> None:
 
 def paintings(made: Sequence[Painting], out: Path, columns: int, json_file: Path | None) -> None:
     """A contact sheet of generated pictures where ``out`` has a suffix, which is .png; else a file for each in a folder."""
-    if _is_folder(out):
-        make_folder(out)
-        files = [out / f"{number:04d}.png" for number in range(len(made))]
-        for one, file in zip(made, files, strict=True):
-            save_picture(to_pillow(one.pixels), file)
-    else:
-        captions = [one.prompt + (f"  {one.score:.2f}" if one.score is not None else "") for one in made]
-        save_picture(contact_sheet([one.pixels for one in made], captions, columns=columns), out)
-        files = [out] * len(made)
+    captions = [one.prompt + (f"  {one.score:.2f}" if one.score is not None else "") for one in made]
+    files = _save_pictures([one.pixels for one in made], captions, out, columns=columns)
     print(f"{len(made)} pictures: {out}")
     values = [
         {"prompt": one.prompt, "seed": one.seed, "number": one.number, "score": one.score, "file": str(file)}
@@ -170,8 +212,8 @@ def paintings(made: Sequence[Painting], out: Path, columns: int, json_file: Path
 
 
 def prompt_cut(prompt: str, read: str) -> None:
-    """A prompt was too long for a model: one line on standard error."""
-    print(f"mm: the prompt '{prompt}' is too long for the model, which reads only '{read}'", file=sys.stderr)
+    """A text was too long for a model: one line on standard error."""
+    print(f"mm: the text '{prompt}' is too long for the model, which reads only '{read}'", file=sys.stderr)
 
 
 class Making:
@@ -197,6 +239,18 @@ class Making:
             options = {"save_all": True, "append_images": self._states[1:], "duration": durations, "loop": 0}
             save_picture(self._states[0], self.folder / f"{self._batch:03d}.gif", **options)
             self._batch, self._states = self._batch + 1, []
+
+
+def _save_pictures(pictures: Sequence[Picture], captions: Sequence[str], out: Path, **options: Any) -> list[Path]:
+    """The file of each: a contact sheet, with its own options, where ``out`` has a suffix; else a file for each in a folder."""
+    if not _is_folder(out):
+        save_picture(contact_sheet(pictures, captions, **options), out)
+        return [out] * len(pictures)
+    make_folder(out)
+    files = [out / f"{number:04d}.png" for number in range(len(pictures))]
+    for picture, file in zip(pictures, files, strict=True):
+        save_picture(to_pillow(picture), file)
+    return files
 
 
 def _is_folder(out: Path) -> bool:

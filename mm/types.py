@@ -249,6 +249,27 @@ class Matches(Protocol):
         ...
 
 
+@runtime_checkable
+class Grounds(Matches, Protocol):
+    """Systems that can tell where in a picture the words of a text are."""
+
+    def ground(self, image: Encoded, text: Encoded, *, layers: Sequence[int] | None = None) -> Tensor:
+        """How much each token of text i at each place of picture i speaks for both belonging together.
+
+        Args:
+            image: From `encode_image`.
+            text: From `encode_text`.
+            layers: To average over, counted from 0; default: the system's own choice.
+
+        Returns:
+            Heat ``(B, T, h, w)``, not negative, fp32, on the grid of the picture tokens; zero where a text is padding.
+
+        Raises:
+            UserError: The system has no such layer, or its picture tokens are no grid.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Candidates:
     """Answers to choose among: as words, and as the token ids that a system which reads or writes answers needs."""
@@ -363,6 +384,7 @@ CAPABILITIES: Mapping[str, type] = {
     "embeds": Embeds,
     "tokenizes": Tokenizes,
     "matches": Matches,
+    "grounds": Grounds,
     "answers": Answers,
     "paints": Paints,
 }

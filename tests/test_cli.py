@@ -159,6 +159,7 @@ def test_pack_index_and_train_from_shards_agree(photos: Path, tmp_path: Path) ->
         (["search", "emoji-clip", "--index", "absent", "--text", "x"], "absent: no such folder"),
         (["search", "emoji-clip", "--index", "configs", "--text", "x"], "no readable picture"),
         (["search", "emoji-clip", "--index", "configs"], "exactly one query"),
+        (["ground", "emoji-clip", "README.md", "x"], "cannot tell where words are"),
         (["data", "build", "emojis"], "no such embedded data"),
         (["data", "check", "https://example.org/x.tar"], "only local files"),
         (["export", "emoji-clip", "--to", "coreml", "-o", "x"], "export to 'coreml'"),

@@ -14,7 +14,7 @@ published checkpoint, or of BERT as in the paper, come by way of ``mm convert`` 
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -25,9 +25,11 @@ from torch import Tensor, nn
 
 from mm.encoders.image import ImageEncoderConfig, build_image_encoder
 from mm.encoders.text import TextEncoder
+from mm.errors import UserError
 from mm.fusion.align_before_fuse import AlignBeforeFuse, FeatureMap
 from mm.fusion.cross_attention import CrossAttention
 from mm.fusion.dual_tower import DualTower
+from mm.fusion.grounding import word_heat
 from mm.losses.contrastive import info_nce
 from mm.losses.distillation import Views, distilled_contrastive, ramped
 from mm.losses.gather import current_gather
@@ -151,7 +153,9 @@ class Albef(System):
 
     @property
     def lacks(self) -> frozenset[str]:
-        return frozenset() if self.config.matching_weight else frozenset({"matches"})
+        if not self.config.matching_weight:
+            return frozenset({"matches", "grounds"})
+        return frozenset() if self.grounding_layers else frozenset({"grounds"})
 
     @property
     def only_for_training(self) -> tuple[str, ...]:
@@ -172,6 +176,33 @@ class Albef(System):
     def match(self, image: Encoded, text: Encoded) -> Float[Tensor, " b"]:
         """Logits of row i of the pictures and row i of the texts, both encoded, belonging together, fp32."""
         return self._matching_logits(self.fuse(image, text))
+
+    @property
+    def grounding_layers(self) -> range:
+        """All but the last layer of the fusion, after which the logit of matching looks at the first word alone."""
+        return range(self.config.fusion_layers - 1)
+
+    def ground(self, image: Encoded, text: Encoded, *, layers: Sequence[int] | None = None) -> Float[Tensor, "b t h w"]:
+        """Where row i of the pictures has the words of row i of the texts, both encoded, see `mm.fusion.grounding.word_heat`.
+
+        Args:
+            image: Picture tokens.
+            text: Words.
+            layers: Of the fusion, counted from 0, to average over; default: the middle one of `grounding_layers`, which in
+                the paper's network of six is the one that its authors chose.
+
+        Raises:
+            UserError: A layer is none of `grounding_layers`.
+        """
+        able = self.grounding_layers
+        layers = layers or [len(able) // 2]
+        unable = [layer for layer in layers if layer not in able]
+        if unable:
+            raise UserError(
+                f"layer {unable[0]}: words are grounded by layers 0 to {len(able) - 1} of this model; take of these"
+            )
+        judge = lambda *pair, maps: self._matching_logits(self.fuse(*pair, maps=maps))  # noqa: E731
+        return word_heat(judge, image, text, layers)
 
     def embed_image(self, image: Tensor) -> Tensor:
         """Pixels ``(B, 3, H, W)`` to unit vectors ``(B, D)``, fp32."""

@@ -8,6 +8,7 @@ import html
 import importlib.util
 import json
 import os
+import re
 import string
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -127,6 +128,25 @@ class TextTokenizer:
             row[: len(values)] = torch.tensor(values)
         return TextBatch(ids, torch.tensor(lengths, dtype=torch.int64))
 
+    def words(self, text: str, context_length: int) -> list[tuple[str, tuple[int, ...]]]:
+        """The words of a cleaned text, with the positions of their pieces in the row that ``self([text], context_length)`` is.
+
+        Words are what whitespace separates, without punctuation around them. Left out are words of which nothing fits into the
+        row; pieces that hold nothing of a word (punctuation, spaces) belong to none.
+        """
+        text = self.cleaning(text)
+        before, behind = (int(token is not None) for token in (self.start, self.end))
+        offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets[: context_length - before - behind]
+        word_of = {}
+        spans = [_without_punctuation(text, *match.span()) for match in re.finditer(r"\S+", text)]
+        for number, (start, end) in enumerate(spans):
+            word_of |= dict.fromkeys(range(start, end), number)
+        pieces: dict[int, list[int]] = {}
+        for position, (start, end) in enumerate(offsets, start=before):
+            for number in sorted({word_of[place] for place in range(start, end) if place in word_of}):
+                pieces.setdefault(number, []).append(position)
+        return [(text[slice(*spans[number])], tuple(places)) for number, places in sorted(pieces.items())]
+
     def to_json(self) -> str:
         """Everything as JSON text; equal tokenizers give equal texts."""
         content = {
@@ -243,6 +263,15 @@ class TextTokenizer:
     def __reduce__(self) -> tuple[Any, ...]:
         # Built anew, because the library's own pickle forgets encode_special_tokens.
         return _rebuild, (self._tokenizer.to_str(), self.cleaning, self.start, self.end, self.pad)
+
+
+def _without_punctuation(text: str, start: int, end: int) -> tuple[int, int]:
+    """The range without the punctuation at its ends; empty where there is nothing else."""
+    while start < end and unicodedata.category(text[start]).startswith("P"):
+        start += 1
+    while start < end and unicodedata.category(text[end - 1]).startswith("P"):
+        end -= 1
+    return start, end
 
 
 def _is_id(value: Any, tokenizer: Tokenizer) -> bool:

@@ -243,8 +243,9 @@ def test_candidate_pairs_have_the_scores_of_all_pairs_in_any_chunks() -> None:
 
 
 def test_a_network_that_was_not_trained_to_match_cannot() -> None:
-    assert capabilities(small()) == {"embeds", "matches"}
-    assert capabilities(small(matching_weight=0)) == {"embeds"}
+    assert capabilities(small(fusion_layers=2)) == {"embeds", "matches", "grounds"}
+    assert capabilities(small()) == {"embeds", "matches"}, "after its only layer the first word alone is looked at"
+    assert capabilities(small(matching_weight=0, fusion_layers=2)) == {"embeds"}
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ ABLE = {
     "dalle": {"paints"},
     "muse": {"paints"},
     "vilt": {"matches"},
-    "albef": {"embeds", "matches"},
+    "albef": {"embeds", "matches", "grounds"},
 }
 
 

@@ -185,3 +185,48 @@ def test_a_damaged_file_is_named(damage, trained: TextTokenizer, tmp_path: Path)
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.json"):
         TextTokenizer.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("kind", ["trained", "clip"])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A cat, with  (hat)", ["a", "cat", "with", "hat"]),
+        ("man: red hair", ["man", "red", "hair"]),
+        ("jack-o-lantern o'clock!", ["jack-o-lantern", "o'clock"]),
+        ("雨 ❤ हिन्दी", ["雨", "❤", "हिन्दी"]),
+        ("... - ¿?", []),
+        ("", []),
+    ],
+)
+def test_words_are_what_whitespace_separates_without_punctuation_around(
+    kind: str, text: str, expected: list[str], request: pytest.FixtureRequest
+) -> None:
+    assert [word for word, _ in request.getfixturevalue(kind).words(text, 77)] == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=20) | st.text("ab.-é雨 ", max_size=20), st.integers(3, 30)
+)
+def test_words_have_the_pieces_that_spell_them(trained: TextTokenizer, text: str, room: int) -> None:
+    """Every word that fits whole is within what its pieces decode to; no piece is the start or the end of the row."""
+    batch = trained([text], room)
+    row, inner = batch.ids[0].tolist(), range(1, int(batch.lengths[0]) - 1)
+    cleaned = trained.cleaning(text)
+    for word, places in trained.words(text, room):
+        assert places
+        assert set(places) <= set(inner)
+        assert list(places) == list(range(places[0], places[-1] + 1))
+        assert word in cleaned
+        if places[-1] + 1 < room - 1:
+            assert word in trained.decode([row[place] for place in places])
+    whole = trained.words(text, 500)
+    assert len(trained.words(text, room)) <= len(whole)
+    assert "".join(word for word, _ in whole) == "".join(word for word in (_stripped(word) for word in cleaned.split()) if word)
+
+
+def _stripped(word: str) -> str:
+    """Without punctuation at its ends."""
+    inside = [place for place, character in enumerate(word) if not unicodedata.category(character).startswith("P")]
+    return word[inside[0] : inside[-1] + 1] if inside else ""
