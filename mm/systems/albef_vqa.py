@@ -167,7 +167,10 @@ class AlbefVqa(System):
     def _written(self, fused: Encoded, answers: Sequence[Mapping[str, float]]) -> dict[str, Tensor]:
         """``answer``, the loss, and ``token_accuracy``: how often the decoder knows best which token of an answer follows."""
         text, shares = self._own_list().text, answer_shares(answer_targets(answers, self._places)).to(fused.tokens.device)
-        questions, places = shares.nonzero(as_tuple=True)
+        if shares.any():
+            questions, places = shares.nonzero().T
+        else:  # none is known: an answer of no weight, so that every parameter still has a gradient
+            questions, places = torch.zeros(2, 1, dtype=torch.int64, device=shares.device)
         text = text[places]
         found, accuracy = self._likelihood(fused[questions], text, self._embed(text.ids[:, :-1]))
         return {"answer": -(shares[questions, places] * found).sum() / len(answers), "token_accuracy": accuracy}
@@ -181,7 +184,7 @@ class AlbefVqa(System):
     def _likelihood(self, fused: Encoded, answers: TextBatch, words: Tensor) -> tuple[Float[Tensor, " r"], Float[Tensor, ""]]:
         """Log-likelihood of answer i, its vectors given, to question i: the sum over its tokens behind the start, its end
         included; and the share of those tokens that are the likeliest ones."""
-        longest = int(answers.lengths.max()) if len(answers) else 1
+        longest = int(answers.lengths.max())
         follows = answers.valid()[:, 1:longest]
         logits = self._following(Encoded(words[:, : longest - 1], follows, words[:, 0]), fused)
         targets = answers.ids[:, 1:longest][follows]
