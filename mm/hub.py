@@ -246,7 +246,8 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
     system = build(config, {name: part.system for name, part in parts.items()})
     if values.get("tune"):
         add_lora(system, validate(LoraConfig, values["tune"], f"{config_path} (tune)"))
-    _load_weights(system, _part_weights(parts) | _read_weights(weights), str(weights))
+    shared = _shared_weights(system, values.get("base"), config_path)
+    _load_weights(system, _part_weights(parts) | shared | _read_weights(weights), str(weights))
     merge_lora(system)
     place = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     dtype = inference_dtype(precision, place)
@@ -295,11 +296,27 @@ def _part_weights(parts: Mapping[str, Model]) -> dict[str, Tensor]:
 def _check_parts(parts: Mapping[str, Model], digests: Mapping[str, str], where: Path) -> None:
     """Raises `CheckpointError` where a part is no longer the one that the whole was trained with."""
     for name, digest in digests.items():
-        if name in parts and _digest(parts[name].system) != digest:
-            raise CheckpointError(
-                f"{where}: its {name} '{parts[name].name}' has other weights than when this model was saved; "
-                "take the version of mm that it was made with, or train it again"
-            )
+        if name in parts:
+            _check_unchanged(parts[name], digest, f"{where}: its {name}")
+
+
+def _check_unchanged(part: Model, digest: object, what: str) -> None:
+    if _digest(part.system) != digest:
+        raise CheckpointError(
+            f"{what} '{part.name}' has other weights than when this model was saved; "
+            "take the version of mm that it was made with, or train it again"
+        )
+
+
+def _shared_weights(system: System, base: object, where: Path) -> dict[str, Tensor]:
+    """What the shipped model that a folder is saved beside gives its network, see `save`."""
+    if base is None:
+        return {}
+    if not isinstance(base, dict) or base.get("model") not in shipped():
+        raise CheckpointError(f"{where}: 'base' names no shipped model; there are {', '.join(shipped())}")
+    shared = load(base["model"], device="cpu", precision="fp32")
+    _check_unchanged(shared, base.get("digest"), f"{where}: its base")
+    return system.state_from(shared.system)
 
 
 def _digest(system: System, text: str = "") -> str:
@@ -339,13 +356,28 @@ def from_imported(imported: Imported, *, name: str, device: str = "auto", precis
 
 
 def save(
-    model: Model, folder: str | Path, *, dtype: torch.dtype = torch.float32, card: Mapping[str, Any] | None = None
+    model: Model,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    card: Mapping[str, Any] | None = None,
+    base: str | None = None,
 ) -> Path:
     """Write a model folder that `load` reads.
 
+    Args:
+        model: What to write.
+        folder: A new or empty one.
+        dtype: Of the weights in the file.
+        card: What to record of the model; default: its own.
+        base: A shipped model that this one was trained from: weights that are still its own (`System.state_from`) are not
+            stored again.
+
     Raises:
-        UserError: As `make_folder`, or the weights were cast to a type that holds less than ``dtype``.
+        UserError: As `make_folder`, the weights were cast to a type that holds less than ``dtype``, or ``base`` is not shipped.
     """
+    if base is not None and base not in shipped():
+        raise UserError(f"base '{base}': is not shipped with mm; there are {', '.join(shipped())}")
     if dtype.itemsize > min(p.dtype.itemsize for p in model.system.parameters()):
         raise UserError(
             f"{model.name}: its weights were cast to bf16 for speed; load it with precision='fp32' to save it whole"
@@ -356,10 +388,16 @@ def save(
         for name, tensor in model.system.state_dict().items()
         if name.partition(".")[0] not in model.config.parts() and not name.startswith(model.system.only_for_training)
     }
+    references: dict[str, Any] = {"parts": {name: _digest(getattr(model.system, name)) for name in model.config.parts()}}
+    if base is not None:
+        shared = load(base, device="cpu", precision="fp32")
+        given = model.system.state_from(shared.system)
+        state = {name: t for name, t in state.items() if name not in given or not torch.equal(t, given[name].to(t.dtype))}
+        references["base"] = {"model": base, "digest": _digest(shared.system)}
     contents = dict(model.card if card is None else card)
     temporary = folder / (WEIGHTS_FILE + ".tmp")
     try:
-        write_config(model.config, folder, {name: _digest(getattr(model.system, name)) for name in model.config.parts()})
+        write_config(model.config, folder, references)
         model.processor.save(folder)
         if contents:
             (folder / CARD_FILE).write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -387,11 +425,10 @@ def make_folder(folder: str | Path) -> Path:
     return folder
 
 
-def write_config(config: SystemConfig, folder: Path, digests: Mapping[str, str] | None = None) -> None:
-    """Write the resolved configuration of a network that is not part of a run, with the digests of parts that it only names."""
-    values: dict[str, Any] = {"system": config.model_dump(mode="json")}
-    if digests:
-        values["parts"] = dict(digests)
+def write_config(config: SystemConfig, folder: Path, references: Mapping[str, Any] | None = None) -> None:
+    """Write the resolved configuration of a network that is not part of a run, and the models whose weights it only names."""
+    named = {name: value for name, value in (references or {}).items() if value}
+    values: dict[str, Any] = {"system": config.model_dump(mode="json")} | named
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 

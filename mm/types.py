@@ -152,8 +152,10 @@ class System(nn.Module):
         self.to(dtype)
 
     def state_from(self, start: "System") -> dict[str, Tensor]:
-        """The state that this network takes over from one that a training starts with; of another kind, too, where one is
-        made to be followed by this one."""
+        """What this network takes over from one that its training starts with, by the names that it has here.
+
+        A network of another kind gives what fits where this one is made to follow it; what it does not give starts fresh.
+        """
         return start.state_dict()
 
     @property

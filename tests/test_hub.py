@@ -17,6 +17,7 @@ from mm.errors import CheckpointError, ConfigError, UserError
 from mm.hub import Model
 from mm.media.image import ImageSpec
 from mm.processor import Processor
+from mm.run.training import assemble, load_run_config
 from mm.systems import build
 from mm.systems.clip import ClipConfig
 from mm.tokenizers.text import TextTokenizer
@@ -178,3 +179,44 @@ def test_bf16_vectors_are_close_to_fp32(model: Model, pictures: list[Image.Image
 def test_an_unknown_precision_is_refused(precision: str) -> None:
     with pytest.raises(UserError, match="auto, fp32 and bf16"):
         mm.load("emoji-clip", precision=precision)
+
+
+def follower(clip: Model) -> Model:
+    """A network that keeps the towers of the shipped model and adds a fusion of its own."""
+    options = [
+        "init_from=emoji-clip",
+        "data.train=emoji:train/core/noto/novel/seen",
+        "data.validation=null",
+        "train.batch_size=4",
+    ]
+    run = assemble(load_run_config(Path("configs/albef.yaml"), options))
+    return Model(run.system.eval(), clip.processor, run.config.system, "follower")
+
+
+def test_weights_of_a_shipped_base_are_not_stored_again(tmp_path: Path) -> None:
+    clip = mm.load("emoji-clip", device="cpu", precision="fp32")
+    model = follower(clip)
+    mm.save(model, tmp_path / "alone", dtype=torch.bfloat16)
+    mm.save(model, tmp_path / "beside", dtype=torch.bfloat16, base="emoji-clip")
+    alone, beside = (mm.load(tmp_path / name, device="cpu", precision="fp32") for name in ("alone", "beside"))
+    for (name, one), other in zip(alone.system.state_dict().items(), beside.system.state_dict().values(), strict=True):
+        if not name.startswith(alone.system.only_for_training):
+            assert torch.equal(one, other), name
+    assert alone.fingerprint == beside.fingerprint
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("alone", "beside")]
+    assert sizes[1] < sizes[0] - 2 * sum(p.numel() for p in clip.system.parameters()) + 10_000
+
+
+def test_a_base_that_changed_is_noticed(tmp_path: Path) -> None:
+    model = follower(mm.load("emoji-clip", device="cpu", precision="fp32"))
+    mm.save(model, tmp_path / "beside", base="emoji-clip")
+    config = tmp_path / "beside" / "config.yaml"
+    written = config.read_text()
+    config.write_text(written.replace("digest: ", "digest: 0"))
+    with pytest.raises(CheckpointError, match="its base 'emoji-clip' has other weights than when this model was saved"):
+        mm.load(tmp_path / "beside")
+    config.write_text(written.replace("model: emoji-clip", "model: elsewhere"))
+    with pytest.raises(CheckpointError, match="'base' names no shipped model"):
+        mm.load(tmp_path / "beside")
+    with pytest.raises(UserError, match="base 'elsewhere': is not shipped"):
+        mm.save(model, tmp_path / "other", base="elsewhere")

@@ -244,8 +244,9 @@ def _adopt(system: System, start: System, name: str, fresh: tuple[str, ...] = ()
     may be missing in ``start``; those that are `System.only_for_training` may be in one of the two only.
     """
     state, own = _without(system.state_from(start), fresh), system.state_dict()
-    given = dict(start.named_parameters()) if type(start) is type(system) else state
-    parameters = set(_without(given | dict(system.named_parameters()), fresh))
+    parameters = set(_without({key: None for network in (start, system) for key, _ in network.named_parameters()}, fresh))
+    if type(start) is not type(system):  # gives what it has
+        parameters = set(state)
     parameters -= {key for key in parameters - state.keys() if key.startswith(system.may_be_added)}
     one_sided = state.keys() ^ own.keys()
     parameters -= {key for key in parameters & one_sided if key.startswith(system.only_for_training + start.only_for_training)}

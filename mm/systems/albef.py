@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -67,6 +68,7 @@ class AlbefSizes(SystemSettings):
         dropout: Of each block's branches and of the words, in training.
         text_pooling: What of a text is aligned: its ``first`` token, or the ``mean`` of all.
         embed_dim: Width of the space in which both are aligned.
+        lock: Towers whose encoders keep their weights; what stands behind them is trained.
     """
 
     image: ImageEncoderConfig = ImageEncoderConfig()
@@ -83,6 +85,7 @@ class AlbefSizes(SystemSettings):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     text_pooling: Literal["first", "mean"] = "first"
     embed_dim: int = Field(default=256, ge=1)
+    lock: tuple[Literal["image", "text"], ...] = ()
 
     @property
     def picture_side(self) -> int:
@@ -202,15 +205,15 @@ class Albef(System):
         self.network.cast_(dtype)
 
     def state_from(self, start: System) -> dict[str, Tensor]:
-        """An aligned dual tower gives both encoders, their projections and the temperature; the fusion starts fresh."""
+        """An aligned dual tower gives both encoders, their projections and the temperature."""
         towers = getattr(start, "towers", None)
         if isinstance(start, Albef) or not isinstance(towers, DualTower):
             return super().state_from(start)
-        state, given = self.state_dict(), towers.state_dict(prefix="network.towers.")
-        for name in given.keys() & {WORDS}:  # the last row stands for a hidden word, which no other encoder knows
-            given[name] = torch.cat([given[name], state[name][-1:]])
-        zero = {name: torch.zeros_like(state[name]) for name in state if name.startswith("network.towers.projections.")}
-        return state | zero | given
+        own, given = self.state_dict(), towers.state_dict(prefix="network.towers.")
+        if WORDS in given:  # the last row stands for a hidden word, which no other encoder knows
+            given[WORDS] = F.pad(given[WORDS], (0, 0, 0, 1))
+        biases = own.keys() & {f"network.towers.projections.{side}.bias" for side in Views._fields}
+        return {name: torch.zeros_like(own[name]) for name in biases} | given
 
     def loss(self, batch: Batch, step: int) -> Losses:
         """Weighted sum of the losses of all tasks, this rank's share of the global batch."""
@@ -338,7 +341,9 @@ def build_network(config: AlbefSizes, parts: Mapping[str, Any] | None = None) ->
     context_width = config.width if config.feature_map else image.token_width
     network = AlignBeforeFuse(
         DualTower(
-            {"image": (image, projections["image"]), "text": (text, projections["text"])}, logit_scale_range=LOGIT_SCALE_RANGE
+            {"image": (image, projections["image"]), "text": (text, projections["text"])},
+            logit_scale_range=LOGIT_SCALE_RANGE,
+            locked=config.lock,
         ),
         FeatureMap(image.num_tokens, image.token_width, config.width) if config.feature_map else nn.Identity(),
         build_fusion(config, context_width),

@@ -152,12 +152,11 @@ class AlbefVqa(System):
         """An `Albef` gives its network, and its fusion is what the decoder begins as."""
         if not isinstance(start, Albef):
             return super().state_from(start)
-        own = self.state_dict()
         given = {name: tensor for name, tensor in start.state_dict().items() if name.startswith("network.")}
         if self.decoder is not None:  # pictures may be wider than words, then keys and values of the context start fresh
-            fusion = start.network.fusion.state_dict(prefix="decoder.")
+            own, fusion = self.state_dict(), start.network.fusion.state_dict(prefix="decoder.")
             given |= {name: tensor for name, tensor in fusion.items() if tensor.shape == own[name].shape}
-        return own | given
+        return given
 
     def cast_(self, dtype: torch.dtype) -> None:
         """Hold the network in another floating type, for inference; likelihoods are still computed in fp32."""

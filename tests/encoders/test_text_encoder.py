@@ -4,8 +4,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from mm.encoders.text import MIN_BUCKETED_ROWS, TextEncoder, TextEncoderConfig, build_text_encoder
+from mm.encoders.text import TextEncoder, TextEncoderConfig, build_text_encoder
 from mm.errors import UserError
+from mm.nn.buckets import MIN_ROWS
 from mm.types import System, TextBatch
 
 IDS = torch.tensor([[1, 5, 6, 7, 2], [1, 8, 2, 0, 0], [1, 2, 0, 0, 0]])
@@ -47,7 +48,7 @@ def test_padding_changes_nothing(options: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("options", KINDS)
-@pytest.mark.parametrize("num_rows", [MIN_BUCKETED_ROWS, MIN_BUCKETED_ROWS + 5])
+@pytest.mark.parametrize("num_rows", [MIN_ROWS, MIN_ROWS + 5])
 def test_computing_by_length_changes_nothing(options: dict[str, object], num_rows: int) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 11, (num_rows, 9), generator=generator)
@@ -128,6 +129,6 @@ def test_bf16_autocast_stays_close() -> None:
 def test_compiles_as_one_graph_for_any_length() -> None:
     model = encoder()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    many = TextBatch(IDS.repeat(MIN_BUCKETED_ROWS, 1), TEXT.lengths.repeat(MIN_BUCKETED_ROWS))
+    many = TextBatch(IDS.repeat(MIN_ROWS, 1), TEXT.lengths.repeat(MIN_ROWS))
     for text in (TEXT, TextBatch(IDS[:, :3], torch.tensor([3, 3, 2])), many):
         torch.testing.assert_close(compiled(text).pooled, model(text).pooled)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mm.fusion.cross_attention import CrossAttention
 from mm.nn.attention import MultiHeadAttention
+from mm.nn.buckets import MIN_ROWS
 from mm.nn.initialise import initialise
 from mm.nn.transformer import Block, FeedForward, NormPlace, Transformer
 from mm.types import Encoded
@@ -97,3 +98,21 @@ def test_a_word_sees_none_after_it_where_asked() -> None:
     )
     torch.testing.assert_close(before[:, :4], after[:, :4])
     assert not torch.allclose(before[:, 4:], after[:, 4:])
+
+
+@pytest.mark.parametrize("rows", [MIN_ROWS, MIN_ROWS + 3])
+@pytest.mark.parametrize("causal", [False, True])
+def test_many_rows_are_the_same_as_few(rows: int, causal: bool) -> None:
+    """Groups of like length change neither the fused words nor their gradients."""
+    lengths = [1 + (5 * row) % 7 for row in range(rows)]
+    text, image = encoded(1, 8, WIDTH, lengths), encoded(2, 5, CONTEXT, [5] * rows)
+    network, gradients, results = fusion("pre"), [], []
+    for parts in ([slice(0, rows)], [slice(first, first + 4) for first in range(0, rows, 4)]):
+        network.zero_grad()
+        found = [network(text[part], image[part], causal=causal) for part in parts]
+        results.append(torch.cat([one.tokens.where(one.mask[..., None], 0) for one in found]))
+        results[-1].square().sum().backward()
+        gradients.append([parameter.grad for parameter in network.parameters()])
+    torch.testing.assert_close(results[0], results[1])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)

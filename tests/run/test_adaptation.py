@@ -15,8 +15,10 @@ from mm.evaluation.zero_shot import class_vectors
 from mm.hub import Model
 from mm.run.adaptation import _logit_scale, best_alpha, evaluate_probe, interpolate, learn_prompt, sweep
 from mm.run.evaluation import evaluate_zero_shot, stamp
+from mm.run.training import assemble, load_run_config
 from mm.systems import build
 from mm.systems.clip import Clip
+from mm.types import Embeds
 
 
 @pytest.fixture(scope="module")
@@ -187,9 +189,23 @@ def test_a_name_without_room_for_the_context_is_refused(model: Model) -> None:
 
 def test_a_published_model_is_fine_tuned_by_its_name_alone(tmp_path: Path) -> None:
     """The network comes from ``init_from``; the configuration says only what changes."""
-    from mm.run.training import load_run_config
-
     config = load_run_config(Path("configs/finetune.yaml"), ["system.lock=[text]"])
     assert config.system.lock == ("text",)
     assert config.system.queue_size == 0
     assert config.system.embed_dim == 192
+
+
+def test_albef_begins_as_the_dual_tower_it_starts_from(model: Model) -> None:
+    options = ["init_from=emoji-clip", "data.train=emoji:train/core/noto/novel/seen", "data.validation=null"]
+    begun = assemble(load_run_config(Path("configs/albef.yaml"), [*options, "train.batch_size=4"])).system.eval()
+    assert isinstance(begun, Embeds)
+    assert isinstance(model.system, Embeds)
+    texts = model.processor.text(["zebra", "red apple"])
+    image = torch.randint(0, 255, (2, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(begun.embed_text(texts), model.system.embed_text(texts), atol=1e-5, rtol=0)
+    torch.testing.assert_close(begun.embed_image(image), model.system.embed_image(image), atol=1e-5, rtol=0)
+
+
+def test_albef_refuses_towers_of_other_sizes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"another network than 'system' describes \(first difference: network.towers"):
+        mm.train("configs/albef.yaml", ["init_from=emoji-clip", "system.embed_dim=64"], out=tmp_path / "run")
