@@ -149,8 +149,8 @@ class AlbefVqa(System):
         return Losses(parts["answer"], {name: part.detach() for name, part in parts.items()})
 
     def state_from(self, start: System) -> dict[str, Tensor]:
-        """An `Albef` gives its network, and its fusion is what the decoder begins as."""
-        if not isinstance(start, Albef):
+        """An `Albef` of as many layers gives its network, and its fusion is what the decoder begins as."""
+        if not isinstance(start, Albef) or start.network.state_dict().keys() != self.network.state_dict().keys():
             return super().state_from(start)
         given = {name: tensor for name, tensor in start.state_dict().items() if name.startswith("network.")}
         if self.decoder is not None:  # pictures may be wider than words, then keys and values of the context start fresh

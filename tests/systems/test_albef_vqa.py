@@ -1,6 +1,7 @@
 """ALBEF answers: likelihoods by brute force, ranking in two stages, what it begins as, every head learns a batch by heart."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from mm.systems import albef, albef_vqa, vilt
 from mm.systems.albef import AlbefConfig
 from mm.systems.albef_vqa import AlbefVqa, AlbefVqaConfig, build
 from mm.systems.vilt import ViltConfig
-from mm.types import Batch, Candidates, Encoded, TextBatch, capabilities
+from mm.types import Batch, Candidates, Encoded, Losses, System, TextBatch, capabilities
 
 VIT = {"backbone": "vit_tiny_patch16_224", "image_size": 16, "patch_size": 8}
 VIT = VIT | {"options": {"embed_dim": 16, "depth": 1, "num_heads": 2}}
@@ -37,11 +38,11 @@ WORDS = {"yes": [10], "no": [11], "dog": [12], "dog house": [12, 13, 14], "two":
 ANSWERS = tuple(WORDS)
 
 
-def tokens(rows: list[list[int]], pad: int = 0) -> TextBatch:
-    rows = [[START, *row, END] for row in rows]
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
-    return TextBatch(ids, torch.tensor([len(row) for row in rows]))
+def tokens(rows: Sequence[Sequence[int]], pad: int = 0) -> TextBatch:
+    whole = [[START, *row, END] for row in rows]
+    longest = max(map(len, whole))
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in whole])
+    return TextBatch(ids, torch.tensor([len(row) for row in whole]))
 
 
 def small(**options: Any) -> AlbefVqa:
@@ -88,7 +89,7 @@ def inputs(data: Batch) -> tuple[Tensor, TextBatch]:
 
 
 @torch.no_grad()
-def written(model: AlbefVqa, fused: Encoded, row: int, ids: list[int]) -> float:
+def written(model: AlbefVqa, fused: Encoded, row: int, ids: Sequence[int]) -> float:
     """The log-likelihood of an answer, one token after the other, each from what stands before it alone."""
     network, total, said = model.network, 0.0, [START]
     words = network.towers.encoders["text"].get_submodule("embedding")
@@ -129,7 +130,7 @@ def test_likelihoods_of_all_that_can_be_written_add_up_to_one() -> None:
     torch.testing.assert_close(ended + going_on, torch.ones(6), atol=1e-4, rtol=0)
 
 
-def prefix(model: AlbefVqa, fused: Encoded, row: int, ids: list[int]) -> float:
+def prefix(model: AlbefVqa, fused: Encoded, row: int, ids: Sequence[int]) -> float:
     """The log-likelihood of beginning with these tokens."""
     whole = written(model, fused, row, ids)
     words = model.network.towers.encoders["text"].get_submodule("embedding")(torch.tensor([[START, *ids]]))
@@ -256,7 +257,7 @@ def test_every_trainable_parameter_learns(name: str) -> None:
 
 
 def fit(model: AlbefVqa, data: Batch, steps: int = 150) -> float:
-    optimizer = torch.optim.Adam(model.train().parameter_groups(), lr=2e-3)
+    optimizer, losses = torch.optim.Adam(model.train().parameter_groups(), lr=2e-3), Losses(torch.zeros(()))
     for step in range(steps):
         optimizer.zero_grad()
         losses = model(data, step)
@@ -312,9 +313,10 @@ def test_it_begins_with_an_albef_and_the_decoder_with_its_fusion(name: str) -> N
 
 def test_what_it_cannot_begin_with_is_told() -> None:
     model = small()
-    wide = albef.build(validate(AlbefConfig, SMALL | TASKS | {"width": 64}, "test"))
-    other = vilt.build(ViltConfig(image_size=16, patch_size=8, vocab_size=40, width=32, layers=1))
-    for start in (wide, other):
+    unlike = ({"width": 64}, {"fusion_layers": 3}, {"fusion_layers": 1}, {"feature_map": True})
+    starts: list[System] = [albef.build(validate(AlbefConfig, SMALL | TASKS | options, "test")) for options in unlike]
+    starts.append(vilt.build(ViltConfig(image_size=16, patch_size=8, vocab_size=40, width=32, layers=1)))
+    for start in starts:
         with pytest.raises(ConfigError, match="another network"):
             _adopt(model, start, "start", model.config.fresh_parts)
 

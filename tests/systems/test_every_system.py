@@ -1,5 +1,7 @@
 """The list of systems is whole: each has its configuration, its file, its words in the catalogue, its capabilities."""
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from mm.types import CAPABILITIES, Answers, Candidates, Matches, Paints, Samplin
 
 PUBLISHED_VQ = {"tokenizer": {"kind": "dvae", "image_size": 16, "width": 8, "vocab_size": 16, "code_width": 8, "num_blocks": 1}}
 VQ = {"tokenizer": {"name": "vq", "tokenizer": {"image_size": 16, "patch": 2, "widths": [8, 16]}}}
-REQUIRED: dict[str, dict[str, object]] = {
+REQUIRED: Mapping[str, Mapping[str, object]] = {
     "published-vq": PUBLISHED_VQ,
     "dalle": VQ,
     "muse": VQ,
