@@ -103,10 +103,15 @@ def model(workshop: Path) -> Model:
 
 
 @pytest.fixture(scope="module")
-def writer(workshop: Path) -> Model:
-    """Learned to write the same answers, from an ALBEF on that met the questions as captions."""
-    start = train(workshop, "albef", steps=3, base=ALBEF)
-    return mm.load(train(workshop, "writer", steps=200, base=WRITER, init_from=str(start)), device="cpu")
+def aligned(workshop: Path) -> str:
+    """An ALBEF that met the questions as captions."""
+    return str(train(workshop, "albef", steps=3, base=ALBEF))
+
+
+@pytest.fixture(scope="module")
+def writer(workshop: Path, aligned: str) -> Model:
+    """Learned to write the same answers, from the ALBEF on."""
+    return mm.load(train(workshop, "writer", steps=200, base=WRITER, init_from=aligned), device="cpu")
 
 
 def test_the_model_answers_and_the_blind_one_guesses(workshop: Path, model: Model) -> None:
@@ -170,7 +175,7 @@ def test_a_blind_decoder_guesses(workshop: Path, writer: Model) -> None:
     assert found["accuracy"].value <= found["blind_accuracy"].value + 1e-9
 
 
-def test_pairs_can_be_classified(workshop: Path) -> None:
+def test_pairs_can_be_classified(workshop: Path, aligned: str) -> None:
     """A picture and a sentence belong to one of two classes; the questions that have other answers teach nothing."""
     data, pair = str(workshop / "rows.jsonl"), {"head": "classes", "num_answers": 0, "answers": ["yes", "no"]}
     model = mm.load(
@@ -182,12 +187,12 @@ def test_pairs_can_be_classified(workshop: Path) -> None:
     assert sum(found.scores) == pytest.approx(1)
 
 
-def test_a_resumed_decoder_keeps_its_list(workshop: Path, writer: Model, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("writer")
+def test_a_resumed_decoder_keeps_its_list(workshop: Path, aligned: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text((workshop / "rows.jsonl").read_text().replace('"image": "', f'"image": "{workshop}/'))
-    start = str(workshop / "albef")
-    train(tmp_path, "parts", steps=3, base=WRITER, init_from=start)
-    parts = train(tmp_path, "parts", steps=6, base=WRITER, system={"num_answers": 2}, init_from=start)
-    whole = train(tmp_path, "whole", steps=6, base=WRITER, init_from=start)
+    train(tmp_path, "parts", steps=3, base=WRITER, init_from=aligned)
+    parts = train(tmp_path, "parts", steps=6, base=WRITER, system={"num_answers": 2}, init_from=aligned)
+    whole = train(tmp_path, "whole", steps=6, base=WRITER, init_from=aligned)
     first, second = (load_file(run / "checkpoints" / "step-00000006" / "model.safetensors") for run in (parts, whole))
     assert first.keys() == second.keys()
     assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
@@ -195,7 +200,7 @@ def test_a_resumed_decoder_keeps_its_list(workshop: Path, writer: Model, tmp_pat
     tuned = train(tmp_path, "few", steps=1, base=WRITER, system={"num_answers": 3}, init_from=str(workshop / "writer"))
     assert mm.load(tuned, device="cpu").config.known_answers == ("no", "x", "blue")
     with pytest.raises(ConfigError, match="another network"):
-        train(tmp_path, "wide", steps=1, base=WRITER, system={"width": 64}, init_from=start)
+        train(tmp_path, "wide", steps=1, base=WRITER, system={"width": 64}, init_from=aligned)
 
 
 def test_the_list_holds_normalised_answers_by_frequency(model: Model) -> None:
