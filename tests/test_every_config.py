@@ -53,7 +53,8 @@ def test_system_builds_and_every_parameter_learns(path: Path) -> None:
     torch.manual_seed(0)
     network = config.system.with_answers(("yes", "no")) if config.system.answer_limit else config.system
     parts = {name: _part(reference) for name, reference in config.system.parts().items()}
-    system = build(network, {name: build(part) for name, part in parts.items()})
+    known = {"answer_text": TextBatch(torch.tensor([[1, 5, 2], [1, 6, 2]]), torch.tensor([3, 3]))}
+    system = build(network, {name: build(part) for name, part in parts.items()} | (known if network.learns_answers else {}))
     system.train()
     size, length = config.system.model_copy(update=parts).picture_side, 8
     batch = Batch(

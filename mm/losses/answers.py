@@ -32,3 +32,13 @@ def answer_loss(logits: Float[Tensor, "b a"], targets: Float[Tensor, "b a"]) -> 
     The sum is the mean over all A classes times A, as in the reference: else the few right answers would be lost among them.
     """
     return F.binary_cross_entropy_with_logits(logits.float(), targets) * targets.shape[1]
+
+
+def answer_shares(targets: Float[Tensor, "b a"]) -> Float[Tensor, "b a"]:
+    """How right each answer is as a share of its question: rows add up to 1, to 0 where no answer is right."""
+    return targets / targets.sum(1, keepdim=True).where(targets.any(1, keepdim=True), 1)
+
+
+def class_loss(logits: Float[Tensor, "b a"], targets: Float[Tensor, "b a"]) -> Float[Tensor, ""]:
+    """Cross-entropy with `answer_shares`, averaged over the questions, in nats: each has one answer."""
+    return -(answer_shares(targets) * logits.float().log_softmax(1)).sum(1).mean()

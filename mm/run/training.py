@@ -127,7 +127,8 @@ def assemble(config: RunConfig, *, resume: Path | None = None) -> Assembled:
         processor = _processor(config, source, image_size) if start is None else start.processor
     config = _with_answers(_with_vocabulary(config, processor), source, resume)
     config = config.model_copy(update={"system": embed_parts(config.system, parts)})
-    system = _system(config, start, {name: part.system for name, part in parts.items()})
+    known = {"answer_text": processor.text(config.system.known_answers)} if config.system.learns_answers else {}
+    system = _system(config, start, {name: part.system for name, part in parts.items()} | known)
     rank, world_size = environment()
     if config.train.batch_size % world_size:
         raise ConfigError(
@@ -224,7 +225,7 @@ def _with_answers(config: RunConfig, source: Source, resume: Path | None) -> Run
     return config.model_copy(update={"system": system.with_answers(known)})
 
 
-def _system(config: RunConfig, start: Model | None, parts: Mapping[str, System]) -> System:
+def _system(config: RunConfig, start: Model | None, parts: Mapping[str, Any]) -> System:
     seed_everything(config.train.seed, torch.device("cpu"))
     system = build(config.system, parts)
     if start is not None:

@@ -9,8 +9,9 @@ from pydantic import Field
 
 from mm.config import validate
 from mm.errors import ConfigError
-from mm.systems import albef, clip, dalle, image_tower, muse, published_vq, vilt, vq
+from mm.systems import albef, albef_vqa, clip, dalle, image_tower, muse, published_vq, vilt, vq
 from mm.systems.albef import AlbefConfig
+from mm.systems.albef_vqa import AlbefVqaConfig
 from mm.systems.clip import ClipConfig
 from mm.systems.dalle import DalleConfig
 from mm.systems.image_tower import ImageTowerConfig
@@ -21,7 +22,15 @@ from mm.systems.vq import VqConfig
 from mm.types import System
 
 SystemConfig = (
-    ClipConfig | ImageTowerConfig | VqConfig | PublishedVqConfig | DalleConfig | MuseConfig | ViltConfig | AlbefConfig
+    ClipConfig
+    | ImageTowerConfig
+    | VqConfig
+    | PublishedVqConfig
+    | DalleConfig
+    | MuseConfig
+    | ViltConfig
+    | AlbefConfig
+    | AlbefVqaConfig
 )
 """The union of all systems' configurations."""
 
@@ -37,6 +46,7 @@ MODULES: Mapping[str, ModuleType] = {
     "muse": muse,
     "vilt": vilt,
     "albef": albef,
+    "albef-vqa": albef_vqa,
 }
 """Name to the file that composes the system."""
 
@@ -49,6 +59,7 @@ CONFIGS: Mapping[str, type[SystemConfig]] = {
     "muse": MuseConfig,
     "vilt": ViltConfig,
     "albef": AlbefConfig,
+    "albef-vqa": AlbefVqaConfig,
 }
 """Name to the configuration's class."""
 

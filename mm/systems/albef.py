@@ -15,7 +15,7 @@ published checkpoint, or of BERT as in the paper, come by way of ``mm convert`` 
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +52,8 @@ WORDS = "network.towers.encoders.text.embedding.tokens.weight"
 LOGIT_SCALE_RANGE = (math.log(1 / 0.5), math.log(1 / 0.001))
 
 
-class AlbefConfig(SystemSettings):
-    """ALBEF with its picture encoder and its transformer over words.
+class AlbefSizes(SystemSettings):
+    """The network alone: a picture encoder, a transformer over words, their fusion.
 
     Args:
         image: The picture encoder; its tokens are what words attend to, its pooled vector is what is aligned.
@@ -71,20 +71,9 @@ class AlbefConfig(SystemSettings):
         dropout: Of each block's branches and of the words, in training.
         text_pooling: What of a text is aligned: its ``first`` token, or the ``mean`` of all.
         embed_dim: Width of the space in which both are aligned.
-        contrastive_weight: Of aligning pictures and texts.
-        matching_weight: Of telling matching pairs from others; with 0 the network cannot match, so nothing is re-ranked.
-        masked_weight: Of predicting hidden words.
-        mask_rate: Share of the words to predict.
-        momentum: Share of the momentum encoders that stays at each step; 0 for none, plain InfoNCE without queue.
-        queue_size: Past momentum features of each side kept as further negatives; ``Batch.groups`` must then number things
-            alike in all batches.
-        distillation: Share of soft targets from the momentum encoders; 0 switches momentum distillation off.
-        distillation_ramp_steps: Steps over which that share rises from 0; the paper takes those of the first epoch.
-        hard_negatives: Draw the negatives of matching by contrastive similarity, else evenly.
-        lock: Towers whose encoders keep their weights; their projections are trained.
+        lock: Towers whose encoders keep their weights; what stands behind them is trained.
     """
 
-    name: Literal["albef"] = "albef"
     image: ImageEncoderConfig = ImageEncoderConfig()
     feature_map: bool = False
     vocab_size: int = Field(default=4096, ge=3)
@@ -99,15 +88,6 @@ class AlbefConfig(SystemSettings):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     text_pooling: Literal["first", "mean"] = "first"
     embed_dim: int = Field(default=256, ge=1)
-    contrastive_weight: float = Field(default=1.0, gt=0)
-    matching_weight: float = Field(default=1.0, ge=0)
-    masked_weight: float = Field(default=1.0, ge=0)
-    mask_rate: float = Field(default=MASK_RATE, gt=0, lt=1)
-    momentum: float = Field(default=0.995, ge=0, lt=1)
-    queue_size: int = Field(default=4096, ge=0)
-    distillation: float = Field(default=0.4, ge=0, le=1)
-    distillation_ramp_steps: int = Field(default=1000, ge=0)
-    hard_negatives: bool = True
     lock: tuple[Literal["image", "text"], ...] = ()
 
     @property
@@ -118,18 +98,50 @@ class AlbefConfig(SystemSettings):
     def text_limits(self) -> tuple[int, int]:
         return self.vocab_size, self.context_length
 
-    def with_vocabulary(self, size: int) -> "AlbefConfig":
+    def with_vocabulary(self, size: int) -> Self:
         return self.model_copy(update={"vocab_size": size})
 
     @model_validator(mode="after")
-    def _possible(self) -> "AlbefConfig":
+    def _possible_sizes(self) -> Self:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        if self.image.patch_dropout and self.feature_map:
+            raise ValueError("feature_map needs every patch; leave image.patch_dropout out")
+        return self
+
+
+class AlbefConfig(AlbefSizes):
+    """The network with the tasks that it learns.
+
+    Args:
+        contrastive_weight: Of aligning pictures and texts.
+        matching_weight: Of telling matching pairs from others; with 0 the network cannot match, so nothing is re-ranked.
+        masked_weight: Of predicting hidden words.
+        mask_rate: Share of the words to predict.
+        momentum: Share of the momentum encoders that stays at each step; 0 for none, plain InfoNCE without queue.
+        queue_size: Past momentum features of each side kept as further negatives; ``Batch.groups`` must then number things
+            alike in all batches.
+        distillation: Share of soft targets from the momentum encoders; 0 switches momentum distillation off.
+        distillation_ramp_steps: Steps over which that share rises from 0; the paper takes those of the first epoch.
+        hard_negatives: Draw the negatives of matching by contrastive similarity, else evenly.
+    """
+
+    name: Literal["albef"] = "albef"
+    contrastive_weight: float = Field(default=1.0, gt=0)
+    matching_weight: float = Field(default=1.0, ge=0)
+    masked_weight: float = Field(default=1.0, ge=0)
+    mask_rate: float = Field(default=MASK_RATE, gt=0, lt=1)
+    momentum: float = Field(default=0.995, ge=0, lt=1)
+    queue_size: int = Field(default=4096, ge=0)
+    distillation: float = Field(default=0.4, ge=0, le=1)
+    distillation_ramp_steps: int = Field(default=1000, ge=0)
+    hard_negatives: bool = True
+
+    @model_validator(mode="after")
+    def _possible(self) -> "AlbefConfig":
         if not self.momentum and (self.queue_size or self.distillation):
             option = "queue_size" if self.queue_size else "distillation"
             raise ValueError(f"{option} is of momentum features; set momentum above 0, or {option} to 0")
-        if self.image.patch_dropout and self.feature_map:
-            raise ValueError("feature_map needs every patch; leave image.patch_dropout out")
         return self
 
 
@@ -335,6 +347,11 @@ class Albef(System):
 
 def build(config: AlbefConfig, parts: Mapping[str, Any] | None = None) -> Albef:
     """Build ALBEF with fresh weights; ``parts`` may hold a ready ``image`` encoder for the configured one."""
+    return Albef(build_network(config, parts), config)
+
+
+def build_network(config: AlbefSizes, parts: Mapping[str, Any] | None = None) -> AlignBeforeFuse:
+    """The network without the heads of its tasks; ``parts`` as in `build`."""
     image = (parts or {}).get("image") or build_image_encoder(config.image)
     text = TextEncoder(
         embedding=TokenEmbedding(
@@ -361,21 +378,26 @@ def build(config: AlbefConfig, parts: Mapping[str, Any] | None = None) -> Albef:
             locked=config.lock,
         ),
         FeatureMap(image.num_tokens, image.token_width, config.width) if config.feature_map else nn.Identity(),
-        CrossAttention(_transformer(config, config.fusion_layers, context_width=context_width)),
+        build_fusion(config, context_width),
         config.width,
         config.vocab_size,
         norm_eps=config.norm_eps,
     )
     for part in (text, network.picture_tokens, network.fusion):
         initialise(part)
-    return Albef(network, config)
+    return network
 
 
-def _norm(config: AlbefConfig) -> nn.LayerNorm:
+def build_fusion(config: AlbefSizes, context_width: int) -> CrossAttention:
+    """Layers over words that also attend to tokens of ``context_width``."""
+    return CrossAttention(_transformer(config, config.fusion_layers, context_width=context_width))
+
+
+def _norm(config: AlbefSizes) -> nn.LayerNorm:
     return nn.LayerNorm(config.width, eps=config.norm_eps)
 
 
-def _transformer(config: AlbefConfig, num_layers: int, *, context_width: int | None = None) -> Transformer:
+def _transformer(config: AlbefSizes, num_layers: int, *, context_width: int | None = None) -> Transformer:
     """Blocks over words, with cross-attention where there is a context."""
     width, heads = config.width, config.heads
 

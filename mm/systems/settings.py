@@ -2,6 +2,8 @@
 
 from typing import Self
 
+from pydantic import Field, model_validator
+
 from mm.config import StrictConfig
 
 
@@ -53,3 +55,36 @@ class SystemSettings(StrictConfig):
     def training_parts(self) -> dict[str, str]:
         """Fields that name another MODEL which is needed for training only; none of its weights are in the network's state."""
         return {}
+
+
+class AnswerSettings(SystemSettings):
+    """Of systems that may know answers.
+
+    Args:
+        num_answers: Length of the list of answers, which holds the most frequent ones of the training questions.
+        answers: The list itself, which a run fills in; give it to choose one's own.
+        blind: See grey instead of every picture: what a model learns from the questions alone.
+    """
+
+    num_answers: int = Field(default=0, ge=0)
+    answers: tuple[str, ...] = ()
+    blind: bool = False
+
+    @property
+    def answer_limit(self) -> int:
+        return 0 if self.answers else self.num_answers
+
+    @property
+    def known_answers(self) -> tuple[str, ...]:
+        return self.answers
+
+    def with_answers(self, answers: tuple[str, ...]) -> Self:
+        return self.model_copy(update={"answers": answers, "num_answers": len(answers)})
+
+    @model_validator(mode="after")
+    def _one_list(self) -> Self:
+        if self.answers and self.num_answers not in (0, len(self.answers)):
+            raise ValueError(f"num_answers {self.num_answers} is not the number of answers, {len(self.answers)}; leave it out")
+        if len(set(self.answers)) < len(self.answers):
+            raise ValueError("answers must differ from each other")
+        return self

@@ -34,12 +34,12 @@ from mm.nn.embeddings import LearnedPositions, TokenEmbedding
 from mm.nn.freeze import freeze
 from mm.nn.initialise import initialise
 from mm.nn.transformer import Block, FeedForward, Transformer
-from mm.systems.answer_list import AnswerList
-from mm.systems.settings import SystemSettings
+from mm.systems.answer_list import AnswerList, grey
+from mm.systems.settings import AnswerSettings
 from mm.types import Batch, Candidates, Encoded, Losses, RankedAnswers, System, TextBatch
 
 
-class ViltConfig(SystemSettings):
+class ViltConfig(AnswerSettings):
     """A single tower over words and patches.
 
     Args:
@@ -62,9 +62,6 @@ class ViltConfig(SystemSettings):
         alignment_weight: Of moving words onto patches; needs ``matching_weight``.
         retrieval_negatives: Texts of the batch among which a picture's own is to be found, for fine-tuning; 0 leaves it out.
         answer_weight: Of answering the texts, which are questions, from a list of answers.
-        num_answers: Length of that list, which holds the most frequent answers of the training questions.
-        answers: The list itself, which a run fills in; give it to choose one's own.
-        blind: See grey instead of every picture: what a model learns from the questions alone.
     """
 
     name: Literal["vilt"] = "vilt"
@@ -86,9 +83,6 @@ class ViltConfig(SystemSettings):
     alignment_weight: float = Field(default=0.1, ge=0)
     retrieval_negatives: int = Field(default=0, ge=0)
     answer_weight: float = Field(default=0.0, ge=0)
-    num_answers: int = Field(default=0, ge=0)
-    answers: tuple[str, ...] = ()
-    blind: bool = False
 
     @property
     def picture_side(self) -> int:
@@ -102,19 +96,8 @@ class ViltConfig(SystemSettings):
         return self.model_copy(update={"vocab_size": size})
 
     @property
-    def answer_limit(self) -> int:
-        return 0 if self.answers else self.num_answers
-
-    @property
-    def known_answers(self) -> tuple[str, ...]:
-        return self.answers
-
-    @property
     def learns_answers(self) -> bool:
         return self.answer_weight > 0
-
-    def with_answers(self, answers: tuple[str, ...]) -> "ViltConfig":
-        return self.model_copy(update={"answers": answers, "num_answers": len(answers)})
 
     @property
     def fresh_parts(self) -> tuple[str, ...]:
@@ -141,17 +124,9 @@ class ViltConfig(SystemSettings):
             )
         if bool(self.answer_weight) != bool(self.num_answers or self.answers):
             raise ValueError("answer_weight and num_answers (or answers) go together; set both above 0, or none")
-        if self.answers and self.num_answers not in (0, len(self.answers)):
-            raise ValueError(f"num_answers {self.num_answers} is not the number of answers, {len(self.answers)}; leave it out")
-        if len(set(self.answers)) < len(self.answers):
-            raise ValueError("answers must differ from each other")
         if self.alignment_weight and not self.matching_weight:
             raise ValueError("alignment_weight is of the pairs of matching; set it to 0 where matching_weight is 0")
         return self
-
-
-GREY = 128
-"""What a blind network sees, of 255."""
 
 
 class Vilt(System):
@@ -191,9 +166,7 @@ class Vilt(System):
 
     def encode_image(self, image: Tensor) -> Encoded:
         """Pixels ``(B, 3, H, W)`` to patch vectors, the part of a picture's computation that does not depend on a text."""
-        if self.config.blind:
-            image = torch.full_like(image, GREY / 255 if image.is_floating_point() else GREY)
-        return self.patches(image)
+        return self.patches(grey(image) if self.config.blind else image)
 
     def encode_text(self, text: TextBatch) -> Encoded:
         """Token ids to word vectors. Raises `UserError` for texts that are too long."""

@@ -34,6 +34,23 @@ VILT: dict[str, Any] = {
     "answer_weight": 1,
     "num_answers": 50,
 }
+SIZES: dict[str, Any] = {
+    "image": {
+        "backbone": "vit_tiny_patch16_224",
+        "image_size": 16,
+        "patch_size": 8,
+        "options": {"embed_dim": 32, "depth": 1, "num_heads": 2},
+    },
+    "vocab_size": 300,
+    "context_length": 12,
+    "width": 32,
+    "heads": 2,
+    "text_layers": 1,
+    "fusion_layers": 1,
+    "embed_dim": 8,
+}
+ALBEF = SIZES | {"name": "albef", "momentum": 0, "queue_size": 0, "distillation": 0}
+WRITER = SIZES | {"name": "albef-vqa", "num_answers": 50}
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +82,11 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(folder: Path, name: str, *, steps: int, system: dict[str, Any] | None = None, **more: Any) -> Path:
+def train(
+    folder: Path, name: str, *, steps: int, base: dict[str, Any] = VILT, system: dict[str, Any] | None = None, **more: Any
+) -> Path:
     values = {
-        "system": VILT | (system or {}),
+        "system": base | (system or {}),
         "data": {"train": str(folder / "rows.jsonl"), "validation": str(folder / "rows.jsonl")},
         "train": {"steps": steps, "batch_size": 16, "lr": 0.003, "warmup_steps": 0, "schedule": "constant", "ema_decay": 0.5}
         | {"tensorboard": False, "precision": "fp32"},
@@ -81,6 +100,18 @@ def train(folder: Path, name: str, *, steps: int, system: dict[str, Any] | None 
 @pytest.fixture(scope="module")
 def model(workshop: Path) -> Model:
     return mm.load(workshop / "run", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def aligned(workshop: Path) -> str:
+    """An ALBEF that met the questions as captions."""
+    return str(train(workshop, "albef", steps=3, base=ALBEF))
+
+
+@pytest.fixture(scope="module")
+def writer(workshop: Path, aligned: str) -> Model:
+    """Learned to write the same answers, from the ALBEF on."""
+    return mm.load(train(workshop, "writer", steps=200, base=WRITER, init_from=aligned), device="cpu")
 
 
 def test_the_model_answers_and_the_blind_one_guesses(workshop: Path, model: Model) -> None:
@@ -112,6 +143,64 @@ def test_a_few_answers_can_be_chosen_among(workshop: Path, model: Model) -> None
         model.answer(workshop / "1.png", "which colour is it?", candidates=[])
     with pytest.raises(UserError, match="'pink' is none of the"):
         model.answer(workshop / "1.png", "which colour is it?", candidates=["pink"])
+
+
+def test_a_decoder_writes_the_answers(workshop: Path, writer: Model, tmp_path: Path) -> None:
+    data = str(workshop / "rows.jsonl")
+    result = mm.evaluate("vqa", writer, data, train=data)
+    assert result.metrics["accuracy"].value == 1
+    assert result.protocol["answers"] == "7 known, at best 100.0% right"
+    last = [json.loads(line) for line in (workshop / "writer" / "metrics.jsonl").read_text().splitlines()][-1]
+    assert last["validation"]["accuracy"] == 1
+    asked = workshop / "2.png", "which colour is it?"
+    assert writer.answer(*asked, k=1).answers == ("blue",)
+    found = writer.answer(*asked, candidates=["pink", "blue", "blue green"])
+    assert sorted(found.answers) == ["blue", "blue green", "pink"], "a decoder reads any candidates"
+    assert (found.answers[0], found.scores[0]) == ("blue", pytest.approx(writer.answer(*asked, k=1).scores[0], rel=1e-4))
+    mm.save(writer, tmp_path / "saved")
+    again = mm.load(tmp_path / "saved", device="cpu")
+    assert again.answer(*asked, k=7) == writer.answer(*asked, k=7)
+    assert again.fingerprint == writer.fingerprint
+    runner = CliRunner().invoke(
+        app, ["answer", str(tmp_path / "saved"), *map(str, asked), "--json", str(tmp_path / "out.json")]
+    )
+    assert runner.exit_code == 0, runner.output
+    assert json.loads((tmp_path / "out.json").read_text())["answers"][0]["answer"] == "blue"
+
+
+def test_a_blind_decoder_guesses(workshop: Path, writer: Model) -> None:
+    blind = mm.load(train(workshop, "blind-writer", steps=60, base=WRITER, system={"blind": True}), device="cpu")
+    data = str(workshop / "rows.jsonl")
+    found = mm.evaluate("vqa", blind, data, train=data).metrics
+    assert found["accuracy"].value <= found["blind_accuracy"].value + 1e-9
+
+
+def test_pairs_can_be_classified(workshop: Path, aligned: str) -> None:
+    """A picture and a sentence belong to one of two classes; the questions that have other answers teach nothing."""
+    data, pair = str(workshop / "rows.jsonl"), {"head": "classes", "num_answers": 0, "answers": ["yes", "no"]}
+    model = mm.load(
+        train(workshop, "classes", steps=60, base=WRITER, system=pair, init_from=str(workshop / "albef")), device="cpu"
+    )
+    assert mm.evaluate("vqa", model, data, train="none").metrics["accuracy_yes/no"].value == 1
+    found = model.answer(workshop / "0.png", "is it red?")
+    assert found.answers == ("yes", "no")
+    assert sum(found.scores) == pytest.approx(1)
+
+
+@pytest.mark.usefixtures("writer")
+def test_a_resumed_decoder_keeps_its_list(workshop: Path, aligned: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text((workshop / "rows.jsonl").read_text().replace('"image": "', f'"image": "{workshop}/'))
+    train(tmp_path, "parts", steps=3, base=WRITER, init_from=aligned)
+    parts = train(tmp_path, "parts", steps=6, base=WRITER, system={"num_answers": 2}, init_from=aligned)
+    whole = train(tmp_path, "whole", steps=6, base=WRITER, init_from=aligned)
+    first, second = (load_file(run / "checkpoints" / "step-00000006" / "model.safetensors") for run in (parts, whole))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+    assert first["answer_ids"].any()
+    tuned = train(tmp_path, "few", steps=1, base=WRITER, system={"num_answers": 3}, init_from=str(workshop / "writer"))
+    assert mm.load(tuned, device="cpu").config.known_answers == ("no", "x", "blue")
+    with pytest.raises(ConfigError, match="another network"):
+        train(tmp_path, "wide", steps=1, base=WRITER, system={"width": 64}, init_from=aligned)
 
 
 def test_the_list_holds_normalised_answers_by_frequency(model: Model) -> None:
