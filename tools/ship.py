@@ -78,6 +78,7 @@ class Shipment:
         seeds: Figures listed for every seed, of the test measurements.
         limits: What it cannot do.
         sheet: Draws pictures that show what it does, where there is something to show.
+        base: The shipped model that it was trained from; weights that are still its own are not stored again.
     """
 
     summary: str
@@ -90,6 +91,7 @@ class Shipment:
     seeds: tuple[str, ...]
     limits: str
     sheet: Callable[[Model], Image.Image] | None = None
+    base: str | None = None
 
 
 def reconstructions(model: Model) -> Image.Image:
@@ -209,7 +211,7 @@ def main() -> None:
     folder = ASSETS / "models" / arguments.name
     fresh = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    mm.save(models[chosen], fresh, dtype=torch.bfloat16, card=card)
+    mm.save(models[chosen], fresh, dtype=torch.bfloat16, card=card, base=shipment.base)
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
     shipped = mm.load(arguments.name, precision="fp32")
