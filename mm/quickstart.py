@@ -24,6 +24,7 @@ from mm.run.evaluation import evaluate_retrieval, evaluate_zero_shot
 from mm.run.generation import generate
 from mm.run.inference import classify, search
 from mm.run.picture_evaluation import evaluate_reconstruction
+from mm.run.tasks import evaluate_any_retrieval
 from mm.run.training import train
 from mm.show import progress_bar, result, save_picture
 from mm.types import Source, Tokenizes
@@ -33,6 +34,11 @@ TOKENIZER = "emoji-vq"
 PAINTERS = ("emoji-dalle", "emoji-muse")
 PAINTED = ("grinning face", "red heart", "pizza", "penguin", "rocket", "sunflower", "red apple", "green heart")
 CANDIDATES = 8
+READER = "emoji-albef"
+RERANKED = {"score": "sum", "itm_weight": 0.35, "top_k": 16}
+ANSWERER = "emoji-vqa"
+ASKED = ("1f436", "1f355", "1f697", "1f33b", "1f3b8", "1f451", "1f40d", "2764")
+QUESTIONS = ("what is in the picture?", "is it an animal?", "which group does it belong to?")
 TEST = "emoji:test/core"
 VALIDATION = "emoji:validation/core"
 EXAMPLES = "emoji:train/all-concepts/core/noto/twemoji"
@@ -66,6 +72,8 @@ def tour(out: Path) -> Path:
         _classify(model, pictures, out, console),
         _search(model, pictures, out, console),
         _answers(model, pictures, out),
+        _read(console),
+        _ask(pictures, console),
         _examples(model, console),
         _tokens(out, console),
         _paint(out, console),
@@ -131,6 +139,38 @@ def _examples(model: Model, console: Console) -> Section:
             Charts([bar_chart(bars, title="Top-1 on the validation artist")]),
         ],
     )
+
+
+def _read(console: Console) -> Section:
+    """Candidates by vectors, put in a new order by reading each pair."""
+    console.rule("pictures read with texts")
+    with progress_bar("reading pairs") as progress:
+        measured = evaluate_any_retrieval(READER, TEST, progress=progress, **RERANKED)
+    result(measured, f"retrieval in two stages: {READER}", None)
+    bars = [
+        Bar(f"{direction.replace('_', ' ')}, {label}", figure.value, figure.low, figure.high, strong=not stage)
+        for direction in ("image_to_text", "text_to_image")
+        for stage, label in (("contrastive_", "by vectors"), ("", "each candidate read"))
+        if (figure := measured.metrics[f"{stage}{direction}_r1"])
+    ]
+    words = "Vectors find candidates; a fusion in which words attend to the picture then reads each of them with it."
+    return Section(
+        "Pictures read with texts",
+        [Text(words), Charts([bar_chart(bars, title="R@1 among the unseen artist's pictures")]), result_table(measured)],
+    )
+
+
+def _ask(pictures: Source, console: Console) -> Section:
+    """Questions about pictures."""
+    console.rule("questions about pictures")
+    model, shots = load(ANSWERER), []
+    rows = {pictures.fields(row)["key"]: row for row in range(len(pictures))}
+    for row in [rows[key] for key in ASKED if key in rows]:
+        image = _picture(pictures, row)
+        answers = [model.answer(image, question, k=1).answers[0] for question in QUESTIONS]
+        console.print(f"  {pictures.fields(row)['name']:22} {', '.join(answers)}")
+        shots.append(Shot(image, answers[0], [f"{q} {a}" for q, a in zip(QUESTIONS[1:], answers[1:], strict=True)]))
+    return Section("Questions about pictures", [Text(f"First: {QUESTIONS[0]}"), Gallery(shots)])
 
 
 def _tokens(out: Path, console: Console) -> Section:

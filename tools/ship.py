@@ -180,6 +180,42 @@ SHIPMENTS = {
     ),
 }
 
+RERANKED: dict[str, Any] = {"score": "sum", "itm_weight": 0.35, "top_k": 32}
+MATCHED: dict[str, Any] = {"score": "itm", "top_k": 32}
+
+SHIPMENTS |= {
+    "emoji-albef": Shipment(
+        summary="ALBEF on the towers of emoji-clip: reads a picture with a text and tells whether they match",
+        configs=("configs/albef.yaml",),
+        train="emoji:train/core",
+        data="emoji:train/core: artists noto, twemoji, fluent-flat, openmoji; seen concepts only",
+        headline="image_to_text_r1",
+        validation=(Measurement("retrieval", "emoji:validation/core", RERANKED),),
+        test=(
+            Measurement("retrieval", "emoji:test/core", RERANKED),
+            Measurement("retrieval", "emoji:test/core", MATCHED, "_itm"),
+        ),
+        seeds=("image_to_text_r1", "text_to_image_r1", "contrastive_image_to_text_r1", "contrastive_text_to_image_r1"),
+        limits="""- Its towers are those of `emoji-clip`, whose limits it shares.
+- Matching alone ranks worse than the vectors of the towers (`image_to_text_r1_itm`): weigh it in the sum.
+- Each of its 36 picture tokens has seen most of the picture, so the heat of a word is not a place to rely on.""",
+        base="emoji-clip",
+    ),
+    "emoji-vqa": Shipment(
+        summary="Answers questions about emoji-like pictures: what it is, of which group, yes or no",
+        configs=("configs/albef_vqa.yaml",),
+        train="emoji-vqa:train",
+        data="emoji-vqa:train: questions about artists noto, twemoji, fluent-flat, openmoji; seen concepts only",
+        headline="accuracy",
+        validation=(Measurement("vqa", "emoji-vqa:validation"),),
+        test=(Measurement("vqa", "emoji-vqa:test"),),
+        seeds=("accuracy", "baseline_accuracy"),
+        limits="""- It knows the wordings of its training questions and the 1,500 most frequent answers.
+- Names are the hardest kind: see `accuracy_name`.""",
+        base="emoji-clip",
+    ),
+}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -238,14 +238,9 @@ class Albef(System):
 
     def state_from(self, start: System) -> dict[str, Tensor]:
         """An aligned dual tower gives both encoders, their projections and the temperature."""
-        towers = getattr(start, "towers", None)
-        if isinstance(start, Albef) or not isinstance(towers, DualTower):
+        if isinstance(start, Albef):
             return super().state_from(start)
-        own, given = self.state_dict(), towers.state_dict(prefix="network.towers.")
-        if WORDS in given:  # the last row stands for a hidden word, which no other encoder knows
-            given[WORDS] = F.pad(given[WORDS], (0, 0, 0, 1))
-        biases = own.keys() & {f"network.towers.projections.{side}.bias" for side in Views._fields}
-        return {name: torch.zeros_like(own[name]) for name in biases} | given
+        return given_by_towers(self, start) or super().state_from(start)
 
     def loss(self, batch: Batch, step: int) -> Losses:
         """Weighted sum of the losses of all tasks, this rank's share of the global batch."""
@@ -348,6 +343,18 @@ class Albef(System):
 def build(config: AlbefConfig, parts: Mapping[str, Any] | None = None) -> Albef:
     """Build ALBEF with fresh weights; ``parts`` may hold a ready ``image`` encoder for the configured one."""
     return Albef(build_network(config, parts), config)
+
+
+def given_by_towers(system: System, start: System) -> dict[str, Tensor]:
+    """What an aligned dual tower gives a system with `AlignBeforeFuse` as its ``network``; nothing, where it is none."""
+    towers = getattr(start, "towers", None)
+    if not isinstance(towers, DualTower):
+        return {}
+    own, given = system.state_dict(), towers.state_dict(prefix="network.towers.")
+    if WORDS in given:  # the last row stands for a hidden word, which no other encoder knows
+        given[WORDS] = F.pad(given[WORDS], (0, 0, 0, 1))
+    biases = own.keys() & {f"network.towers.projections.{side}.bias" for side in Views._fields}
+    return {name: torch.zeros_like(own[name]) for name in biases} | given
 
 
 def build_network(config: AlbefSizes, parts: Mapping[str, Any] | None = None) -> AlignBeforeFuse:

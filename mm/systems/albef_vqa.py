@@ -25,7 +25,7 @@ from mm.fusion.cross_attention import CrossAttention
 from mm.losses.answers import answer_shares, answer_targets
 from mm.nn.freeze import freeze
 from mm.nn.initialise import initialise
-from mm.systems.albef import Albef, AlbefSizes, build_fusion, build_network
+from mm.systems.albef import Albef, AlbefSizes, build_fusion, build_network, given_by_towers
 from mm.systems.answer_list import AnswerList, grey, ranked
 from mm.systems.settings import AnswerSettings
 from mm.types import Batch, Candidates, Encoded, Losses, RankedAnswers, System, TextBatch
@@ -149,8 +149,10 @@ class AlbefVqa(System):
         return Losses(parts["answer"], {name: part.detach() for name, part in parts.items()})
 
     def state_from(self, start: System) -> dict[str, Tensor]:
-        """An `Albef` of as many layers gives its network, and its fusion is what the decoder begins as."""
-        if not isinstance(start, Albef) or start.network.state_dict().keys() != self.network.state_dict().keys():
+        """An `Albef` of as many layers gives its network, and its fusion is what the decoder begins as; towers give towers."""
+        if not isinstance(start, Albef):
+            return given_by_towers(self, start) or super().state_from(start)
+        if start.network.state_dict().keys() != self.network.state_dict().keys():
             return super().state_from(start)
         given = {name: tensor for name, tensor in start.state_dict().items() if name.startswith("network.")}
         if self.decoder is not None:  # pictures may be wider than words, then keys and values of the context start fresh
