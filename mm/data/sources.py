@@ -32,7 +32,7 @@ EMBEDDED: Mapping[str, Callable[[str, int, Any], Source]] = {"emoji": open_emoji
 """Openers of the data that come with the package, by what a source begins with."""
 
 EXPECTED = (
-    "a source is emoji:train (or :validation, :test), a folder of pictures, a CSV, TSV or JSONL table, "
+    "a source is emoji:train (or :validation, :test), emoji-vqa:train, a folder of pictures, a CSV, TSV or JSONL table, "
     "tar shards such as 'shards/{000..010}.tar', a Hugging Face datasets folder, or an evaluation set such as imagenet:FOLDER"
 )
 
