@@ -61,12 +61,64 @@ class CrossAttention(nn.Module):
         causal: bool,
         maps: list[dict[str, Tensor]] | None = None,
     ) -> Encoded:
+        tokens = self._read(words, mask, picture, picture_mask, causal, maps)
+        return Encoded(tokens, mask, tokens[:, 0])
+
+    def _read(
+        self,
+        words: Tensor,
+        mask: Tensor,
+        picture: Tensor,
+        picture_mask: Tensor,
+        causal: bool,
+        maps: list[dict[str, Tensor]] | None,
+    ) -> Tensor:
         length = words.shape[1]
-        tokens = self.transformer(
+        return self.transformer(
             words,
             picture,
             mask=attention_mask(length, causal=causal, keys=mask),
             context_mask=attention_mask(length, picture.shape[1], keys=picture_mask),
             maps=maps,
         )
-        return Encoded(tokens, mask, tokens[:, 0])
+
+
+class CoAttention(CrossAttention):
+    """Two streams: in every layer words attend to the picture and the picture to the words, each as the layer before left it.
+
+    Sources: ViLBERT https://arxiv.org/abs/1908.02265, LXMERT https://arxiv.org/abs/1908.07490. What comes out are the words, so
+    the picture has no use for a last layer. Words cannot be causal, since the picture would tell them what follows.
+
+    Args:
+        transformer: As `CrossAttention`.
+        picture: Blocks over the picture tokens with cross-attention to words, one fewer.
+    """
+
+    def __init__(self, transformer: Transformer, picture: Transformer) -> None:
+        super().__init__(transformer)
+        if len(picture.blocks) != len(transformer.blocks) - 1:
+            raise ValueError(f"{len(transformer.blocks)} layers over words need one layer over the picture fewer")
+        self.picture = picture
+
+    def _read(
+        self,
+        words: Tensor,
+        mask: Tensor,
+        picture: Tensor,
+        picture_mask: Tensor,
+        causal: bool,
+        maps: list[dict[str, Tensor]] | None,
+    ) -> Tensor:
+        if causal:
+            raise ValueError("two streams cannot be causal: the picture would tell the words what follows")
+        num_words, num_tokens = words.shape[1], picture.shape[1]
+        own, seen = attention_mask(num_words, keys=mask), attention_mask(num_words, num_tokens, keys=picture_mask)
+        around, read = attention_mask(num_tokens, keys=picture_mask), attention_mask(num_tokens, num_words, keys=mask)
+        for layer, block in enumerate(self.transformer.blocks):
+            weights: dict[str, Tensor] | None = None if maps is None else {}
+            before, words = words, block(words, picture, mask=own, context_mask=seen, maps=weights)
+            if layer < len(self.picture.blocks):
+                picture = self.picture.blocks[layer](picture, before, mask=around, context_mask=read)
+            if maps is not None and weights is not None:
+                maps.append(weights)
+        return self.transformer.final_norm(words)

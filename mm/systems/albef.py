@@ -27,7 +27,7 @@ from mm.encoders.image import ImageEncoderConfig, build_image_encoder
 from mm.encoders.text import TextEncoder
 from mm.errors import UserError
 from mm.fusion.align_before_fuse import AlignBeforeFuse, FeatureMap
-from mm.fusion.cross_attention import CrossAttention
+from mm.fusion.cross_attention import CoAttention, CrossAttention
 from mm.fusion.dual_tower import DualTower
 from mm.fusion.grounding import word_heat
 from mm.losses.contrastive import info_nce
@@ -64,6 +64,7 @@ class AlbefSizes(SystemSettings):
         width: Feature width of words.
         text_layers: Blocks over words alone.
         fusion_layers: Blocks over words that also attend to the picture.
+        two_streams: In the fusion the picture tokens also attend to the words, in layers of their own (ViLBERT, LXMERT).
         heads: Attention heads; divides ``width``.
         mlp_ratio: Hidden width of the feed-forward over ``width``.
         norm_place: Norms behind each branch (``post``, BERT) or before it (``pre``), which trains more easily from nothing.
@@ -81,6 +82,7 @@ class AlbefSizes(SystemSettings):
     width: int = Field(default=256, ge=1)
     text_layers: int = Field(default=2, ge=1)
     fusion_layers: int = Field(default=2, ge=1)
+    two_streams: bool = False
     heads: int = Field(default=4, ge=1)
     mlp_ratio: float = Field(default=4.0, gt=0)
     norm_place: Literal["post", "pre"] = "post"
@@ -385,7 +387,7 @@ def build_network(config: AlbefSizes, parts: Mapping[str, Any] | None = None) ->
             locked=config.lock,
         ),
         FeatureMap(image.num_tokens, image.token_width, config.width) if config.feature_map else nn.Identity(),
-        build_fusion(config, context_width),
+        _build_co_attention(config, context_width) if config.two_streams else build_fusion(config, context_width),
         config.width,
         config.vocab_size,
         norm_eps=config.norm_eps,
@@ -400,22 +402,33 @@ def build_fusion(config: AlbefSizes, context_width: int) -> CrossAttention:
     return CrossAttention(_transformer(config, config.fusion_layers, context_width=context_width))
 
 
-def _norm(config: AlbefSizes) -> nn.LayerNorm:
-    return nn.LayerNorm(config.width, eps=config.norm_eps)
+def _build_co_attention(config: AlbefSizes, context_width: int) -> CoAttention:
+    if context_width % config.heads:
+        raise ConfigError(f"two_streams: picture tokens of width {context_width} must be a multiple of {config.heads} heads")
+    words = _transformer(config, config.fusion_layers, context_width=context_width)
+    picture = _transformer(config, config.fusion_layers - 1, width=context_width, context_width=config.width, final=False)
+    return CoAttention(words, picture)
 
 
-def _transformer(config: AlbefSizes, num_layers: int, *, context_width: int | None = None) -> Transformer:
-    """Blocks over words, with cross-attention where there is a context."""
-    width, heads = config.width, config.heads
+def _norm(config: AlbefSizes, width: int | None = None) -> nn.LayerNorm:
+    return nn.LayerNorm(width or config.width, eps=config.norm_eps)
+
+
+def _transformer(
+    config: AlbefSizes, num_layers: int, *, width: int | None = None, context_width: int | None = None, final: bool = True
+) -> Transformer:
+    """Blocks over words, or over what is ``width`` wide, with cross-attention where there is a context."""
+    width, heads = width or config.width, config.heads
 
     def make_block(_: int) -> Block:
         return Block(
             attention=MultiHeadAttention(width, heads),
             feed_forward=FeedForward(width, int(width * config.mlp_ratio), nn.GELU()),
-            norm=functools.partial(_norm, config),
+            norm=functools.partial(_norm, config, width),
             norm_place=config.norm_place,
             cross_attention=MultiHeadAttention(width, heads, context_width=context_width) if context_width else None,
             dropout=config.dropout,
         )
 
-    return Transformer(make_block, num_layers, final_norm=_norm(config) if config.norm_place == "pre" else None)
+    ends_in_norm = final and config.norm_place == "pre"
+    return Transformer(make_block, num_layers, final_norm=_norm(config, width) if ends_in_norm else None)

@@ -157,7 +157,7 @@ class AlbefVqa(System):
         given = {name: tensor for name, tensor in start.state_dict().items() if name.startswith("network.")}
         if self.decoder is not None:  # pictures may be wider than words, then keys and values of the context start fresh
             own, fusion = self.state_dict(), start.network.fusion.state_dict(prefix="decoder.")
-            given |= {name: tensor for name, tensor in fusion.items() if tensor.shape == own[name].shape}
+            given |= {name: tensor for name, tensor in fusion.items() if name in own and tensor.shape == own[name].shape}
         return given
 
     def cast_(self, dtype: torch.dtype) -> None:

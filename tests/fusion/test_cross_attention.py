@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mm.fusion.cross_attention import CrossAttention
+from mm.fusion.cross_attention import CoAttention, CrossAttention
 from mm.nn.attention import MultiHeadAttention
 from mm.nn.buckets import MIN_ROWS
 from mm.nn.initialise import initialise
@@ -116,3 +116,35 @@ def test_many_rows_are_the_same_as_few(rows: int, causal: bool) -> None:
     torch.testing.assert_close(results[0], results[1])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def two_streams() -> CoAttention:
+    picture = fusion("pre").transformer
+    del picture.blocks[-1]
+    return CoAttention(fusion("pre").transformer, picture)
+
+
+def test_each_stream_reads_the_other_as_the_layer_before_left_it() -> None:
+    text, image = encoded(1, 5, WIDTH, [5, 2]), encoded(2, 4, CONTEXT, [4, 3])
+    network, fused = two_streams(), []
+    words, picture = network.transformer.blocks, network.picture.blocks
+    for row in range(2):
+        w, p = (
+            text.tokens[row : row + 1, : int(text.mask[row].sum())],
+            image.tokens[row : row + 1, : int(image.mask[row].sum())],
+        )
+        second = words[1](words[0](w, p), picture[0](p, w))
+        fused.append(network.transformer.final_norm(second))
+    maps: list[dict[str, Tensor]] = []
+    found = network(text, image, maps=maps)
+    for row in range(2):
+        torch.testing.assert_close(found.tokens[row : row + 1][:, : fused[row].shape[1]], fused[row], atol=1e-5, rtol=1e-5)
+    assert [weights["cross_attention"].shape for weights in maps] == [(2, HEADS, 5, 4)] * 2
+
+
+def test_two_streams_have_an_order_and_sizes() -> None:
+    text, image = encoded(1, 5, WIDTH, [5, 2]), encoded(2, 4, CONTEXT, [4, 3])
+    with pytest.raises(ValueError, match="cannot be causal"):
+        two_streams()(text, image, causal=True)
+    with pytest.raises(ValueError, match="need one layer over the picture fewer"):
+        CoAttention(fusion("pre").transformer, fusion("pre").transformer)
