@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mm.encoders.image import ImageEncoderConfig, build_image_encoder
 from mm.encoders.text import TextEncoder
-from mm.errors import UserError
+from mm.errors import ConfigError, UserError
 from mm.fusion.align_before_fuse import AlignBeforeFuse, FeatureMap
 from mm.fusion.cross_attention import CoAttention, CrossAttention
 from mm.fusion.dual_tower import DualTower

@@ -271,3 +271,10 @@ def test_a_network_that_was_not_trained_to_match_cannot() -> None:
 def test_impossible_configurations_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         validate(AlbefConfig, SMALL | options, "test.yaml")
+
+
+def test_two_streams_need_heads_that_divide_the_picture_tokens() -> None:
+    odd = {"backbone": "vit_tiny_patch16_224", "image_size": 16, "patch_size": 8}
+    odd |= {"options": {"embed_dim": 15, "depth": 1, "num_heads": 3}}
+    with pytest.raises(ConfigError, match="width 15 must be a multiple of 2 heads"):
+        small(image=odd, two_streams=True)
