@@ -199,9 +199,13 @@ class Model:
         return ground_words(tokenizer.decode(ids.ids[0].tolist()), words, pieces, match)
 
     def parameters(self) -> dict[str, int]:
-        """Parameter counts of the top-level parts, and ``total``."""
-        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.system.named_children()}
-        return counts | {"total": sum(p.numel() for p in self.system.parameters())}
+        """Parameter counts of the top-level parts, and ``total``, without what training alone needs."""
+        counts: dict[str, int] = {}
+        for name, parameter in self.system.named_parameters():
+            if not name.startswith(self.system.only_for_training):
+                part = name.partition(".")[0]
+                counts[part] = counts.get(part, 0) + parameter.numel()
+        return counts | {"total": sum(counts.values())}
 
     def _as_compiled(self) -> AbstractContextManager[object]:
         return folded_weights(self.device) if self.compiled_rows else nullcontext()

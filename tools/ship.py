@@ -22,6 +22,7 @@ from PIL import Image
 import mm
 from mm.data.emoji import open_emoji
 from mm.evaluation.charts import read_metrics
+from mm.evaluation.heat import heat_over
 from mm.evaluation.metrics import Interval, Result
 from mm.evaluation.sheet import contact_sheet
 from mm.hub import ASSETS, Model
@@ -109,6 +110,24 @@ def paintings(model: Model) -> Image.Image:
     """The best of 8 of a few prompts, new combinations of words among them."""
     made = generate(model, PROMPTS, best_of=8, ranker="emoji-clip")
     return contact_sheet([one.pixels for one in made], PROMPTS, columns=SHEET_COLUMNS, cell=96)
+
+
+GROUNDED = ("heart with arrow", "house with garden", "police car", "wine glass", "broken heart")
+GROUNDED += ("crescent moon", "sun with face", "tropical fish", "cooked rice", "fork and knife")
+
+
+def heats(model: Model) -> Image.Image:
+    """Pictures by the test artist, each with the heat of two words of its name."""
+    source, panels, captions = open_emoji(SHOWN, 128), [], []
+    rows = {source.fields(row)["name"]: row for row in range(len(source))}
+    for name in GROUNDED:
+        picture = source.read(rows[name]).media["image"]
+        found, view = model.ground(picture, name), model.processor.view(picture, 96)
+        words = {word: heat for word, heat in zip(found.words, found.heat, strict=True) if word not in ("with", "and")}
+        shown = list(words.items())[:2]
+        panels += [view, *(heat_over(view, heat) for _, heat in shown)]
+        captions += [f"{name} {found.match:.0%}", *(word for word, _ in shown)]
+    return contact_sheet(panels, captions, columns=6, cell=96)
 
 
 PAINTERS: dict[str, Any] = {
@@ -199,6 +218,7 @@ SHIPMENTS |= {
         limits="""- Its towers are those of `emoji-clip`, whose limits it shares.
 - Matching alone ranks worse than the vectors of the towers (`image_to_text_r1_itm`): weigh it in the sum.
 - Each of its 36 picture tokens has seen most of the picture, so the heat of a word is not a place to rely on.""",
+        sheet=heats,
         base="emoji-clip",
     ),
     "emoji-vqa": Shipment(
@@ -212,7 +232,7 @@ SHIPMENTS |= {
         seeds=("accuracy", "baseline_accuracy"),
         limits="""- It knows the wordings of its training questions and the 1,500 most frequent answers.
 - Names are the hardest kind: see `accuracy_name`.""",
-        base="emoji-clip",
+        base="emoji-albef",
     ),
 }
 
