@@ -152,8 +152,14 @@ def eval_retrieval(
             help="order of the candidates of models that embed and match: itm (default), itc or sum", show_default=False
         ),
     ] = None,
-    itm_weight: Annotated[float, typer.Option("--itm-weight", min=0, help="Of the logit of matching in the sum.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Candidates of each query that such models read.")] = 128,
+    itm_weight: Annotated[
+        float | None,
+        typer.Option("--itm-weight", min=0, help="Of the logit of matching in the sum, 1 if not given.", show_default=False),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=1, help="Candidates of each query that such models read, 128 if not given.", show_default=False),
+    ] = None,
     json_file: JsonOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",

@@ -353,7 +353,17 @@ def _shared_weights(system: System, base: object, where: Path) -> dict[str, Tens
         raise CheckpointError(f"{where}: 'base' names no shipped model; there are {', '.join(shipped())}")
     shared = load(base["model"], device="cpu", precision="fp32")
     _check_unchanged(shared, base.get("digest"), f"{where}: its base")
-    return system.state_from(shared.system)
+    return _given(system, shared.system)
+
+
+def _given(system: System, base: System) -> dict[str, Tensor]:
+    """What a shipped model gives a network, as far as it fits and a saved model holds it."""
+    own = system.state_dict()
+    return {
+        name: tensor
+        for name, tensor in system.state_from(base).items()
+        if name in own and tensor.shape == own[name].shape and not name.startswith(system.only_for_training)
+    }
 
 
 def _check_stored_parts(
@@ -443,7 +453,7 @@ def save(
     references: dict[str, Any] = {"parts": {name: _digest(getattr(model.system, name)) for name in model.config.parts()}}
     if base is not None:
         shared = load(base, device="cpu", precision="fp32")
-        given = model.system.state_from(shared.system)
+        given = _given(model.system, shared.system)
         state = {name: t for name, t in state.items() if name not in given or not torch.equal(t, given[name].to(t.dtype))}
         references["base"] = {"model": base, "digest": _digest(shared.system)}
     contents = dict(model.card if card is None else card)

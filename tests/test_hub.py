@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -187,7 +188,7 @@ def follower(clip: Model) -> Model:
         "init_from=emoji-clip",
         "data.train=emoji:train/core/noto/novel/seen",
         "data.validation=null",
-        "train.batch_size=4",
+        "train.batch_size=16",
     ]
     run = assemble(load_run_config(Path("configs/albef.yaml"), options))
     return Model(run.system.eval(), clip.processor, run.config.system, "follower")
@@ -205,6 +206,21 @@ def test_weights_of_a_shipped_base_are_not_stored_again(tmp_path: Path) -> None:
     assert alone.fingerprint == beside.fingerprint
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("alone", "beside")]
     assert sizes[1] < sizes[0] - 2 * sum(p.numel() for p in clip.system.parameters()) + 10_000
+
+
+@pytest.mark.parametrize("change", [{"queue_size": 64}, {"momentum": 0, "queue_size": 0, "distillation": 0}])
+def test_a_base_gives_only_what_a_saved_model_holds(tmp_path: Path, change: dict[str, Any]) -> None:
+    """Its momentum copies and queues are of other sizes, or there are none."""
+    base = mm.load("emoji-albef", device="cpu", precision="fp32")
+    config = base.config.model_copy(update=change)
+    system = build(config).eval()
+    kept = {name: tensor for name, tensor in base.system.state_dict().items() if not name.startswith("queues.")}
+    system.load_state_dict(kept, strict=False)
+    model = replace(base, system=system, config=config)
+    mm.save(model, tmp_path / "beside", base="emoji-albef")
+    mm.save(model, tmp_path / "alone")
+    alone, beside = (mm.load(tmp_path / name, device="cpu", precision="fp32") for name in ("alone", "beside"))
+    assert alone.fingerprint == beside.fingerprint
 
 
 def test_a_base_that_changed_is_noticed(tmp_path: Path) -> None:

@@ -229,7 +229,7 @@ SHIPMENTS |= {
         headline="accuracy",
         validation=(Measurement("vqa", "emoji-vqa:validation"),),
         test=(Measurement("vqa", "emoji-vqa:test"),),
-        seeds=("accuracy", "baseline_accuracy"),
+        seeds=("accuracy", "blind_accuracy"),
         limits="""- It knows the wordings of its training questions and the 1,500 most frequent answers.
 - Names are the hardest kind: see `accuracy_name`.""",
         base="emoji-albef",

@@ -66,6 +66,11 @@ def import_albef(
         CheckpointError: Weights are missing or those of another network, or the vocabulary is another.
     """
     with one_line(where):
+        if "vision_proj.weight" not in state:
+            raise CheckpointError(
+                f"{where}: has encoders like ALBEF's and nothing that aligns them, as checkpoints for questions or for pairs "
+                "of pictures; take a pretrained one, or one for retrieval"
+            )
         words = bert.plain_names(take(state, "text_encoder."))
         text_layers = _text_layers(words, where)
         if vocabulary is None:
@@ -156,6 +161,8 @@ def vision_transformer(
     """
     width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
     image_size = image_size or math.isqrt(state["pos_embed"].shape[1]) * patch_size
+    if image_size % patch_size:
+        raise UserError(f"image size {image_size}: is not a multiple of the patches' {patch_size} px")
     config = ImageEncoderConfig(
         backbone=BACKBONE,
         image_size=image_size,

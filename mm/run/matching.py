@@ -73,13 +73,13 @@ def _all_pairs(model: Model, pictures: Sequence[Tensor], texts: Sequence[str], p
     assert isinstance(system, Matches)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # texts of like length share a tile
     tiles = [order[start : start + PAIRS_AT_ONCE] for start in range(0, len(order), PAIRS_AT_ONCE)]
-    prepared = [model.processor.text([texts[i] for i in tile]).to(model.device) for tile in tiles]
+    words = [system.encode_text(model.processor.text([texts[i] for i in tile]).to(model.device)) for tile in tiles]
     scores = torch.empty(len(pictures), len(texts))
     for row, picture in enumerate(pictures):
         image = system.encode_image(picture.to(model.device))
-        for tile, text in zip(tiles, prepared, strict=True):
-            repeated = image[torch.zeros(len(text), dtype=torch.int64, device=model.device)]
-            scores[row, tile] = system.match(repeated, system.encode_text(text)).float().cpu()
+        for tile, text in zip(tiles, words, strict=True):
+            repeated = image[torch.zeros(len(tile), dtype=torch.int64, device=model.device)]
+            scores[row, tile] = system.match(repeated, text).float().cpu()
         if progress:
             progress((row + 1) * len(texts), scores.numel())
     return scores

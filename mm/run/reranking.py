@@ -36,7 +36,8 @@ SCORES: dict[str, str] = {
     "itc": "contrastive logit alone, no second stage",
     "sum": "weighted logit of matching plus contrastive logit",
 }
-"""With negatives drawn by contrastive similarity, matching learns what that similarity lacks, hence the sum."""
+"""With negatives drawn by contrastive similarity, matching learns what that similarity lacks, hence the sum. BLIP and LAVIS add
+the bare cosine instead of its logit: their figures are others."""
 
 
 def evaluate_reranked(

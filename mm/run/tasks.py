@@ -24,8 +24,8 @@ def evaluate_any_retrieval(
     device: str = "auto",
     precision: str = "auto",
     score: str | None = None,
-    itm_weight: float = 1.0,
-    top_k: int = TOP_K,
+    itm_weight: float | None = None,
+    top_k: int | None = None,
     cache: bool = True,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> Result:
@@ -38,12 +38,19 @@ def evaluate_any_retrieval(
     """
     model = loaded(model, device, precision)
     embeds, matches = (name in model.capabilities for name in ("embeds", "matches"))
-    if score is not None and not (embeds and matches):
-        raise UserError(f"{model.name}: score '{score}' is for models that both embed and match; leave it out")
+    for name, value in (("score", score), ("itm_weight", itm_weight), ("top_k", top_k)):
+        if value is not None and not (embeds and matches):
+            raise UserError(f"{model.name}: {name} '{value}' is for models that both embed and match; leave it out")
     source = opened(data, model, image_field=image_field, text_field=text_field)
     if embeds and matches:
         return evaluate_reranked(
-            model, source, score=score or "itm", itm_weight=itm_weight, top_k=top_k, cache=cache, progress=progress
+            model,
+            source,
+            score=score or "itm",
+            itm_weight=1.0 if itm_weight is None else itm_weight,
+            top_k=TOP_K if top_k is None else top_k,
+            cache=cache,
+            progress=progress,
         )
     if matches:
         return evaluate_matching(model, source, progress=progress)

@@ -231,6 +231,7 @@ def _system(config: RunConfig, start: Model | None, parts: Mapping[str, Any]) ->
     if start is not None:
         same_answers = config.system.known_answers == start.config.known_answers
         fresh = () if same_answers else {*config.system.fresh_parts, *start.config.fresh_parts}
+        config.system.check_start(start.config)
         _adopt(system, start.system, config.init_from or start.name, tuple(fresh))
     if config.tune is not None:
         add_lora(system, config.tune)
@@ -241,15 +242,15 @@ def _adopt(system: System, start: System, name: str, fresh: tuple[str, ...] = ()
     """Take over all parameters, and the buffers that fit: a queue that only one of the two has is left as it is.
 
     Parts named in ``fresh`` are not taken over, and may be in one of the two only; parameters that `System.may_be_added` allows
-    may be missing in ``start``; those that are `System.only_for_training` may be in one of the two only.
+    may be missing in ``start``; those that are `System.only_for_training` start fresh.
     """
-    state, own = _without(system.state_from(start), fresh), system.state_dict()
+    given = {key: value for key, value in system.state_from(start).items() if not key.startswith(start.only_for_training)}
+    state, own = _without(given, fresh), system.state_dict()
     parameters = set(_without({key: None for network in (start, system) for key, _ in network.named_parameters()}, fresh))
     if type(start) is not type(system):  # gives what it has
         parameters = set(state)
     parameters -= {key for key in parameters - state.keys() if key.startswith(system.may_be_added)}
-    one_sided = state.keys() ^ own.keys()
-    parameters -= {key for key in parameters & one_sided if key.startswith(system.only_for_training + start.only_for_training)}
+    parameters -= {key for key in parameters if key.startswith(system.only_for_training + start.only_for_training)}
     unfit = [key for key in parameters if key not in state or key not in own or state[key].shape != own[key].shape]
     if unfit:
         raise ConfigError(

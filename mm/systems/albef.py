@@ -7,8 +7,9 @@ Deviations: samples of the same group are positives of each other, in the queue,
 pretraining knows only pairs); momentum features of all processes are columns before they are queued; hard negatives are drawn
 by the similarities of the trained encoders; one logit tells whether a pair matches, which is the paper's two-way softmax; the
 temperature is learned as the logarithm of its inverse, as CLIP does: steps are relative to its size, and none can change its
-sign. Its range is the reference's, 0.001 to 0.5. Single tokens are hidden, not whole words, as a batch does not say where words
-end. Convolutional picture encoders (``feature_map``) and norms before the branches are allowed. Weights are fresh; those of a
+sign. Its range is the reference's, 0.001 to 0.5. Single tokens are hidden, not whole words: a batch does not say where words
+end. As in the reference, matching and hidden words are averaged over what each process, or slice of a batch, has of them.
+Convolutional picture encoders (``feature_map``) and norms before the branches are allowed. Weights are fresh; those of a
 published checkpoint, or of BERT as in the paper, come by way of ``mm convert`` and ``init_from``.
 """
 
@@ -24,7 +25,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mm.encoders.image import ImageEncoderConfig, build_image_encoder
-from mm.encoders.text import TextEncoder
+from mm.encoders.text import TextEncoder, TextEncoderConfig
 from mm.errors import ConfigError, UserError
 from mm.fusion.align_before_fuse import AlignBeforeFuse, FeatureMap
 from mm.fusion.cross_attention import CoAttention, CrossAttention
@@ -44,6 +45,7 @@ from mm.nn.freeze import freeze
 from mm.nn.initialise import initialise
 from mm.nn.momentum import Momentum
 from mm.nn.transformer import Block, FeedForward, Transformer
+from mm.systems.clip import ClipConfig
 from mm.systems.settings import SystemSettings
 from mm.types import Batch, Encoded, Losses, System, TextBatch
 
@@ -102,6 +104,29 @@ class AlbefSizes(SystemSettings):
 
     def with_vocabulary(self, size: int) -> Self:
         return self.model_copy(update={"vocab_size": size})
+
+    def check_start(self, start: SystemSettings) -> None:
+        """Towers that are followed have to be of the same kind, not only of the same sizes."""
+        if not isinstance(start, ClipConfig) or not isinstance(start.text, TextEncoderConfig):
+            return
+        text, parts = start.text, ("tokens", "patch_dropout", "drop_path", "gradient_checkpointing")
+        theirs = {
+            "causal": text.causal,
+            "attend_padding": text.attend_padding,
+            "activation": text.activation,
+            "norm_place": "pre",
+        }
+        theirs |= {"heads": text.heads, "norm_eps": text.norm_eps, "text_pooling": text.pooling}
+        own = {"causal": False, "attend_padding": False, "activation": "gelu"}
+        own |= {name: getattr(self, name) for name in ("norm_place", "heads", "norm_eps", "text_pooling")}
+        for side, config in ((theirs, start.image), (own, self.image)):
+            side |= {f"image.{name}": value for name, value in config.model_dump().items() if name not in parts}
+        for name, value in own.items():
+            if theirs.get(name, value) != value:
+                raise ConfigError(
+                    f"init_from: its towers have {name} {theirs[name]}, this network {value}; with the same weights that is "
+                    "another function, so take towers like this network's"
+                )
 
     @model_validator(mode="after")
     def _possible_sizes(self) -> Self:

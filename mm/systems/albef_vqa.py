@@ -20,6 +20,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from mm.errors import ConfigError
 from mm.fusion.align_before_fuse import AlignBeforeFuse
 from mm.fusion.cross_attention import CrossAttention
 from mm.losses.answers import answer_shares, answer_targets
@@ -124,8 +125,9 @@ class AlbefVqa(System):
     def log_likelihoods(self, fused: Encoded, answers: TextBatch, shortlist: int) -> Float[Tensor, "b a"]:
         """Of each answer to each question, fp32; of a longer list than ``shortlist`` those of the answers with the likeliest
         first tokens, and minus infinity for the others."""
-        count, num_questions = len(answers), len(fused.tokens)
-        words, device = self._embed(answers.ids[:, :-1]), answers.ids.device
+        count, num_questions, device = len(answers), len(fused.tokens), answers.ids.device
+        answers = _trimmed(answers)
+        words = self._embed(answers.ids[:, :-1])
         places = torch.arange(count, device=device).expand(num_questions, count)
         if count > shortlist:
             start = words[:1, :1].expand(num_questions, 1, -1)
@@ -149,12 +151,12 @@ class AlbefVqa(System):
         return Losses(parts["answer"], {name: part.detach() for name, part in parts.items()})
 
     def state_from(self, start: System) -> dict[str, Tensor]:
-        """An `Albef` of as many layers gives its network, and its fusion is what the decoder begins as; towers give towers."""
+        """An `Albef` gives its network, and its fusion is what the decoder begins as; towers give towers."""
         if not isinstance(start, Albef):
             return given_by_towers(self, start) or super().state_from(start)
-        if start.network.state_dict().keys() != self.network.state_dict().keys():
-            return super().state_from(start)
         given = {name: tensor for name, tensor in start.state_dict().items() if name.startswith("network.")}
+        if lacking := sorted(f"network.{name}" for name in self.network.state_dict() if f"network.{name}" not in given):
+            raise ConfigError(f"init_from: is another network than 'system' describes (first difference: {lacking[0]})")
         if self.decoder is not None:  # pictures may be wider than words, then keys and values of the context start fresh
             own, fusion = self.state_dict(), start.network.fusion.state_dict(prefix="decoder.")
             given |= {name: tensor for name, tensor in fusion.items() if name in own and tensor.shape == own[name].shape}
@@ -172,7 +174,7 @@ class AlbefVqa(System):
             questions, places = shares.nonzero().T
         else:  # none is known: an answer of no weight, so that every parameter still has a gradient
             questions, places = torch.zeros(2, 1, dtype=torch.int64, device=shares.device)
-        text = text[places]
+        text = _trimmed(text[places])
         found, accuracy = self._likelihood(fused[questions], text, self._embed(text.ids[:, :-1]))
         return {"answer": -(shares[questions, places] * found).sum() / len(answers), "token_accuracy": accuracy}
 
@@ -197,6 +199,11 @@ class AlbefVqa(System):
         """Logits of what follows each of the M words that the mask holds, fp32."""
         assert self.decoder is not None
         return self.network.words(self.decoder(words, fused, causal=True).tokens[words.mask]).float()
+
+
+def _trimmed(text: TextBatch) -> TextBatch:
+    """Without positions that none of the texts has."""
+    return TextBatch(text.ids[:, : int(text.lengths.max())], text.lengths)
 
 
 def build(config: AlbefVqaConfig, parts: Mapping[str, Any] | None = None) -> AlbefVqa:

@@ -48,6 +48,9 @@ class SystemSettings(StrictConfig):
         """Fields of the network that may be in one network only when it takes over the weights of another; they start fresh."""
         return ()
 
+    def check_start(self, start: "SystemSettings") -> None:
+        """Raises `ConfigError` where the weights of a network of another kind fit by shape but would compute something else."""
+
     def parts(self) -> dict[str, str]:
         """Fields that name another MODEL which is part of the network. Its weights are ``FIELD.*`` in the network's state."""
         return {}

@@ -197,13 +197,21 @@ def test_a_published_model_is_fine_tuned_by_its_name_alone(tmp_path: Path) -> No
 
 def test_albef_begins_as_the_dual_tower_it_starts_from(model: Model) -> None:
     options = ["init_from=emoji-clip", "data.train=emoji:train/core/noto/novel/seen", "data.validation=null"]
-    begun = assemble(load_run_config(Path("configs/albef.yaml"), [*options, "train.batch_size=4"])).system.eval()
+    begun = assemble(load_run_config(Path("configs/albef.yaml"), [*options, "train.batch_size=16"])).system.eval()
     assert isinstance(begun, Embeds)
     assert isinstance(model.system, Embeds)
     texts = model.processor.text(["zebra", "red apple"])
     image = torch.randint(0, 255, (2, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(begun.embed_text(texts), model.system.embed_text(texts), atol=1e-5, rtol=0)
     torch.testing.assert_close(begun.embed_image(image), model.system.embed_image(image), atol=1e-5, rtol=0)
+
+
+def test_albef_refuses_towers_that_compute_something_else() -> None:
+    """Equal shapes are not enough: heads and pooling leave no trace in the weights."""
+    options = ["init_from=emoji-clip", "data.train=emoji:train/core/noto/novel/seen", "data.validation=null"]
+    for change, name in (("system.heads=2", "heads 4"), ("system.text_pooling=first", "text_pooling mean")):
+        with pytest.raises(UserError, match=f"its towers have {name}"):
+            assemble(load_run_config(Path("configs/albef.yaml"), [*options, "train.batch_size=16", change]))
 
 
 def test_albef_refuses_towers_of_other_sizes(tmp_path: Path) -> None:

@@ -358,3 +358,13 @@ def test_capabilities_and_the_list() -> None:
 def test_impossible_configurations_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         validate(AlbefVqaConfig, SMALL | {"answers": ANSWERS} | options, "test.yaml")
+
+
+def test_a_long_context_costs_nothing_where_answers_are_short() -> None:
+    """As of a published checkpoint, whose network has positions for 512 tokens."""
+    long = livelier(small(context_length=64))
+    embedded = []
+    embedding = long.network.towers.encoders["text"].get_submodule("embedding")
+    embedding.register_forward_hook(lambda _module, given, _made: embedded.append(given[0].shape[1]))
+    long.answer(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), tokens([[5, 6], [7]]), k=2)
+    assert max(embedded) <= max(len(row) for row in WORDS.values()) + 2
