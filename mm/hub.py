@@ -226,13 +226,13 @@ class Model:
         """The system, where it answers questions. Raises `UserError` where it does not."""
         if "answers" not in self.capabilities or not isinstance(self.system, Answers):
             raise self._unable(
-                "cannot answer questions", "take a model that learned to, such as a run of configs/vilt_vqa.yaml"
+                "cannot answer questions", "take a model that learned to, such as emoji-vqa"
             )
         return self.system
 
     def _grounding_system(self) -> Grounds:
         if "grounds" not in self.capabilities or not isinstance(self.system, Grounds):
-            remedy = "take a model whose words attend to the picture, such as a run of configs/albef.yaml"
+            remedy = "take a model whose words attend to the picture, such as emoji-albef"
             raise self._unable("cannot tell where words are", remedy)
         return self.system
 
