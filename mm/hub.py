@@ -225,9 +225,7 @@ class Model:
     def answering_system(self) -> Answers:
         """The system, where it answers questions. Raises `UserError` where it does not."""
         if "answers" not in self.capabilities or not isinstance(self.system, Answers):
-            raise self._unable(
-                "cannot answer questions", "take a model that learned to, such as emoji-vqa"
-            )
+            raise self._unable("cannot answer questions", "take a model that learned to, such as emoji-vqa")
         return self.system
 
     def _grounding_system(self) -> Grounds:

@@ -142,7 +142,7 @@ class TextEncoder(nn.Module):
             )
         if self.pad_id is not None:
             return self._encode_padded(text, self.pad_id)
-        if not buckets.pays(len(text), text.ids.device):
+        if not buckets.pays(text.ids.shape[0], text.ids.device):
             return self._encode(text)
 
         def encode(longest: int, ids: Tensor, lengths: Tensor) -> Encoded:

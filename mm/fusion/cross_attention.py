@@ -43,7 +43,7 @@ class CrossAttention(nn.Module):
             Fused words; what is pooled is the first of them.
         """
         length = text.tokens.shape[1]
-        if maps is not None or not buckets.pays(len(text.tokens), text.tokens.device):
+        if maps is not None or not buckets.pays(text.tokens.shape[0], text.tokens.device):
             return self._fuse(text.tokens, text.mask, image.tokens, image.mask, causal, maps)
         needed = (text.mask * torch.arange(1, length + 1, device=text.mask.device)).amax(1).clamp(min=1)
 

@@ -15,8 +15,9 @@ BUCKETS = 4
 
 
 def pays(rows: int, device: torch.device) -> bool:
-    """Whether groups are worth it; a compiled graph must depend neither on the lengths nor on the batch size."""
-    return rows >= MIN_ROWS and device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether groups are worth it; a compiled or exported graph must depend neither on the lengths nor on the number of rows,
+    which ``len`` would make a constant."""
+    return not torch.compiler.is_compiling() and device.type == "cpu" and rows >= MIN_ROWS
 
 
 def by_length(length: int, lengths: Tensor, inputs: Sequence[Tensor], compute: Callable[..., Encoded]) -> Encoded:
