@@ -265,7 +265,7 @@ def test_bad_input_is_told_in_one_line(workshop: Path, model: Model, tmp_path: P
     (tmp_path / "broken.csv").write_text("image,question,answer\nbroken.png,what?,dog\n")
     cases = [
         (["answer", "emoji-clip", data, "what?"], "emoji-clip cannot answer questions (it can: embeds); take a model"),
-        (["eval", "vqa", "emoji-clip", "--data", data], "configs/vilt_vqa.yaml"),
+        (["eval", "vqa", "emoji-clip", "--data", data], "emoji-vqa"),
         (["eval", "vqa", run, "--data", str(tmp_path / "captions.csv")], "no field 'question'"),
         (["eval", "vqa", run, "--data", data, "--train", str(tmp_path / "captions.csv")], "no field 'question'"),
         (["eval", "vqa", run, "--data", str(tmp_path / "broken.csv")], "too few samples can be used"),
