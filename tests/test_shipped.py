@@ -6,10 +6,10 @@ import pytest
 
 import mm
 from mm.hub import ASSETS
+from mm.quickstart import RERANKED
 
 FEW = {"limit": 24, "best_of": 4}
 """Prompts and candidates, fewer than the card's, so that a painter's figure is only roughly the same."""
-RERANKED = {"score": "sum", "itm_weight": 0.35, "top_k": 32}
 
 MEASURED = {
     "matches": ("retrieval", "emoji:validation/core", RERANKED, "image_to_text_r1", "image_to_text_r1", 0.01),

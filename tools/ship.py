@@ -26,6 +26,7 @@ from mm.evaluation.heat import heat_over
 from mm.evaluation.metrics import Interval, Result
 from mm.evaluation.sheet import contact_sheet
 from mm.hub import ASSETS, Model
+from mm.quickstart import RERANKED
 from mm.run.generation import generate
 from mm.show import save_picture
 from mm.types import Tokenizes
@@ -199,7 +200,6 @@ SHIPMENTS = {
     ),
 }
 
-RERANKED: dict[str, Any] = {"score": "sum", "itm_weight": 0.35, "top_k": 32}
 MATCHED: dict[str, Any] = {"score": "itm", "top_k": 32}
 
 SHIPMENTS |= {
