@@ -371,6 +371,119 @@ class Paints(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How text is written, token by token.
+
+    Args:
+        max_tokens: Longest continuation, its end included.
+        beams: Continuations that are kept at each step; 1 is greedy, or drawing where the temperature is above 0.
+        length_penalty: Beams are compared by log-likelihood over length to this power; above 0 favours longer ones.
+        no_repeat: No run of so many tokens is written twice; 0 for no such rule.
+        temperature: Divides the logits; 0 takes the likeliest.
+        top_k: Likeliest tokens that are drawn from; 0 for all.
+        top_p: Smallest set of likeliest tokens with so much probability that is drawn from (nucleus); 1 for all.
+    """
+
+    max_tokens: int = 32
+    beams: int = 1
+    length_penalty: float = 1.0
+    no_repeat: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Written:
+    """A continuation.
+
+    Args:
+        ids: Tokens, without the end.
+        log_likelihood: In nats, the sum over its tokens and its end, of the model's own distribution.
+        finished: Whether it ended by itself.
+    """
+
+    ids: tuple[int, ...]
+    log_likelihood: float
+    finished: bool
+
+
+OnTokens = Callable[[Tensor], None]
+"""Called with the tokens so far, ``(B, n)`` int64; what stands behind an end means nothing."""
+
+
+@runtime_checkable
+class Captions(Protocol):
+    """Systems that describe pictures in words."""
+
+    @property
+    def beginnings(self) -> Mapping[str, str]:
+        """Texts that a caption may be begun with, by name, such as the one for a language; the first is the usual one."""
+        ...
+
+    def caption(
+        self,
+        image: Tensor,
+        beginning: TextBatch,
+        decoding: Decoding,
+        seeds: Sequence[int],
+        *,
+        on_tokens: OnTokens | None = None,
+    ) -> list[Written]:
+        """Continue text i, which describes picture i.
+
+        Args:
+            image: Pixels uint8 ``(B, 3, H, W)``.
+            beginning: First tokens of each caption, without an end; their numbers may differ.
+            decoding: How to choose.
+            seeds: One a picture; in fp32 what is drawn depends on it, not on the batch.
+            on_tokens: Receives what is written, step by step, where there is a single beam.
+        """
+        ...
+
+    def caption_likelihoods(self, image: Tensor, text: TextBatch) -> Tensor:
+        """Log-likelihood in nats ``(B,)``, fp32, of text i, given whole, start and end included, as a caption of picture i."""
+        ...
+
+
+MEDIUM = -1
+"""Stands in the ids of a text for a medium, such as a picture."""
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """Texts with pictures between the words.
+
+    Args:
+        text: Ids, `MEDIUM` where a picture stands; without an end where they are to be continued.
+        image: Pixels uint8 ``(M, 3, H, W)``, of all pictures in the order of rows, then of positions.
+    """
+
+    text: TextBatch
+    image: Tensor
+
+
+@runtime_checkable
+class Writes(Protocol):
+    """Systems that continue texts in which pictures stand, so that examples may be shown before a question."""
+
+    def write(
+        self, prompt: Interleaved, decoding: Decoding, seeds: Sequence[int], *, on_tokens: OnTokens | None = None
+    ) -> list[Written]:
+        """Continue text i; arguments as in `Captions.caption`."""
+        ...
+
+    def continuation_likelihoods(self, prompt: Interleaved, candidates: TextBatch) -> Tensor:
+        """Log-likelihood in nats ``(B, A)``, fp32, of each candidate as the continuation of each text.
+
+        Args:
+            prompt: B texts.
+            candidates: A continuations, without a start, with an end where it counts.
+        """
+        ...
+
+
 @runtime_checkable
 class CompilesDecoding(Protocol):
     """Systems whose decoding, step by step, can be compiled."""
@@ -386,6 +499,8 @@ CAPABILITIES: Mapping[str, type] = {
     "matches": Matches,
     "grounds": Grounds,
     "answers": Answers,
+    "captions": Captions,
+    "writes": Writes,
     "paints": Paints,
 }
 """Every declared capability. Evaluation, command line and demos ask for one of these, never for a class or a name."""
