@@ -65,6 +65,14 @@ class KVCache:
             part.context = self.context[0][:rows], self.context[1][:rows]
         return part
 
+    def select(self, rows: Tensor) -> "KVCache":
+        """The cache of some rows of the batch, which may be repeated, in memory of its own."""
+        part = KVCache(self.keys[rows], self.values[rows])
+        part.length = self.length
+        if self.context is not None:
+            part.context = self.context[0][rows], self.context[1][rows]
+        return part
+
 
 class MultiHeadAttention(nn.Module):
     """Attention of a sequence to itself, or to another one where ``context_width`` is given.

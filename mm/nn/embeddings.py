@@ -21,10 +21,11 @@ class LearnedPositions(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_positions, width))
         self.weight.no_decay = True  # pyright: ignore[reportAttributeAccessIssue]
 
-    def forward(self, length: int, offset: int | Tensor = 0) -> Float[Tensor, "t d"]:
-        """Vectors of the positions ``offset`` to ``offset + length``; an int64 tensor ``(1,)`` looks up a single one."""
+    def forward(self, length: int, offset: int | Tensor = 0) -> Float[Tensor, "*b t d"]:
+        """Vectors of the positions ``offset`` to ``offset + length``, or of those that an int64 tensor ``(length,)`` or
+        ``(B, length)`` holds."""
         if isinstance(offset, Tensor):
-            assert length == 1, "a position in a tensor is a single one"
+            assert offset.shape[-1] == length, f"{offset.shape[-1]} positions for {length} vectors"
             return self.weight[offset]
         assert offset + length <= len(self.weight), f"{len(self.weight)} positions, {offset + length} were asked for"
         return self.weight[offset : offset + length]
@@ -121,8 +122,11 @@ class TokenEmbedding(nn.Module):
         x = self.tokens(ids)
         return self.place(x if keep is None else x * keep, offset)
 
-    def place(self, vectors: Float[Tensor, "b t d"], offset: int = 0) -> Float[Tensor, "b t d"]:
-        """What `forward` makes of token vectors, for vectors that are no token's: positions, norm, dropout."""
+    def place(self, vectors: Float[Tensor, "b t d"], offset: int | Tensor = 0) -> Float[Tensor, "b t d"]:
+        """What `forward` makes of token vectors, for vectors that are no token's: positions, norm, dropout.
+
+        The positions begin at ``offset``, or are what it holds, see `LearnedPositions.forward`.
+        """
         if self.positions is not None:
             vectors = vectors + self.positions(vectors.shape[1], offset)
         return self.dropout(self.norm(vectors))

@@ -1,0 +1,300 @@
+"""A language model: a causal transformer over words, and whatever other vectors stand between them.
+
+It takes vectors, not only ids, so that pictures may stand among the words (Frozen), and a context for blocks that attend to
+one (Flamingo, captioners). Texts of unequal lengths are decoded together: they end in the same column of the caches, and what
+stands before a shorter one is hidden.
+
+Papers: GPT-2 (learned positions, norms before the branches), OPT https://arxiv.org/abs/2205.01068 (the same with ReLU), LLaMA
+https://arxiv.org/abs/2302.13971 (rotary positions, RMS norms, gated feed-forward).
+
+Shapes: B texts, T positions, S positions of the context, D width, V vocabulary.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from mm.config import StrictConfig
+from mm.errors import UserError
+from mm.nn.attention import KVCache, MultiHeadAttention
+from mm.nn.embeddings import LearnedPositions, Rotary, TokenEmbedding
+from mm.nn.ends import end
+from mm.nn.initialise import initialise
+from mm.nn.linear import Linear
+from mm.nn.masks import EVERYTHING, Mask, attention_mask
+from mm.nn.transformer import Block, FeedForward, GatedFeedForward, Transformer
+
+Activation = Literal["gelu", "gelu_tanh", "relu", "swiglu"]
+ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
+    "relu": nn.ReLU,
+}
+
+
+class LanguageModelConfig(StrictConfig):
+    """Sizes and parts of a language model.
+
+    Args:
+        vocab_size: V, at least that of the tokenizer.
+        context_length: Longest sequence in positions, pictures included.
+        width: D.
+        layers: Number of blocks.
+        heads: Attention heads; divides ``width``.
+        kv_heads: Heads of keys and values, a divisor of ``heads``; as many if None.
+        hidden_width: Of the feed-forward; four times the width if None.
+        activation: Of the feed-forward; ``gelu_tanh`` is GPT-2's, ``relu`` OPT's, ``swiglu`` LLaMA's gated one.
+        norm: LLaMA's is ``rms``.
+        norm_eps: Added to the variance in the norms.
+        positions: ``learned`` or ``rotary``; rotary ones are relative, so that pictures may stand where training had none.
+        rotary_base: Ratio of the longest to the shortest wavelength of rotary positions.
+        bias: Whether the linear layers have a bias.
+        tied: The vectors that words come in with are those that they are predicted by.
+        dropout: Of each block's branches and of the words, in training.
+        gradient_checkpointing: Recompute activations in the backward pass.
+    """
+
+    vocab_size: int = Field(default=4096, ge=3)
+    context_length: int = Field(default=128, ge=3)
+    width: int = Field(default=256, ge=1)
+    layers: int = Field(default=4, ge=1)
+    heads: int = Field(default=4, ge=1)
+    kv_heads: int | None = Field(default=None, ge=1)
+    hidden_width: int | None = Field(default=None, ge=1)
+    activation: Activation = "gelu"
+    norm: Literal["layer", "rms"] = "layer"
+    norm_eps: float = Field(default=1e-5, gt=0)
+    positions: Literal["learned", "rotary"] = "learned"
+    rotary_base: float = Field(default=10_000.0, gt=0)
+    bias: bool = True
+    tied: bool = True
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _possible(self) -> "LanguageModelConfig":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
+        if self.positions == "rotary" and self.width // self.heads % 2:
+            raise ValueError("rotary positions need heads of an even width")
+        return self
+
+
+@dataclass
+class WritingState:
+    """What is kept from one step of decoding to the next.
+
+    Attributes:
+        caches: Of each layer.
+        width: Columns of the caches that the prompts take.
+        starts: Column in which each row begins, ``(B,)``; None where all begin in the first one.
+        mask: Which columns a row may see, of all that the caches have room for.
+        context_mask: Which positions of the context the next words may see.
+    """
+
+    caches: list[KVCache]
+    width: int
+    starts: Int64[Tensor, " b"] | None = None
+    mask: Mask = EVERYTHING
+    context_mask: Mask = EVERYTHING
+
+    def __getitem__(self, rows: Int64[Tensor, " r"]) -> "WritingState":
+        """Some rows, which may be repeated, in memory of their own."""
+        return WritingState(
+            caches=[cache.select(rows) for cache in self.caches],
+            width=self.width,
+            starts=None if self.starts is None else self.starts[rows],
+            mask=_rows_of(self.mask, rows),
+            context_mask=_rows_of(self.context_mask, rows),
+        )
+
+
+class LanguageModel(nn.Module):
+    """Predicts the next word.
+
+    Args:
+        embedding: Ids to vectors, and their positions.
+        transformer: Causal by the masks that it is given; ends with its own norm.
+        head: Vectors to logits; None for the vectors of the words themselves.
+        context_length: Longest sequence.
+    """
+
+    def __init__(
+        self, *, embedding: TokenEmbedding, transformer: Transformer, head: nn.Linear | None = None, context_length: int
+    ) -> None:
+        super().__init__()
+        self.embedding, self.transformer, self.head = embedding, transformer, head
+        self.context_length = context_length
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.embedding.tokens.embedding_dim
+
+    def embed(self, ids: Int64[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
+        """The vectors of words, without positions."""
+        return self.embedding.tokens(ids)
+
+    def forward(
+        self,
+        vectors: Float[Tensor, "b t d"],
+        context: Float[Tensor, "b s c"] | None = None,
+        *,
+        context_mask: Mask = EVERYTHING,
+    ) -> Float[Tensor, "b t d"]:
+        """What stands for the word behind each position; a padding behind a text changes nothing before it.
+
+        Args:
+            vectors: Of words, from `embed`, and of whatever stands between them.
+            context: For blocks with cross-attention.
+            context_mask: See `Transformer.forward`.
+        """
+        self._check(vectors.shape[1])
+        mask = attention_mask(vectors.shape[1], causal=True)
+        return self.transformer(self.embedding.place(vectors), context, mask=mask, context_mask=context_mask)
+
+    def logits(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
+        """Of the next word."""
+        return F.linear(hidden, self.embedding.tokens.weight) if self.head is None else self.head(hidden)
+
+    def prefill(
+        self,
+        vectors: Float[Tensor, "b t d"],
+        lengths: Int64[Tensor, " b"],
+        num_tokens: int,
+        context: Float[Tensor, "b s c"] | None = None,
+        *,
+        context_mask: Mask = EVERYTHING,
+        last_context_mask: Mask | None = None,
+    ) -> tuple[Float[Tensor, "b v"], WritingState]:
+        """Read prompts, padded on the right, in one pass.
+
+        Args:
+            vectors: As in `forward`; what stands behind the length of a row means nothing.
+            lengths: Real positions of each row, at least 1.
+            num_tokens: Words for which the caches need room behind the prompts.
+            context: As in `forward`.
+            context_mask: Of the positions of ``vectors``, if the same for all positions or for all rows of equal length.
+            last_context_mask: Of the words to come; default: ``context_mask``.
+
+        Returns:
+            The logits of the first word behind each prompt, and what later steps need.
+
+        Raises:
+            UserError: Prompts and words do not fit the context length.
+        """
+        rows, length = vectors.shape[:2]
+        self._check(length + num_tokens - 1)
+        capacity = length + num_tokens - 1
+        caches = self.transformer.caches(rows, capacity)
+        later = context_mask if last_context_mask is None else last_context_mask
+        if bool((lengths == length).all()):
+            state = WritingState(caches, length, context_mask=later)
+            mask, placed = attention_mask(length, causal=True), self.embedding.place(vectors)
+        else:
+            starts = length - lengths
+            columns = torch.arange(capacity, device=vectors.device)
+            seen = columns >= starts[:, None]
+            state = WritingState(caches, length, starts, Mask(seen[:, None, None]), later)
+            places = columns[:length] - starts[:, None]  # negative before a text
+            vectors = vectors.gather(1, places.clamp(min=0)[..., None].expand_as(vectors))
+            mask, placed = (
+                attention_mask(length, causal=True, keys=seen[:, :length]),
+                self.embedding.place(vectors, places.clamp(min=0)),
+            )
+            context_mask = _shifted(context_mask, places)
+        hidden = self.transformer(placed, context, mask=mask, context_mask=context_mask, caches=caches)
+        return self.logits(hidden[:, -1]), state
+
+    def step(self, ids: Int64[Tensor, " b"], index: int | Tensor, state: WritingState) -> Float[Tensor, "b v"]:
+        """Read word number ``index`` behind the prompts, counted from 0, and return the logits of the next one.
+
+        The index is a number, or where the step is compiled an int64 tensor ``(1,)``.
+        """
+        position = state.width + index
+        place = position if state.starts is None else (position - state.starts)[:, None]
+        vectors = self.embedding.place(self.embed(ids[:, None]), place)
+        hidden = self.transformer(
+            vectors, mask=state.mask, context_mask=state.context_mask, caches=state.caches, position=position
+        )
+        return self.logits(hidden[:, -1])
+
+    def _check(self, length: int) -> None:
+        if length > self.context_length:
+            raise UserError(
+                f"language model: {length} positions do not fit its context of {self.context_length}; "
+                "shorten the prompt or write less"
+            )
+
+
+def _rows_of(mask: Mask, rows: Tensor) -> Mask:
+    """The mask of some rows; parts that all rows share stay as they are."""
+
+    def of(part: Tensor | None) -> Tensor | None:
+        return part if part is None or part.ndim < 4 or len(part) == 1 else part[rows]
+
+    return replace(mask, allowed=of(mask.allowed), empty=of(mask.empty))
+
+
+def _shifted(mask: Mask, places: Int64[Tensor, "b t"]) -> Mask:
+    """A mask whose queries stand at other places than before."""
+
+    def moved(part: Tensor | None) -> Tensor | None:
+        if part is None or part.ndim < 4 or part.shape[2] == 1:
+            return part
+        part = part.expand(len(places), -1, -1, -1)
+        return part.gather(2, places.clamp(min=0)[:, None, :, None].expand(-1, part.shape[1], -1, part.shape[3]))
+
+    return replace(mask, allowed=moved(mask.allowed), empty=moved(mask.empty))
+
+
+def build_language_model(config: LanguageModelConfig, wrap: Callable[[int, Block], nn.Module] | None = None) -> LanguageModel:
+    """A language model with fresh weights.
+
+    Args:
+        config: Sizes and parts.
+        wrap: Called with the number and the block of each layer, gives what stands in its place.
+    """
+    norm = functools.partial(nn.RMSNorm if config.norm == "rms" else nn.LayerNorm, config.width, eps=config.norm_eps)
+    hidden_width = config.hidden_width or 4 * config.width
+
+    def make_block(layer: int) -> nn.Module:
+        if config.activation == "swiglu":
+            feed_forward = GatedFeedForward(config.width, hidden_width)
+        else:
+            feed_forward = FeedForward(config.width, hidden_width, ACTIVATIONS[config.activation](), bias=config.bias)
+        attention = MultiHeadAttention(config.width, config.heads, num_kv_heads=config.kv_heads, bias=config.bias)
+        block = Block(attention=attention, feed_forward=feed_forward, norm=norm, dropout=config.dropout)
+        return block if wrap is None else wrap(layer, block)
+
+    rotary = config.positions == "rotary"
+    model = LanguageModel(
+        embedding=TokenEmbedding(
+            config.vocab_size,
+            config.width,
+            positions=None if rotary else LearnedPositions(config.context_length, config.width),
+            dropout=config.dropout,
+        ),
+        transformer=Transformer(
+            make_block,  # pyright: ignore[reportArgumentType]
+            config.layers,
+            final_norm=norm(),
+            rotary=Rotary(config.width // config.heads, config.rotary_base) if rotary else None,
+            gradient_checkpointing=config.gradient_checkpointing,
+        ),
+        head=None if config.tied else end(Linear(config.width, config.vocab_size, bias=False)),
+        context_length=config.context_length,
+    )
+    initialise(model)
+    if model.head is not None:
+        nn.init.normal_(model.head.weight, std=0.02)
+    return model
