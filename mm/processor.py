@@ -106,6 +106,14 @@ class Processor:
         """Texts to ids, trimmed to the longest of them."""
         return self.tokenizer(texts, self.context_length)
 
+    def beginnings(self, texts: Sequence[str]) -> TextBatch:
+        """Texts that are to be continued: as `text`, but without the end. Raises `UserError` where a text leaves no room."""
+        batch = self.text(texts)
+        if int(batch.lengths.max()) >= self.context_length:
+            raise UserError(f"a beginning of {self.context_length} tokens or more leaves no room to write; shorten it")
+        shorter = 0 if self.tokenizer.end is None else 1
+        return TextBatch(batch.ids[:, : batch.ids.shape[1] - shorter], batch.lengths - shorter)
+
     def stamp(self) -> dict[str, Any]:
         """What an evaluation's protocol stamp says of the preparation."""
         spec = self.image_spec

@@ -383,6 +383,7 @@ class Decoding:
         temperature: Divides the logits; 0 takes the likeliest.
         top_k: Likeliest tokens that are drawn from; 0 for all.
         top_p: Smallest set of likeliest tokens with so much probability that is drawn from (nucleus); 1 for all.
+        end: The token that ends a text, which the caller takes from the model's tokenizer; None where nothing ends.
     """
 
     max_tokens: int = 32
@@ -392,6 +393,7 @@ class Decoding:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    end: int | None = None
 
 
 @dataclass(frozen=True)

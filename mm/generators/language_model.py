@@ -7,13 +7,13 @@ stands before a shorter one is hidden.
 Papers: GPT-2 (learned positions, norms before the branches), OPT https://arxiv.org/abs/2205.01068 (the same with ReLU), LLaMA
 https://arxiv.org/abs/2302.13971 (rotary positions, RMS norms, gated feed-forward).
 
-Shapes: B texts, T positions, S positions of the context, D width, V vocabulary.
+Shapes: B texts, T positions, S positions of the context, D width, V vocabulary, M words.
 """
 
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mm.config import StrictConfig
 from mm.errors import UserError
+from mm.nn import buckets
 from mm.nn.attention import KVCache, MultiHeadAttention
 from mm.nn.embeddings import LearnedPositions, Rotary, TokenEmbedding
 from mm.nn.ends import end
@@ -30,6 +31,7 @@ from mm.nn.initialise import initialise
 from mm.nn.linear import Linear
 from mm.nn.masks import EVERYTHING, Mask, attention_mask
 from mm.nn.transformer import Block, FeedForward, GatedFeedForward, Transformer
+from mm.types import Encoded, TextBatch
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "swiglu"]
 ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
@@ -118,6 +120,34 @@ class WritingState:
         )
 
 
+class NextWords(NamedTuple):
+    """Predictions of M words of B texts: their logits, the words themselves, the text that each is of."""
+
+    logits: Float[Tensor, "m v"]
+    words: Int64[Tensor, " m"]
+    texts: Int64[Tensor, " m"]
+
+    def log_likelihoods(self, num_texts: int) -> Float[Tensor, " b"]:
+        """Of each text, in nats, fp32: the sum over its words."""
+        each = -F.cross_entropy(self.logits.float(), self.words, reduction="none")
+        return each.new_zeros(num_texts).index_add(0, self.texts, each)
+
+    def loss(self, num_texts: int, *, smoothing: float = 0.0) -> Float[Tensor, ""]:
+        """Cross-entropy in nats, mean over the words of a text, then over the texts, so that a batch may be cut into slices.
+
+        Args:
+            num_texts: B.
+            smoothing: Share of the target that is spread evenly over the vocabulary.
+        """
+        each = F.cross_entropy(self.logits.float(), self.words, reduction="none", label_smoothing=smoothing)
+        count = torch.bincount(self.texts, minlength=num_texts).clamp(min=1)
+        return each.new_zeros(num_texts).index_add(0, self.texts, each).div(count).mean()
+
+    def accuracy(self) -> Float[Tensor, ""]:
+        """Share of the words that were the likeliest ones."""
+        return (self.logits.argmax(1) == self.words).float().mean()
+
+
 class LanguageModel(nn.Module):
     """Predicts the next word.
 
@@ -165,6 +195,20 @@ class LanguageModel(nn.Module):
     def logits(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
         """Of the next word."""
         return F.linear(hidden, self.embedding.tokens.weight) if self.head is None else self.head(hidden)
+
+    def next_words(self, text: TextBatch, context: Float[Tensor, "b s c"] | None = None) -> "NextWords":
+        """Predict every word behind the first of each text, its end included; texts of like length are computed together."""
+        inputs, needed = text.ids[:, :-1], text.lengths - 1
+
+        def read(longest: int, ids: Tensor, lengths: Tensor, *seen: Tensor) -> Encoded:
+            hidden = self(self.embed(ids[:, :longest]), *seen)
+            return Encoded(hidden, TextBatch(ids[:, :longest], lengths).valid(), hidden[:, 0])
+
+        rows = (inputs, needed) if context is None else (inputs, needed, context)
+        length = inputs.shape[1]
+        several = buckets.pays(len(text), text.ids.device)
+        found = buckets.by_length(length, needed, rows, read) if several else read(length, *rows)
+        return NextWords(self.logits(found.tokens[found.mask]), text.ids[:, 1:][found.mask], found.mask.nonzero()[:, 0])
 
     def prefill(
         self,
@@ -257,12 +301,20 @@ def _shifted(mask: Mask, places: Int64[Tensor, "b t"]) -> Mask:
     return replace(mask, allowed=moved(mask.allowed), empty=moved(mask.empty))
 
 
-def build_language_model(config: LanguageModelConfig, wrap: Callable[[int, Block], nn.Module] | None = None) -> LanguageModel:
+def build_language_model(
+    config: LanguageModelConfig,
+    wrap: Callable[[int, Block], nn.Module] | None = None,
+    *,
+    context_width: int | None = None,
+    context_from: int = 0,
+) -> LanguageModel:
     """A language model with fresh weights.
 
     Args:
         config: Sizes and parts.
         wrap: Called with the number and the block of each layer, gives what stands in its place.
+        context_width: Width of a context that blocks attend to between self-attention and feed-forward.
+        context_from: The first layer that does.
     """
     norm = functools.partial(nn.RMSNorm if config.norm == "rms" else nn.LayerNorm, config.width, eps=config.norm_eps)
     hidden_width = config.hidden_width or 4 * config.width
@@ -273,7 +325,15 @@ def build_language_model(config: LanguageModelConfig, wrap: Callable[[int, Block
         else:
             feed_forward = FeedForward(config.width, hidden_width, ACTIVATIONS[config.activation](), bias=config.bias)
         attention = MultiHeadAttention(config.width, config.heads, num_kv_heads=config.kv_heads, bias=config.bias)
-        block = Block(attention=attention, feed_forward=feed_forward, norm=norm, dropout=config.dropout)
+        reads = context_width is not None and layer >= context_from
+        cross_attention = MultiHeadAttention(config.width, config.heads, context_width=context_width) if reads else None
+        block = Block(
+            attention=attention,
+            feed_forward=feed_forward,
+            norm=norm,
+            cross_attention=cross_attention,
+            dropout=config.dropout,
+        )
         return block if wrap is None else wrap(layer, block)
 
     rotary = config.positions == "rotary"

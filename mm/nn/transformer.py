@@ -210,6 +210,7 @@ class Transformer(nn.Module):
         caches: list[KVCache] | None = None,
         position: int | Tensor | None = None,
         maps: list[dict[str, Tensor]] | None = None,
+        layers: range | None = None,
     ) -> Float[Tensor, "b t d"]:
         """Run all blocks.
 
@@ -224,11 +225,15 @@ class Transformer(nn.Module):
             position: Where ``x`` begins in the caches, behind what they hold if None. An int64 tensor ``(1,)``, for a
                 single position, keeps every shape the same from step to step, as torch.compile wants it.
             maps: Receives one dictionary of attention weights ``(B, H, T, S)`` a layer, part of the graph.
+            layers: Run only these; the final norm belongs to the last one.
         """
+        layers = range(len(self.blocks)) if layers is None else layers
         rotation = None if self.rotary is None else self._rotation(x.shape[1], caches, position)
         if caches is not None and position is not None:
             mask = _up_to(mask, position, x.shape[1], caches[0].keys.shape[2])
-        for layer, block in enumerate(self._blocks()):
+        blocks = self._blocks()
+        for layer in layers:
+            block = blocks[layer]
             layer_maps: dict[str, Tensor] | None = None if maps is None else {}
             layer_mask = mask if isinstance(mask, Mask) else mask[layer]
             options = {"mask": layer_mask, "context_mask": context_mask, "rotation": rotation, "maps": layer_maps}
@@ -238,7 +243,7 @@ class Transformer(nn.Module):
                 x = block(x, context, cache=None if caches is None else caches[layer], position=position, **options)
             if maps is not None and layer_maps is not None:
                 maps.append(layer_maps)
-        return self.final_norm(x)
+        return self.final_norm(x) if layers.stop == len(blocks) else x
 
     def _rotation(self, length: int, caches: list[KVCache] | None, position: int | Tensor | None) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the positions of ``length`` vectors."""

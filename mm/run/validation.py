@@ -19,7 +19,7 @@ from mm.nn.quantize import CodeUsage
 from mm.processor import Processor
 from mm.run.preparation import EvalPreparation, QuestionPreparation
 from mm.systems import SystemConfig
-from mm.types import Batch, Embeds, Source, System, Tokenizes
+from mm.types import Batch, Captions, Decoding, Embeds, Source, System, Tokenizes
 
 MAX_SAMPLES = 2000
 BATCH_SIZE = 128
@@ -40,7 +40,8 @@ class Validator:
 
     Figures of systems that embed, as fractions: ``r1`` is the mean of ``image_to_text_r1`` and ``text_to_image_r1``; ``top1``
     where there are labels. Of picture tokenizers: ``psnr`` in decibels, ``ssim``, ``codebook_usage`` and ``perplexity``. Of all
-    others: the mean of each part of their loss, and of systems that answer questions ``accuracy``, by the rules of VQA v2.
+    others: the mean of each part of their loss, of systems that answer questions ``accuracy``, by the rules of VQA v2, and of
+    systems that caption ``exact``, the share of pictures whose likeliest caption, with the usual beginning, is the first one.
 
     Args:
         source: Pictures, captioned or labelled ones for systems with text, of which the first 2,000 usable ones are taken.
@@ -73,10 +74,17 @@ class Validator:
         if isinstance(system, Tokenizes):
             return self._reconstruction(system, held, device)
         model = Model(system=system, processor=self._processor, config=self._config, name="validation", device=device)
-        if not isinstance(system, Embeds):
-            return self._losses(system, held, device) | (self._accuracy(model, held) if "answers" in self._able else {})
-        vectors = torch.cat([model.embed_pixels(pixels) for pixels in held.pixels])
-        return self._retrieval(model, vectors, held) | self._zero_shot(model, vectors, held)
+        found: dict[str, float] = {}
+        if isinstance(system, Embeds):
+            vectors = torch.cat([model.embed_pixels(pixels) for pixels in held.pixels])
+            found = self._retrieval(model, vectors, held) | self._zero_shot(model, vectors, held)
+        else:
+            found = self._losses(system, held, device)
+        if "answers" in self._able:
+            found |= self._accuracy(model, held)
+        if isinstance(system, Captions):
+            found |= self._exact(system, held, device)
+        return found
 
     def _read(self) -> _Held:
         preparation = EvalPreparation(self._processor)
@@ -135,6 +143,8 @@ class Validator:
                 rows = slice(count, count + len(pixels))
                 asked = held.questions[rows]
                 texts = [question.text for question in asked] or [(next(captions) or ("",))[0] for _ in pixels]
+                if isinstance(system, Captions):
+                    texts = [f"{_usual(system)} {text}" for text in texts]
                 text = self._processor.text(texts) if self._processor.has_text else None
                 answers = tuple(accepted(question.answers) for question in asked)
                 batch = Batch(tuple(map(str, range(rows.start, rows.stop))), pixels, text, answers=answers)
@@ -152,6 +162,21 @@ class Validator:
             ranked = model.answer_pixels(pixels, [question.text for question in asked])
             scores += [accuracy(best.answers[0], question.answers) for best, question in zip(ranked, asked, strict=True)]
         return {"accuracy": sum(scores) / len(scores)}
+
+    def _exact(self, system: Captions, held: _Held, device: torch.device) -> dict[str, float]:
+        """Of the likeliest words behind the usual beginning."""
+        tokenizer, right, count = self._processor.tokenizer, 0, 0
+        longest = max((len(tokenizer.encode(captions[0])) for captions in held.captions if captions), default=0)
+        decoding = Decoding(max_tokens=longest + 1, end=tokenizer.end)
+        captions = iter(held.captions)
+        for pixels in held.pixels:
+            beginning = self._processor.beginnings([_usual(system)] * len(pixels)).to(device)
+            for written in system.caption(pixels.to(device), beginning, decoding, range(len(pixels))):
+                expected = next(captions)
+                if expected:
+                    count += 1
+                    right += tokenizer.decode(written.ids) == tokenizer.decode(tokenizer.encode(expected[0]))
+        return {"exact": right / max(1, count)}
 
     def _retrieval(self, model: Model, vectors: Tensor, held: _Held) -> dict[str, float]:
         rows = [row for row, captions in enumerate(held.captions) if captions]
@@ -189,3 +214,8 @@ class Validator:
         if len(index) < 2 or not pairs:
             return None
         return task.classes, [row for row, _ in pairs], [label for _, label in pairs]
+
+
+def _usual(system: Captions) -> str:
+    """The text that captions begin with where nothing else is asked for."""
+    return next(iter(system.beginnings.values()))

@@ -9,9 +9,10 @@ from pydantic import Field
 
 from mm.config import validate
 from mm.errors import ConfigError
-from mm.systems import albef, albef_vqa, clip, dalle, image_tower, muse, published_vq, vilt, vq
+from mm.systems import albef, albef_vqa, captioner, clip, dalle, image_tower, muse, published_vq, vilt, vq
 from mm.systems.albef import AlbefConfig
 from mm.systems.albef_vqa import AlbefVqaConfig
+from mm.systems.captioner import CaptionerConfig
 from mm.systems.clip import ClipConfig
 from mm.systems.dalle import DalleConfig
 from mm.systems.image_tower import ImageTowerConfig
@@ -31,6 +32,7 @@ SystemConfig = (
     | ViltConfig
     | AlbefConfig
     | AlbefVqaConfig
+    | CaptionerConfig
 )
 """The union of all systems' configurations."""
 
@@ -47,6 +49,7 @@ MODULES: Mapping[str, ModuleType] = {
     "vilt": vilt,
     "albef": albef,
     "albef-vqa": albef_vqa,
+    "captioner": captioner,
 }
 """Name to the file that composes the system."""
 
@@ -60,6 +63,7 @@ CONFIGS: Mapping[str, type[SystemConfig]] = {
     "vilt": ViltConfig,
     "albef": AlbefConfig,
     "albef-vqa": AlbefVqaConfig,
+    "captioner": CaptionerConfig,
 }
 """Name to the configuration's class."""
 
