@@ -9,11 +9,12 @@ from pydantic import Field
 
 from mm.config import validate
 from mm.errors import ConfigError
-from mm.systems import albef, albef_vqa, captioner, clip, dalle, image_tower, muse, published_vq, vilt, vq
+from mm.systems import albef, albef_vqa, captioner, clip, coca, dalle, image_tower, muse, published_vq, vilt, vq
 from mm.systems.albef import AlbefConfig
 from mm.systems.albef_vqa import AlbefVqaConfig
 from mm.systems.captioner import CaptionerConfig
 from mm.systems.clip import ClipConfig
+from mm.systems.coca import CocaConfig
 from mm.systems.dalle import DalleConfig
 from mm.systems.image_tower import ImageTowerConfig
 from mm.systems.muse import MuseConfig
@@ -33,6 +34,7 @@ SystemConfig = (
     | AlbefConfig
     | AlbefVqaConfig
     | CaptionerConfig
+    | CocaConfig
 )
 """The union of all systems' configurations."""
 
@@ -50,6 +52,7 @@ MODULES: Mapping[str, ModuleType] = {
     "albef": albef,
     "albef-vqa": albef_vqa,
     "captioner": captioner,
+    "coca": coca,
 }
 """Name to the file that composes the system."""
 
@@ -64,6 +67,7 @@ CONFIGS: Mapping[str, type[SystemConfig]] = {
     "albef": AlbefConfig,
     "albef-vqa": AlbefVqaConfig,
     "captioner": CaptionerConfig,
+    "coca": CocaConfig,
 }
 """Name to the configuration's class."""
 

@@ -1,7 +1,7 @@
 """A captioner: a picture encoder, and a language model whose words attend to the picture's tokens.
 
-Papers: the caption half of BLIP https://arxiv.org/abs/2201.12086 (a decoder with cross-attention in every layer, label smoothing
-of 0.1) and of CoCa; GIT https://arxiv.org/abs/2205.14100 shows that no more is needed.
+Papers: the caption half of BLIP https://arxiv.org/abs/2201.12086 (a decoder with cross-attention in every layer, label
+smoothing of 0.1); GIT https://arxiv.org/abs/2205.14100 shows that no more is needed.
 
 Deviations: each text's words are averaged before the texts are; the picture's aligned vector may be one more token
 (``embed_dim``), since what a dual tower has learned of names is there; beginnings of captions are predicted like their other
@@ -90,7 +90,7 @@ class Captioner(System):
             else nn.Linear(image.token_width, width)
         )
         self.projection = nn.Linear(image.width, config.embed_dim) if config.embed_dim else None
-        self.vector_token = nn.Linear(config.embed_dim, width) if config.embed_dim else None
+        self.vector_token = nn.Linear(config.embed_dim, config.text.width) if config.embed_dim else None
         if "image" in config.lock:
             freeze(image)
             if self.projection is not None:
@@ -147,7 +147,7 @@ class Captioner(System):
         self.image.cast_(dtype)
 
     def state_from(self, start: System) -> dict[str, Tensor]:
-        """An aligned dual tower, alone or inside an ALBEF, gives its picture encoder, the projection and the vectors of words."""
+        """An aligned dual tower gives its picture encoder and projection, an ALBEF what stands before its words, too."""
         network = getattr(start, "network", start)
         towers = getattr(network, "towers", None)
         if not isinstance(towers, DualTower):

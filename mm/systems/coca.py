@@ -11,7 +11,6 @@ Shapes: B pairs, T positions, N picture tokens, D width of the words, E width of
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -235,10 +234,19 @@ def build(config: CocaConfig, parts: Mapping[str, Any] | None = None) -> Coca:
     """Build CoCa with fresh weights; ``parts`` may hold a ready ``image`` encoder for the configured one."""
     image = (parts or {}).get("image") or build_image_encoder(config.image)
     width = config.text.width
-    text = CocaText(build_language_model(config.text, context_width=width, context_from=config.text_layers), config.text_layers)
-    if config.feature_map:
-        tokens = FeatureMap(image.num_tokens, image.token_width, width)
+    tokens = FeatureMap(image.num_tokens, image.token_width, width) if config.feature_map else nn.Identity()
+    initialise(tokens)
+    tokens_width, pooler = (width if config.feature_map else image.token_width), None
+    if config.image_queries:
+        tokens = nn.Sequential(tokens, AttentionPooler(config.image_queries, width, tokens_width, config.text.heads))
+        pooler = AttentionPooler(1, width, width, config.text.heads)
         tokens_width = width
-    else:
-        tokens, tokens_width = nn.Identity(), image.token_width
-    ...
+    language = build_language_model(config.text, context_width=tokens_width, context_from=config.text_layers)
+    pooled_width = image.width if pooler is None else width
+    projections = nn.Linear(pooled_width, config.embed_dim, bias=False), nn.Linear(width, config.embed_dim, bias=False)
+    for projection in projections:  # keeps the variance of its input
+        nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+    towers = DualTower(
+        {"image": (image, projections[0]), "text": (CocaText(language, config.text_layers), projections[1])}, locked=config.lock
+    )
+    return Coca(towers, tokens, config, pooler)
