@@ -1,6 +1,7 @@
 """The ``mm`` command: parses, calls, prints. Everything it does can be done from Python through ``mm`` itself."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -575,6 +576,52 @@ def data_pack(
         opened = open_source(source, image_field=image_field, text_field=text_field)
         packed = pack(opened, out, samples_per_shard=samples_per_shard, progress=progress)
     show.packed(packed, out)
+
+
+@data_app.command("filter")
+def data_filter(
+    source: SourceArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="New or empty folder for the shards.")],
+    judge: Annotated[str, typer.Option("--judge", metavar="MODEL", help="Tells whether a caption fits its picture.")],
+    captioner: Annotated[
+        str | None, typer.Option("--captioner", metavar="MODEL", help="Writes further captions.", show_default=False)
+    ] = None,
+    count: Annotated[int, typer.Option("-n", min=1, help="Captions to write for each picture.")] = 1,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Least probability of a match (0.5 if not given), or least cosine.", show_default=False),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="What written captions begin with; default: the captioner's usual.", show_default=False)
+    ] = None,
+    top_p: TopPOption = 0.9,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    image_field: ImageFieldOption = None,
+    text_field: TextFieldOption = None,
+    json_file: JsonOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Keep the captions that fit their pictures, and write new ones: shards to train on (CapFilt of BLIP)."""
+    from mm import show
+    from mm.data.sources import open_source
+    from mm.run.filtering import NUCLEUS, filter_captions
+
+    show.check_outputs(None, json_file)
+    with show.progress_bar("filtering") as progress:
+        result = filter_captions(
+            open_source(source, image_field=image_field, text_field=text_field),
+            out,
+            judge,
+            captioner=captioner,
+            count=count,
+            threshold=threshold,
+            beginning=prompt,
+            decoding=replace(NUCLEUS, top_p=top_p),
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+    show.filtered(result, out, json_file)
 
 
 @data_app.command("check")

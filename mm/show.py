@@ -23,6 +23,7 @@ from mm.evaluation.metrics import Result
 from mm.evaluation.sheet import Picture, contact_sheet, to_pillow
 from mm.fusion.grounding import Grounding, centre, focus
 from mm.media.image import open_image
+from mm.run.filtering import Filtered
 from mm.run.generation import Painting
 from mm.run.inference import Prediction, SearchResult
 from mm.training.loop import TrainResult
@@ -273,6 +274,18 @@ def packed(outcome: Packed, folder: Path) -> None:
     print(f"{outcome.samples} samples in {len(outcome.shards)} shards in {folder}")
     for cause, count in outcome.bad.most_common():
         print(f"left out: {count} ({cause})")
+
+
+def filtered(outcome: Filtered, folder: Path, json_file: Path | None) -> None:
+    """How many captions fit their pictures, given and written ones."""
+    counts = {name: getattr(outcome, name) for name in ("given", "given_kept", "written", "written_kept", "samples", "dropped")}
+    print(f"{outcome.samples} samples in {len(outcome.shards)} shards in {folder}, {outcome.dropped} left without a caption")
+    print(
+        f"captions that fit: {outcome.given_kept} of {outcome.given} given, {outcome.written_kept} of {outcome.written} written"
+    )
+    for cause, count in outcome.bad.most_common():
+        print(f"left out: {count} ({cause})")
+    _write_json(json_file, counts | {"bad": dict(outcome.bad)})
 
 
 def checked(report: Report, json_file: Path | None) -> None:
