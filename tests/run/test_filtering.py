@@ -166,7 +166,7 @@ def test_swapped_names_are_found_by_the_shipped_reader(tmp_path) -> None:
 
 def test_command_writes_shards_and_counts(tmp_path) -> None:
     file = tmp_path / "result.json"
-    arguments = ["data", "filter", "emoji:test/core/seen/emojione", "--judge", "emoji-clip", "--threshold", "0.2"]
+    arguments = ["data", "filter", "emoji:test/core/seen/emojione", "--judge", "emoji-clip", "--threshold", "0.9"]
     outcome = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "out"), "--json", str(file)])
     assert outcome.exit_code == 0, outcome.output
     counts = json.loads(file.read_text())
