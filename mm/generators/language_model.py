@@ -30,7 +30,7 @@ from mm.nn.ends import end
 from mm.nn.initialise import initialise
 from mm.nn.linear import Linear
 from mm.nn.masks import EVERYTHING, Mask, attention_mask
-from mm.nn.transformer import Block, FeedForward, GatedFeedForward, Transformer
+from mm.nn.transformer import Block, FeedForward, GatedFeedForward, Stack, Transformer
 from mm.types import Encoded, TextBatch
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "swiglu"]
@@ -161,12 +161,17 @@ class LanguageModel(nn.Module):
     Args:
         embedding: Ids to vectors, and their positions.
         transformer: Causal by the masks that it is given; ends with its own norm.
-        head: Vectors to logits; None for the vectors of the words themselves.
+        head: Vectors to logits, a module or any function; None for the vectors of the words themselves.
         context_length: Longest sequence.
     """
 
     def __init__(
-        self, *, embedding: TokenEmbedding, transformer: Transformer, head: nn.Linear | None = None, context_length: int
+        self,
+        *,
+        embedding: TokenEmbedding,
+        transformer: Transformer | Stack,
+        head: Callable[[Tensor], Tensor] | None = None,
+        context_length: int,
     ) -> None:
         super().__init__()
         self.embedding, self.transformer, self.head = embedding, transformer, head
@@ -362,6 +367,6 @@ def build_language_model(
         context_length=config.context_length,
     )
     initialise(model)
-    if model.head is not None:
+    if isinstance(model.head, nn.Linear):
         nn.init.normal_(model.head.weight, std=0.02)
     return model

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from mm.errors import UserError
 from mm.generators.autoregressive import compiled_step
-from mm.generators.language_model import WritingState
+from mm.generators.language_model import LanguageModel, WritingState
 from mm.generators.sampling import check_sampling, draw, sample_generators
-from mm.types import Decoding, OnTokens, Sampling, Written
+from mm.types import Decoding, OnTokens, Sampling, TextBatch, Written
 
 
 class Continues(Protocol):
@@ -91,6 +91,20 @@ def write(
     if decoding.beams > 1:
         return [best for best, *_ in search(model, logits, state, decoding, end=end)]
     return _follow(model, logits, state, decoding, seeds, end, on_tokens)
+
+
+@torch.no_grad()
+def describe(
+    model: LanguageModel,
+    seen: Float[Tensor, "b s c"],
+    beginning: TextBatch,
+    decoding: Decoding,
+    seeds: Sequence[int],
+    on_tokens: OnTokens | None = None,
+) -> list[Written]:
+    """Continue text i, whose words attend to row i of the context; arguments and errors as in `mm.types.Captions.caption`."""
+    logits, state = model.prefill(model.embed(beginning.ids), beginning.lengths, decoding.max_tokens, seen)
+    return write(model, logits, state, decoding, seeds, end=decoding.end, on_tokens=on_tokens)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ Shapes: B batch, T positions, S positions of the context, D width.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -258,6 +258,41 @@ class Transformer(nn.Module):
 
     def _blocks(self) -> list[Block]:
         return list(self.blocks)  # pyright: ignore[reportReturnType]
+
+
+class Stack(nn.Module):
+    """Transformers one after the other, as if they were one.
+
+    Args:
+        transformers: Each takes what the one before gives; blocks without cross-attention make nothing of the context.
+    """
+
+    def __init__(self, *transformers: Transformer) -> None:
+        super().__init__()
+        self.transformers = nn.ModuleList(transformers)
+
+    def caches(self, batch_size: int, capacity: int) -> list[KVCache]:
+        """Those of all layers, see `Transformer.caches`."""
+        return [cache for part in self._parts() for cache in part.caches(batch_size, capacity)]
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        context: Float[Tensor, "b s c"] | None = None,
+        *,
+        caches: list[KVCache] | None = None,
+        **options: Any,
+    ) -> Float[Tensor, "b t d"]:
+        """See `Transformer.forward`."""
+        first = 0
+        for part in self._parts():
+            last = first + len(part.blocks)
+            x = part(x, context, caches=None if caches is None else caches[first:last], **options)
+            first = last
+        return x
+
+    def _parts(self) -> list[Transformer]:
+        return list(self.transformers)  # pyright: ignore[reportReturnType]
 
 
 def _up_to(mask: Mask | Sequence[Mask], position: int | Tensor, length: int, capacity: int) -> Mask | list[Mask]:

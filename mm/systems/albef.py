@@ -9,8 +9,10 @@ by the similarities of the trained encoders; one logit tells whether a pair matc
 temperature is learned as the logarithm of its inverse, as CLIP does: steps are relative to its size, and none can change its
 sign. Its range is the reference's, 0.001 to 0.5. Single tokens are hidden, not whole words: a batch does not say where words
 end. As in the reference, matching and hidden words are averaged over what each process, or slice of a batch, has of them.
-Convolutional picture encoders (``feature_map``) and norms before the branches are allowed. Weights are fresh; those of a
-published checkpoint, or of BERT as in the paper, come by way of ``mm convert`` and ``init_from``.
+With ``caption_weight`` the same layers also learn to write, as in BLIP https://arxiv.org/abs/2201.12086, whose decoder has
+self-attention of its own; here only the mask is another. Convolutional picture encoders (``feature_map``) and norms before the
+branches are allowed. Weights are fresh; those of a published checkpoint, or of BERT as in the paper, come by way of
+``mm convert`` and ``init_from``.
 """
 
 import functools
@@ -31,6 +33,8 @@ from mm.fusion.align_before_fuse import AlignBeforeFuse, FeatureMap
 from mm.fusion.cross_attention import CoAttention, CrossAttention
 from mm.fusion.dual_tower import DualTower
 from mm.fusion.grounding import word_heat
+from mm.generators.language_model import LanguageModel
+from mm.generators.writing import describe
 from mm.losses.contrastive import info_nce
 from mm.losses.distillation import Views, distilled_contrastive, ramped
 from mm.losses.gather import current_gather
@@ -44,10 +48,10 @@ from mm.nn.ends import end
 from mm.nn.freeze import freeze
 from mm.nn.initialise import initialise
 from mm.nn.momentum import Momentum
-from mm.nn.transformer import Block, FeedForward, Transformer
+from mm.nn.transformer import Block, FeedForward, Stack, Transformer
 from mm.systems.clip import ClipConfig
 from mm.systems.settings import SystemSettings
-from mm.types import Batch, Encoded, Losses, System, TextBatch
+from mm.types import Batch, Decoding, Encoded, Losses, OnTokens, System, TextBatch, Written
 
 WORDS = "network.towers.encoders.text.embedding.tokens.weight"
 
@@ -144,6 +148,8 @@ class AlbefConfig(AlbefSizes):
         contrastive_weight: Of aligning pictures and texts.
         matching_weight: Of telling matching pairs from others; with 0 the network cannot match, so nothing is re-ranked.
         masked_weight: Of predicting hidden words.
+        caption_weight: Of predicting the next word, by the same layers read causally; with 0 the network does not write.
+        beginnings: Texts that captions may begin with, by name, as training gave them; the first is the usual one.
         mask_rate: Share of the words to predict.
         momentum: Share of the momentum encoders that stays at each step; 0 for none, plain InfoNCE without queue.
         queue_size: Past momentum features of each side kept as further negatives; ``Batch.groups`` must then number things
@@ -157,6 +163,8 @@ class AlbefConfig(AlbefSizes):
     contrastive_weight: float = Field(default=1.0, gt=0)
     matching_weight: float = Field(default=1.0, ge=0)
     masked_weight: float = Field(default=1.0, ge=0)
+    caption_weight: float = Field(default=0.0, ge=0)
+    beginnings: dict[str, str] = Field(default={"caption": ""}, min_length=1)
     mask_rate: float = Field(default=MASK_RATE, gt=0, lt=1)
     momentum: float = Field(default=0.995, ge=0, lt=1)
     queue_size: int = Field(default=4096, ge=0)
@@ -169,6 +177,8 @@ class AlbefConfig(AlbefSizes):
         if not self.momentum and (self.queue_size or self.distillation):
             option = "queue_size" if self.queue_size else "distillation"
             raise ValueError(f"{option} is of momentum features; set momentum above 0, or {option} to 0")
+        if self.caption_weight and self.two_streams:
+            raise ValueError("two_streams cannot write: the picture would tell the words what follows; set caption_weight to 0")
         return self
 
 
@@ -192,9 +202,10 @@ class Albef(System):
 
     @property
     def lacks(self) -> frozenset[str]:
+        lacking = frozenset() if self.config.caption_weight else frozenset({"captions"})
         if not self.config.matching_weight:
-            return frozenset({"matches", "grounds"})
-        return frozenset() if self.grounding_layers else frozenset({"grounds"})
+            return lacking | {"matches", "grounds"}
+        return lacking if self.grounding_layers else lacking | {"grounds"}
 
     @property
     def only_for_training(self) -> tuple[str, ...]:
@@ -243,6 +254,39 @@ class Albef(System):
         judge = lambda *pair, maps: self._matching_logits(self.fuse(*pair, maps=maps))  # noqa: E731
         return word_heat(judge, image, text, layers)
 
+    @property
+    def beginnings(self) -> Mapping[str, str]:
+        """See `mm.types.Captions`."""
+        return self.config.beginnings
+
+    @property
+    def writer(self) -> LanguageModel:
+        """The layers of the network, read causally; all of its weights are theirs."""
+        text, fusion = self.network.towers.encoders["text"], self.network.fusion
+        assert isinstance(text, TextEncoder)
+        return LanguageModel(
+            embedding=text.embedding,
+            transformer=Stack(text.transformer, fusion.transformer),
+            head=self.network.words,
+            context_length=text.context_length,
+        )
+
+    def caption(
+        self,
+        image: Tensor,
+        beginning: TextBatch,
+        decoding: Decoding,
+        seeds: Sequence[int],
+        *,
+        on_tokens: OnTokens | None = None,
+    ) -> list[Written]:
+        """See `mm.types.Captions`."""
+        return describe(self.writer, self.encode_image(image).tokens, beginning, decoding, seeds, on_tokens)
+
+    def caption_likelihoods(self, image: Tensor, text: TextBatch) -> Tensor:
+        """See `mm.types.Captions`."""
+        return self.writer.next_words(text, self.encode_image(image).tokens).log_likelihoods(len(text))
+
     def embed_image(self, image: Tensor) -> Tensor:
         """Pixels ``(B, 3, H, W)`` to unit vectors ``(B, D)``, fp32."""
         return self.network.towers.embed("image", image)
@@ -286,6 +330,9 @@ class Albef(System):
         if config.masked_weight:
             parts["masked"] = self._masked_loss(image, batch.text, None if taught is None else taught[0], alpha)
             total = total + config.masked_weight * parts["masked"]
+        if config.caption_weight:
+            parts["caption"] = self.writer.next_words(batch.text, image.tokens).loss(len(batch))
+            total = total + config.caption_weight * parts["caption"]
         return Losses(total, {name: part.detach() for name, part in parts.items()})
 
     def after_step(self, step: int) -> None:
@@ -357,12 +404,12 @@ class Albef(System):
     def _freeze_what_no_task_trains(self) -> None:
         """It is kept, so that a later training may take it up with the same weights."""
         config, network = self.config, self.network
-        if not config.masked_weight:
+        if not (config.masked_weight or config.caption_weight):
             freeze(network.masked_head)
             network.word_bias.requires_grad_(False)
         if not config.matching_weight:
             freeze(self.matching_head)
-        if not (config.masked_weight or config.matching_weight):
+        if not (config.masked_weight or config.matching_weight or config.caption_weight):
             freeze(network.fusion)
             freeze(network.picture_tokens)
 

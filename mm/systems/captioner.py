@@ -22,7 +22,7 @@ from mm.encoders.image import ImageEncoder, ImageEncoderConfig, build_image_enco
 from mm.fusion.align_before_fuse import FeatureMap
 from mm.fusion.dual_tower import DualTower, unit
 from mm.generators.language_model import LanguageModel, LanguageModelConfig, build_language_model
-from mm.generators.writing import write
+from mm.generators.writing import describe
 from mm.nn.freeze import freeze
 from mm.nn.initialise import initialise
 from mm.systems.settings import SystemSettings
@@ -131,9 +131,7 @@ class Captioner(System):
         on_tokens: OnTokens | None = None,
     ) -> list[Written]:
         """See `mm.types.Captions`."""
-        words, seen = self.decoder.embed(beginning.ids), self.look(image)
-        logits, state = self.decoder.prefill(words, beginning.lengths, decoding.max_tokens, seen)
-        return write(self.decoder, logits, state, decoding, seeds, end=decoding.end, on_tokens=on_tokens)
+        return describe(self.decoder, self.look(image), beginning, decoding, seeds, on_tokens)
 
     @torch.no_grad()
     def caption_likelihoods(self, image: Tensor, text: TextBatch) -> Tensor:

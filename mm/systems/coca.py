@@ -22,7 +22,7 @@ from mm.encoders.image import ImageEncoderConfig, build_image_encoder
 from mm.fusion.align_before_fuse import FeatureMap
 from mm.fusion.dual_tower import DualTower
 from mm.generators.language_model import LanguageModel, LanguageModelConfig, NextWords, build_language_model
-from mm.generators.writing import write
+from mm.generators.writing import describe
 from mm.losses.contrastive import info_nce
 from mm.losses.gather import current_gather
 from mm.nn.initialise import initialise
@@ -197,10 +197,7 @@ class Coca(System):
         on_tokens: OnTokens | None = None,
     ) -> list[Written]:
         """See `mm.types.Captions`."""
-        language = self._text.language
-        words, seen = language.embed(beginning.ids), self.look(image).tokens
-        logits, state = language.prefill(words, beginning.lengths, decoding.max_tokens, seen)
-        return write(language, logits, state, decoding, seeds, end=decoding.end, on_tokens=on_tokens)
+        return describe(self._text.language, self.look(image).tokens, beginning, decoding, seeds, on_tokens)
 
     @torch.no_grad()
     def caption_likelihoods(self, image: Tensor, text: TextBatch) -> Tensor:

@@ -6,14 +6,17 @@ import torch
 from mm.encoders.image import ImageEncoderConfig
 from mm.errors import ConfigError
 from mm.generators.language_model import LanguageModelConfig
+from mm.nn.masks import attention_mask
 from mm.systems import build, read_system
+from mm.systems.albef import Albef, AlbefConfig
+from mm.systems.albef import build as build_albef
 from mm.systems.captioner import Captioner, CaptionerConfig
 from mm.systems.captioner import build as build_captioner
 from mm.systems.clip import ClipConfig
 from mm.systems.clip import build as build_clip
 from mm.systems.coca import Coca, CocaConfig
 from mm.systems.coca import build as build_coca
-from mm.types import Batch, Decoding, TextBatch
+from mm.types import Batch, Decoding, TextBatch, capabilities
 
 END = 2
 IMAGE = ImageEncoderConfig(
@@ -181,3 +184,51 @@ def test_both_are_built_by_name() -> None:
     for name in ("captioner", "coca"):
         config = read_system({"name": name, "text": {"layers": 3}}, "test")
         assert build(config).beginnings == {"caption": ""}
+
+
+def writing_albef(**changes) -> Albef:
+    torch.manual_seed(0)
+    options = {"image": IMAGE, "feature_map": True, "embed_dim": 8, "vocab_size": 40, "context_length": 12, "width": 32}
+    return build_albef(AlbefConfig(**options | {"caption_weight": 1.0, "queue_size": 4} | changes))
+
+
+@pytest.mark.parametrize("place", ["pre", "post"])
+def test_layers_of_albef_write_when_they_are_read_causally(place) -> None:
+    """What is decoded step by step is what the two transformers compute at once, and no word knows of those behind it."""
+    system, data = writing_albef(norm_place=place).eval(), batch()
+    seen = system.encode_image(data.image).tokens
+    mask = attention_mask(6, causal=True)
+    text = system.network.towers.encoders["text"]
+    words = text.transformer(text.embedding(data.text.ids[:, :6]), mask=mask)
+    logits = system.network.words(system.network.fusion.transformer(words, seen, mask=mask)).log_softmax(-1)
+    each = logits.gather(2, data.text.ids[:, 1:7, None])[..., 0]
+    expected = (each * data.text.valid()[:, 1:7]).sum(1)
+    torch.testing.assert_close(system.caption_likelihoods(data.image, data.text), expected, atol=1e-4, rtol=1e-4)
+    written = system.caption(
+        data.image, TextBatch(data.text.ids[:, :1], torch.ones(4).long()), Decoding(max_tokens=3), range(4)
+    )
+    first = torch.tensor([one.ids[0] for one in written])
+    assert torch.equal(first, logits[:, 0].argmax(-1))
+
+
+def test_albef_learns_to_write_beside_its_other_tasks() -> None:
+    system, data = writing_albef(dropout=0.0), batch()
+    assert "captions" in capabilities(system)
+    assert "captions" not in capabilities(writing_albef(caption_weight=0.0))
+    losses = system.loss(data, 0)
+    assert set(losses.parts) >= {"contrastive", "matching", "masked", "caption"}
+    optimizer = torch.optim.Adam([p for p in system.parameters() if p.requires_grad], lr=3e-3)
+    for step in range(150):
+        optimizer.zero_grad()
+        system.loss(data, step).total.backward()
+        optimizer.step()
+        system.after_step(step)
+    system.eval()
+    written = system.caption(data.image, TextBatch(data.text.ids[:, :1], torch.ones(4).long()), Decoding(8, end=END), range(4))
+    for row, one in enumerate(written):
+        assert list(one.ids) == data.text.ids[row, 1 : int(data.text.lengths[row]) - 1].tolist()
+
+
+def test_two_streams_cannot_write() -> None:
+    with pytest.raises(ConfigError, match="two_streams cannot write"):
+        read_system({"name": "albef", "two_streams": True, "caption_weight": 1}, "test")
