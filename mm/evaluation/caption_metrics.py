@@ -1,4 +1,4 @@
-"""How well captions say what people said: BLEU, ROUGE-L, CIDEr-D, exact match and word overlap, with pycocoevalcap's conventions.
+"""How well captions say what people said: BLEU, ROUGE-L, CIDEr-D, exact match and word overlap, as pycocoevalcap has them.
 
 Everything works on words (`mm.evaluation.words`): n hypotheses, one a picture, and at least one reference for each. Where the
 published formulas and the evaluation that everybody's figures come from differ, the evaluation is followed and it is said here.
@@ -69,8 +69,8 @@ def bleu(counts: np.ndarray, order: int) -> Statistic:
 def rouge_l(hypotheses: Sequence[Words], references: Sequence[Sequence[Words]]) -> np.ndarray:
     """ROUGE-L of each caption, ``(n,)`` in 0..1, https://aclanthology.org/W04-1013.
 
-    Precision and recall of the longest common subsequence are each the best over the references, not of one and the same; recall
-    counts `ROUGE_BETA` times as much.
+    Precision and recall of the longest common subsequence are each the best over the references, not of one and the same; the
+    weight of recall is `ROUGE_BETA`.
     """
     scores = np.zeros(len(hypotheses))
     for row, (caption, accepted) in enumerate(zip(hypotheses, references, strict=True)):
@@ -99,8 +99,8 @@ def cider_d(hypotheses: Sequence[Words], references: Sequence[Sequence[Words]]) 
     """CIDEr-D of each caption, ``(n,)`` in 0..10, https://arxiv.org/abs/1411.5726; the set's is their mean.
 
     How much an n-gram tells depends on how few pictures of this very set have it in a reference: figures of sets of different
-    sizes do not compare, and a set of one picture scores 0. As in the evaluation, a caption's length, for the penalty on another
-    length than the reference's, is its number of two-word sequences.
+    sizes do not compare, and a set of one picture scores 0. As in the evaluation, a caption's length, for the penalty on
+    another length than the reference's, is its number of two-word sequences.
     """
     number, picture_of = len(hypotheses), _pictures(references)
     cosines = np.zeros(number + len(picture_of))  # summed over orders; the first n, of the captions themselves, stay 0

@@ -1,9 +1,9 @@
 """Captions to words, as the Penn Treebank splits them and as COCO's evaluation then cleans them: lower case, no punctuation.
 
-What pycocoevalcap gets from Stanford's PTBTokenizer 3.4.1 (https://nlp.stanford.edu/software/tokenizer.html), without Java: of all
-kinds of token that fit at a place the longest is taken. Its quirks are kept, because figures are comparable only so: round and
-square brackets become the words ``-lrb-`` and ``-lsb-``, ``?!`` is a word, pictographs vanish. Not covered are tokens with a space
-in them (``1 1/2``), rare smileys and all but the usual abbreviations.
+What pycocoevalcap gets from Stanford's PTBTokenizer 3.4.1 (https://nlp.stanford.edu/software/tokenizer.html), without Java: of
+all kinds of token that fit at a place the longest is taken. Its quirks are kept, because figures are comparable only so: round
+and square brackets become the words ``-lrb-`` and ``-lsb-``, ``?!`` is a word, pictographs vanish. Not covered are tokens with
+a space in them (``1 1/2``), rare smileys and all but the usual abbreviations.
 
 One thing differs on purpose: Chinese and Japanese, which have no spaces, are split into characters.
 """
@@ -97,8 +97,9 @@ def _chunk_words(chunk: str) -> tuple[str, ...]:
     """The words of what stands between two spaces."""
     found, place = [], 0
     while place < len(chunk):
-        match = max((one for pattern in _TOKENS if (one := pattern.match(chunk, place))), key=lambda one: one.end())
-        token = match.group(match.lastindex or 0)
+        fitting = [one for pattern in _TOKENS if (one := pattern.match(chunk, place)) is not None]
+        longest = max(fitting, key=lambda one: one.end())
+        token = longest[longest.lastindex or 0]
         place += len(token)
         found.append(token)
     cleaned = ("".join(_BRACKETS.get(letter, letter) for letter in token.lower()) for token in found)
