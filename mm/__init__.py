@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mm.hub import Model, load, save, shipped
+    from mm.run.captioning import caption
     from mm.run.generation import generate
     from mm.run.inference import classify, search
     from mm.run.tasks import evaluate
@@ -18,13 +19,14 @@ _HOMES = {
     "save": "mm.hub",
     "shipped": "mm.hub",
     "evaluate": "mm.run.tasks",
+    "caption": "mm.run.captioning",
     "classify": "mm.run.inference",
     "generate": "mm.run.generation",
     "search": "mm.run.inference",
     "train": "mm.run.training",
 }
 
-__all__ = ["Model", "__version__", "classify", "evaluate", "generate", "load", "save", "search", "shipped", "train"]
+__all__ = ["Model", "__version__", "caption", "classify", "evaluate", "generate", "load", "save", "search", "shipped", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -55,6 +55,19 @@ GuidanceRampOption = Annotated[
 TemperatureOption = Annotated[
     float, typer.Option("--temperature", min=0, help="Below 1 safer, above 1 bolder; 0 the likeliest.")
 ]
+CaptionTemperatureOption = Annotated[
+    float | None,
+    typer.Option("--temperature", min=0, help="0 writes the likeliest words; above 0 draws them. 1 where several are wanted."),
+]
+LanguageOption = Annotated[
+    str | None, typer.Option("--language", metavar="NAME", help="One that the model can begin with; default: its first.")
+]
+PromptOption = Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="Text to go on from instead.")]
+BeamsOption = Annotated[int, typer.Option("--beams", min=1, help="Continuations that are kept at each step.")]
+MaxTokensOption = Annotated[int, typer.Option("--max-tokens", min=1, help="Longest caption.")]
+CaptionBestOfOption = Annotated[
+    int, typer.Option("--best-of", min=1, help="Candidates of each caption, drawn; the ranker takes the best.")
+]
 TopKOption = Annotated[int, typer.Option("--top-k", min=0, help="Draw from so many likeliest tokens; 0 for all.")]
 TopPOption = Annotated[float, typer.Option("--top-p", min=0, max=1, help="Draw from the likeliest tokens of this probability.")]
 StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Steps of generators that choose many tokens at once.")]
@@ -291,6 +304,69 @@ def eval_vqa(
     show.result(result, f"vqa: {model} on {data}", json_file)
 
 
+@eval_app.command("captioning")
+def eval_captioning(
+    model: ModelArgument,
+    data: DataOption,
+    language: LanguageOption = None,
+    prompt: PromptOption = None,
+    label: Annotated[
+        str | None, typer.Option(metavar="FIELD", help="Field with the right captions, such as names.zh, or txt.")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Had no part in writing; for emoji emoji-judge, or 'none'.")
+    ] = None,
+    neighbour: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Finds the nearest training picture; for emoji emoji-clip, or 'none'.")
+    ] = None,
+    train: Annotated[
+        str | None, typer.Option("--train", metavar="SRC", help="Captions that baselines know, or 'none' for no baselines.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many samples.")] = None,
+    beams: BeamsOption = 1,
+    temperature: CaptionTemperatureOption = None,
+    top_p: TopPOption = 1.0,
+    max_tokens: MaxTokensOption = 32,
+    best_of: CaptionBestOfOption = 1,
+    ranker: Annotated[str, typer.Option(metavar="MODEL", help="Chooses the best candidate of each picture.")] = "emoji-clip",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    image_field: ImageFieldOption = None,
+    text_field: TextFieldOption = None,
+    json_file: JsonOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    cache: CacheOption = True,
+) -> None:
+    """Captions against what people said: exact match, BLEU, ROUGE-L, CIDEr, beside captions of the nearest known pictures."""
+    from mm import show
+    from mm.run.captioning import evaluate_captioning
+
+    show.check_outputs(json_file=json_file)
+    with show.progress_bar("writing") as progress:
+        result = evaluate_captioning(
+            model,
+            data,
+            language=language,
+            prompt=prompt,
+            label=label,
+            judge=judge,
+            neighbour=neighbour,
+            train=train,
+            limit=limit,
+            decoding=_decoding(best_of, beams, temperature, top_p, max_tokens),
+            best_of=best_of,
+            ranker=ranker if best_of > 1 else None,
+            seed=seed,
+            image_field=image_field,
+            text_field=text_field,
+            device=device,
+            precision=precision,
+            cache=cache,
+            progress=progress,
+        )
+    show.result(result, f"captioning: {model} on {data}", json_file)
+
+
 @eval_app.command("generation")
 def eval_generation(
     model: ModelArgument,
@@ -415,6 +491,57 @@ def answer(
 
     loaded = load(model, device=device, precision=precision)
     show.answers(loaded.answer(image, question, k=k), image, question, json_file)
+
+
+@app.command()
+def caption(
+    model: ModelArgument,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="Picture files or folders.")],
+    language: LanguageOption = None,
+    prompt: PromptOption = None,
+    count: Annotated[int, typer.Option("-n", min=1, help="Captions of each picture.")] = 1,
+    beams: BeamsOption = 1,
+    temperature: CaptionTemperatureOption = None,
+    top_p: TopPOption = 1.0,
+    max_tokens: MaxTokensOption = 32,
+    best_of: CaptionBestOfOption = 1,
+    ranker: Annotated[str, typer.Option(metavar="MODEL", help="Chooses among candidates.")] = "emoji-clip",
+    seed: Annotated[int, typer.Option(min=0, help="Equal seeds draw equal captions.")] = 0,
+    json_file: JsonOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+) -> None:
+    """Describe pictures in words."""
+    from mm import show
+    from mm.run.captioning import caption as run_caption
+
+    show.check_outputs(json_file=json_file)
+    with show.progress_bar("writing") as progress:
+        written = run_caption(
+            model,
+            images,
+            language=language,
+            prompt=prompt,
+            count=count,
+            best_of=best_of,
+            ranker=ranker if best_of > 1 else None,
+            decoding=_decoding(count * best_of, beams, temperature, top_p, max_tokens),
+            seed=seed,
+            device=device,
+            precision=precision,
+            progress=progress,
+        )
+    show.captions(written, json_file)
+
+
+def _decoding(each: int, beams: int, temperature: float | None, top_p: float, max_tokens: int) -> Any:
+    """How to write; several captions of a picture are drawn where nothing else is said."""
+    from mm.run.writing import DRAWN
+    from mm.types import Decoding
+
+    usual = DRAWN.temperature if each > 1 else 0.0
+    chosen = usual if temperature is None else temperature
+    return Decoding(max_tokens=max_tokens, beams=beams, temperature=chosen, top_p=top_p)
 
 
 @app.command()

@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mm.media.image import open_image
 from mm.run.filtering import Filtered
 from mm.run.generation import Painting
 from mm.run.inference import Prediction, SearchResult
+from mm.run.writing import Caption
 from mm.training.loop import TrainResult
 from mm.training.parallel import environment
 from mm.types import RankedAnswers
@@ -103,6 +105,22 @@ def answers(found: RankedAnswers, image: str, question: str, json_file: Path | N
     Console().print(table)
     values = [{"answer": answer, "probability": score} for answer, score in ranked]
     _write_json(json_file, {"image": image, "question": question, "answers": values})
+
+
+def captions(written: Sequence[Caption], json_file: Path | None) -> None:
+    """What was written about each picture."""
+    table = Table(caption="log-likelihood: of the words and their end, in nats", caption_justify="left")
+    table.add_column("picture")
+    table.add_column("caption")
+    table.add_column("log-likelihood", justify="right")
+    ranked = any(one.score is not None for one in written)
+    if ranked:
+        table.add_column("cosine", justify="right")
+    for one in written:
+        score = [_or_dash(one.score, ".3f")] if ranked else []
+        table.add_row(Text(one.image), Text(one.text, style="bold"), f"{one.log_likelihood:.2f}", *score)
+    Console().print(table)
+    _write_json(json_file, {"captions": [asdict(one) for one in written]})
 
 
 def grounding(found: Grounding, image: str, view: Tensor, out: Path | None, json_file: Path | None) -> None:

@@ -15,6 +15,7 @@ from functools import cache as memoize
 from pathlib import Path
 from typing import Any
 
+from mm.data.captions import look_up
 from mm.data.labels import LabelTask
 from mm.data.raster import rasterize, svg_names
 from mm.data.shards import ShardSource
@@ -60,6 +61,15 @@ class EmojiSource:
         """Tell the full name among all core names, beside nearest neighbour on the train artists' pictures of all concepts."""
         names = tuple(concept["name"] for concept in concepts().values() if concept["core"])
         return LabelTask(label="name", classes=names, subsets="split", reference="emoji:train/all-concepts")
+
+    def named(self, field: str) -> dict[str, frozenset[str]]:
+        """Subgroups of all core concepts by what a field says of them (``name``, ``names.zh``), which several may share."""
+        found: dict[str, frozenset[str]] = {}
+        for concept in concepts().values():
+            name = look_up(concept, field)
+            if concept["core"] and isinstance(name, str):
+                found[name] = found.get(name, frozenset()) | {concept["subgroup"]}
+        return found
 
     def __len__(self) -> int:
         return len(self._rows)

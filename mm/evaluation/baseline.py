@@ -1,4 +1,4 @@
-"""The baseline that needs no learning: the label of the nearest picture in pixels.
+"""The baseline that needs no learning: the label of the nearest picture in pixels; and the nearest of given vectors.
 
 Each picture is cut to its content, laid on black, brought to 16 x 16 pixels, and compared by Euclidean distance. Distances are
 computed exactly (whole numbers in fp64), so equal pictures tie and the lowest index wins.
@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from mm.errors import UserError
 from mm.evaluation.metrics import RESAMPLES, Interval, Result, bootstrap, selections, share, subset_sizes
+from mm.evaluation.scores import checked, exact_fp32, pad_rows
 from mm.media.geometry import ImageSpec, fit_image
 
 SIDE = 16
@@ -43,9 +44,29 @@ def nearest(index: UInt8[Tensor, "m 3 16 16"], queries: UInt8[Tensor, "n 3 16 16
     for chunk in asked.split(CHUNK):
         # |q - k|^2 without |q|^2, which is the same for all k; sums of whole numbers below 2**53 are exact in any order
         distances = norms - 2 * (chunk @ known.T)
-        least = distances.amin(dim=1, keepdim=True)
-        found.append(torch.where(distances == least, place, len(known)).amin(dim=1))
+        found.append(_first(distances == distances.amin(dim=1, keepdim=True), place))
     return torch.cat(found)
+
+
+def nearest_vectors(index: Float[Tensor, "m d"], queries: Float[Tensor, "n d"]) -> Int64[Tensor, " n"]:
+    """Index of the unit vector with the largest dot product with each query; of equal products the lowest index.
+
+    Raises:
+        UserError: Widths differ, NaN or infinity in a vector.
+    """
+    known, asked = checked(index, "vectors of the index"), checked(queries, "vectors of the queries", index.shape[-1])
+    columns, place = pad_rows(known).T, torch.arange(len(known))
+    found = []
+    with exact_fp32(known.device):
+        for chunk in asked.split(CHUNK):
+            products = (pad_rows(chunk) @ columns)[: len(chunk), : len(known)]
+            found.append(_first(products == products.amax(dim=1, keepdim=True), place))
+    return torch.cat(found)
+
+
+def _first(hits: Bool[Tensor, "n m"], place: Int64[Tensor, " m"]) -> Int64[Tensor, " n"]:
+    """The lowest index in each row that hits."""
+    return torch.where(hits, place, len(place)).amin(dim=1)
 
 
 def pixel_baseline(

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +31,7 @@ from mm.media.image import decode_image
 from mm.paths import cache_folder
 from mm.run.preparation import EvalPreparation
 from mm.training.parallel import World, gather_bytes, open_world
-from mm.types import Source
+from mm.types import Sample, Source
 
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
@@ -428,7 +428,8 @@ def _baseline(source: Source, reference: str, task: LabelTask, progress: Progres
     """Nearest neighbour on pixels, on the same pictures and classes."""
     sides = []
     for side in (open_source(reference), source):
-        pictures, fields = _thumbnails_of(side, progress)
+        pictures, samples = thumbnails_of(side, progress)
+        fields = [sample.fields for sample in samples]
         rows, labels = labelled(fields, task, side)
         sides.append((pictures[rows], labels.tolist(), [fields[row] for row in rows]))
     (index, index_labels, _), (queries, query_labels, query_fields) = sides
@@ -442,9 +443,13 @@ def _baseline(source: Source, reference: str, task: LabelTask, progress: Progres
     )
 
 
-def _thumbnails_of(source: Source, progress: Progress | None) -> tuple[Tensor, list[Mapping[str, Any]]]:
-    """Thumbnails and fields of every picture of a source that can be used; no picture is kept at its full size."""
-    fields: list[Mapping[str, Any]] = []
+def thumbnails_of(source: Source, progress: Progress | None) -> tuple[Tensor, list[Sample]]:
+    """Thumbnails of every picture of a source that can be used, and the samples without media; no full size is kept.
+
+    Raises:
+        UserError: No picture can be used.
+    """
+    samples: list[Sample] = []
 
     def pictures() -> Iterator[Tensor]:
         for index in range(len(source)):
@@ -453,12 +458,12 @@ def _thumbnails_of(source: Source, progress: Progress | None) -> tuple[Tensor, l
                 picture = decode_image(sample.media["image"], where=sample.id)
             except (BadSample, KeyError):
                 continue
-            fields.append(sample.fields)
+            samples.append(replace(sample, media={}))
             if progress:
                 progress(index + 1, len(source))
             yield picture
 
-    return thumbnails(pictures()), fields
+    return thumbnails(pictures()), samples
 
 
 def stamp(model: Model, source: Source, samples: str, fingerprint: str | None = None) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def classify(
     """
     if len(set(labels)) < 2:
         raise UserError(f"labels: give at least two different ones, separated by commas, got {list(labels)}")
-    raws = [item for image in images for item in _expand(image)]
+    raws = [item for image in images for item in expand_folder(image)]
     if not raws:
         raise UserError("no pictures to classify")
     model = loaded(model, device, precision)
@@ -188,7 +188,7 @@ def _pictures(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_EXTENSIONS and path.is_file())
 
 
-def _expand(image: Any) -> list[Any]:
+def expand_folder(image: Any) -> list[Any]:
     """A folder becomes its pictures; everything else stays what it is."""
     if isinstance(image, str | Path) and Path(image).is_dir():
         found: list[Any] = list(_pictures(Path(image)))

@@ -123,7 +123,7 @@ def training_pictures(
     if train is not None:
         return _studied(opened(train, painter), painter, prompts, label, seed)
     try:
-        source = _recorded(painter)
+        source = recorded_training(painter)
         return Training(None, {}, "not known, give it") if source is None else _studied(source, painter, prompts, label, seed)
     except UserError as error:
         return Training(None, {}, f"cannot be read ({error})")
@@ -150,22 +150,28 @@ def half_mirrored(pictures: Tensor) -> Tensor:
     return mirrored
 
 
-def check_independent(judge: Model, painter: Model, ranker: Model | None) -> None:
-    """A judge that chose, painted or taught, or that sees as the ranker does, would praise what it knows.
+def check_independent(judge: Model, maker: Model, ranker: Model | None, *, makes: str = "paints") -> None:
+    """A judge that chose, made what is judged or taught, or that sees as the ranker does, would praise what it knows.
+
+    Args:
+        judge: The model that judges.
+        maker: The model whose work is judged.
+        ranker: The model that chose among its works, if one did.
+        makes: What the maker does, for the message.
 
     Raises:
-        UserError: The judge is the ranker or the painter, has the ranker's architecture, or was a training part of the painter
-            or of its tokenizer.
+        UserError: The judge is the ranker or the maker, has the ranker's architecture, or is a part of the maker or of its
+            tokenizer, be it for training only.
     """
     remedy = "judging needs a model of its own, see configs/judge.yaml"
-    for other, role in ((ranker, "chooses"), (painter, "paints")):
+    for other, role in ((ranker, "chooses"), (maker, makes)):
         if other is not None and other.fingerprint == judge.fingerprint:
             raise UserError(f"judge: {judge.name} also {role}; {remedy}")
     if ranker is not None and ranker.config == judge.config:
         raise UserError(f"judge: {judge.name} has the same architecture as {ranker.name}, which chooses; {remedy}")
-    for teacher in _teachers(painter):
+    for teacher in _teachers(maker):
         if teacher == judge.name or _fingerprint(teacher, judge) == judge.fingerprint:
-            raise UserError(f"judge: the painter or its tokenizer was trained with {teacher}, the same model; {remedy}")
+            raise UserError(f"judge: {maker.name} was trained with {teacher}, the same model; {remedy}")
 
 
 def picture_loader(source: Source, model: Model, max_bad_fraction: float = 0.2) -> Loader:
@@ -184,14 +190,14 @@ def picture_loader(source: Source, model: Model, max_bad_fraction: float = 0.2) 
     )
 
 
-def _recorded(painter: Model) -> Source | None:
-    """What a model's card, or the configuration of its run, says that it learned from."""
-    if painter.card.get("train"):
-        return opened(painter.card["train"], painter)
-    if not painter.card.get("training_data"):
+def recorded_training(model: Model) -> Source | None:
+    """What a model's card, or the configuration of its run, says that it learned from. Raises `UserError` if it is gone."""
+    if model.card.get("train"):
+        return opened(model.card["train"], model)
+    if not model.card.get("training_data"):
         return None
-    config = validate(DataConfig, painter.card["training_data"], f"{painter.name} (data)")
-    return open_training_source(config, image_size=painter.processor.image_spec.size)
+    config = validate(DataConfig, model.card["training_data"], f"{model.name} (data)")
+    return open_training_source(config, image_size=model.processor.image_spec.size)
 
 
 def _studied(source: Source, painter: Model, prompts: Sequence[str], label: str | None, seed: int) -> Training:
@@ -217,11 +223,12 @@ def _studied(source: Source, painter: Model, prompts: Sequence[str], label: str 
     return Training(torch.cat(small), {name: picture for name, (_, picture) in kept.items()}, note)
 
 
-def _teachers(painter: Model) -> set[str]:
-    """Models that the painter or its tokenizer was trained with, as the configurations name them."""
-    tokenizer = getattr(painter.system, "tokenizer", None)
-    configs = (painter.config, getattr(painter.config, "tokenizer", None), getattr(tokenizer, "config", None))
-    return {name for config in configs if isinstance(config, SystemSettings) for name in config.training_parts().values()}
+def _teachers(maker: Model) -> set[str]:
+    """Models that the maker or its tokenizer was trained with or holds, as the configurations name them."""
+    tokenizer = getattr(maker.system, "tokenizer", None)
+    configs = (maker.config, getattr(maker.config, "tokenizer", None), getattr(tokenizer, "config", None))
+    known = (config for config in configs if isinstance(config, SystemSettings))
+    return {name for config in known for name in (config.training_parts() | config.parts()).values()}
 
 
 def _fingerprint(reference: str, like: Model) -> str | None:

@@ -8,6 +8,7 @@ from mm.errors import UserError
 from mm.evaluation.metrics import Result
 from mm.hub import Model
 from mm.run.answering import evaluate_vqa
+from mm.run.captioning import evaluate_captioning
 from mm.run.evaluation import evaluate_compositional, evaluate_retrieval, evaluate_zero_shot, loaded, opened
 from mm.run.matching import evaluate_matching
 from mm.run.picture_evaluation import evaluate_generation, evaluate_reconstruction
@@ -64,6 +65,7 @@ TASKS: Mapping[str, Callable[..., Result]] = {
     "reconstruction": evaluate_reconstruction,
     "generation": evaluate_generation,
     "vqa": evaluate_vqa,
+    "captioning": evaluate_captioning,
 }
 
 
