@@ -11,6 +11,7 @@ from torch import Tensor
 import mm
 from mm.data.emoji import open_emoji
 from mm.data.labels import label_task
+from mm.evaluation.captioning import normalised
 from mm.evaluation.charts import Bar, bar_chart, curve_chart, read_metrics
 from mm.evaluation.metrics import Result
 from mm.evaluation.report import Charts, Gallery, Section, Shot, Text, Tile, Tiles, Wide, result_table, write_report
@@ -19,6 +20,7 @@ from mm.evaluation.zero_shot import class_vectors, ranked
 from mm.hub import Model, load
 from mm.media.image import decode_image
 from mm.run.adaptation import evaluate_probe
+from mm.run.captioning import caption, evaluate_captioning
 from mm.run.config import CONFIGS
 from mm.run.evaluation import evaluate_retrieval, evaluate_zero_shot
 from mm.run.generation import generate
@@ -40,6 +42,7 @@ RERANKED: dict[str, Any] = {"score": "sum", "itm_weight": 0.35, "top_k": 32}
 ANSWERER = "emoji-vqa"
 ASKED = ("1f436", "1f355", "1f697", "1f33b", "1f3b8", "1f451", "1f40d", "2764")
 QUESTIONS = ("what is in the picture?", "is it an animal?", "which group does it belong to?")
+CAPTIONER = "emoji-captioner"
 TEST = "emoji:test/core"
 VALIDATION = "emoji:validation/core"
 EXAMPLES = "emoji:train/all-concepts/core/noto/twemoji"
@@ -55,6 +58,7 @@ LABELS = (
 QUERIES = ("smiling face", "red heart", "police car", "flower", "clock face", "rotes Herz", "火车")
 SEARCHED = 400
 HITS = 8
+DESCRIBED = 16
 
 
 def tour(out: Path) -> Path:
@@ -75,6 +79,7 @@ def tour(out: Path) -> Path:
         _answers(model, pictures, out),
         _read(console),
         _ask(pictures, console),
+        _caption(pictures, console),
         _examples(model, console),
         _tokens(out, console),
         _paint(out, console),
@@ -172,6 +177,37 @@ def _ask(pictures: Source, console: Console) -> Section:
         console.print(f"  {pictures.fields(row)['name']:22} {', '.join(answers)}")
         shots.append(Shot(image, answers[0], [f"{q} {a}" for q, a in zip(QUESTIONS[1:], answers[1:], strict=True)]))
     return Section("Questions about pictures", [Text(f"First: {QUESTIONS[0]}"), Gallery(shots)])
+
+
+def _caption(pictures: Source, console: Console) -> Section:
+    """Pictures in words of two languages, chosen by the writer alone."""
+    console.rule("pictures in words")
+    with progress_bar("writing") as progress:
+        measured = evaluate_captioning(CAPTIONER, TEST, progress=progress)
+    result(measured, f"captioning: {CAPTIONER}", None)
+    model = load(CAPTIONER)
+    rows = list(range(0, len(pictures), max(1, len(pictures) // DESCRIBED)))[:DESCRIBED]
+    images = [_picture(pictures, row) for row in rows]
+    english, chinese = (caption(model, images, language=language) for language in ("en", "zh"))
+    shots = []
+    for row, image, en, zh in zip(rows, images, english, chinese, strict=True):
+        truth = pictures.fields(row)["name"]
+        console.print(f"  {truth:28} {en.text}, {zh.text}")
+        shots.append(Shot(image, en.text, [zh.text, f"it is: {truth}"], right=en.text == normalised(truth)))
+    labels = {"exact": "the captioner", "neighbour_exact": "nearest training picture by vectors", "baseline_exact": "by pixels"}
+    bars = [
+        Bar(label, figure.value, figure.low, figure.high, strong=name == "exact")
+        for name, label in labels.items()
+        if (figure := measured.metrics.get(name))
+    ]
+    return Section(
+        "Pictures in words",
+        [
+            Charts([bar_chart(bars, title="Caption is the exact name, an unseen artist")]),
+            Gallery(shots),
+            result_table(measured),
+        ],
+    )
 
 
 def _tokens(out: Path, console: Console) -> Section:

@@ -21,15 +21,17 @@ from PIL import Image
 
 import mm
 from mm.data.emoji import open_emoji
+from mm.evaluation.captioning import normalised
 from mm.evaluation.charts import read_metrics
 from mm.evaluation.heat import heat_over
 from mm.evaluation.metrics import Interval, Result
 from mm.evaluation.sheet import contact_sheet
 from mm.hub import ASSETS, Model
 from mm.quickstart import RERANKED
+from mm.run.captioning import caption
 from mm.run.generation import generate
 from mm.show import save_picture
-from mm.types import Tokenizes
+from mm.types import Decoding, Tokenizes
 
 LICENCES = """The weights learned from art under Apache-2.0 (Noto), CC-BY-4.0 (Twemoji), MIT (Fluent Emoji, flat) and
 CC-BY-SA-4.0 (OpenMoji), and from names under Unicode-3.0 (CLDR); credits in ATTRIBUTION.md. The weights are given under
@@ -129,6 +131,17 @@ def heats(model: Model) -> Image.Image:
         panels += [view, *(heat_over(view, heat) for _, heat in shown)]
         captions += [f"{name} {found.match:.0%}", *(word for word, _ in shown)]
     return contact_sheet(panels, captions, columns=6, cell=96)
+
+
+def captions(model: Model) -> Image.Image:
+    """Twenty pictures by the test artist with what is written of them, in English and in Chinese."""
+    source = open_source("emoji:test/core", image_size=96)
+    rows = range(0, len(source), len(source) // 20)[:20]
+    pictures = [source.read(row).media["image"] for row in rows]
+    words = {language: caption(model, pictures, language=language) for language in ("en", "zh")}
+    told = [f"{en.text} {zh.text}" for en, zh in zip(words["en"], words["zh"], strict=True)]
+    right = [one.text == normalised(source.fields(row)["name"]) for one, row in zip(words["en"], rows, strict=True)]
+    return contact_sheet([model.processor.view(picture, 96) for picture in pictures], told, right=right, columns=5, cell=120)
 
 
 PAINTERS: dict[str, Any] = {
@@ -232,6 +245,30 @@ SHIPMENTS |= {
         seeds=("accuracy", "blind_accuracy"),
         limits="""- It knows the wordings of its training questions and the 1,500 most frequent answers.
 - Names are the hardest kind: see `accuracy_name`.""",
+        base="emoji-albef",
+    ),
+}
+
+CAPTIONED: dict[str, Any] = {"decoding": Decoding(beams=8), "best_of": 8, "ranker": "emoji-clip"}
+
+SHIPMENTS |= {
+    "emoji-captioner": Shipment(
+        summary="Names emoji-like pictures in English and Chinese",
+        configs=("configs/captioner.yaml",),
+        train="emoji:train/core",
+        data="emoji:train/core: artists noto, twemoji, fluent-flat, openmoji; seen concepts only",
+        headline="exact",
+        validation=(Measurement("captioning", "emoji:validation/core", CAPTIONED),),
+        test=(
+            Measurement("captioning", "emoji:test/core", CAPTIONED),
+            Measurement("captioning", "emoji:test/core", {}, "_greedy"),
+            Measurement("captioning", "emoji:test/core", {"language": "zh"}, "_chinese"),
+        ),
+        seeds=("exact", "exact_greedy", "token_f1", "subgroup"),
+        limits="""- Its picture encoder is that of `emoji-albef`, whose limits it shares: drawings on a plain background.
+- It says the names of about 1,290 concepts; new combinations of words come now and then, new words do not.
+- Chinese names are CLDR's, learned for the same concepts.""",
+        sheet=captions,
         base="emoji-albef",
     ),
 }
