@@ -7,8 +7,8 @@ Deviations: samples of the same group are positives of each other, in the queue,
 pretraining knows only pairs); momentum features of all processes are columns before they are queued; hard negatives are drawn
 by the similarities of the trained encoders; one logit tells whether a pair matches, which is the paper's two-way softmax; the
 temperature is learned as the logarithm of its inverse, as CLIP does: steps are relative to its size, and none can change its
-sign. Its range is the reference's, 0.001 to 0.5. Single tokens are hidden, not whole words: a batch does not say where words
-end. As in the reference, matching and hidden words are averaged over what each process, or slice of a batch, has of them.
+sign. Its range is the reference's, 0.001 to 0.5. As in the reference, matching and hidden words are averaged over what each
+process, or slice of a batch, has of them; unlike it, ``whole_words`` can be hidden instead of tokens.
 Convolutional picture encoders (``feature_map``) and norms before the branches are allowed. Weights are fresh; those of a
 published checkpoint, or of BERT as in the paper, come by way of ``mm convert`` and ``init_from``.
 """
@@ -35,7 +35,7 @@ from mm.losses.contrastive import info_nce
 from mm.losses.distillation import Views, distilled_contrastive, ramped
 from mm.losses.gather import current_gather
 from mm.losses.groups import lasting_groups
-from mm.losses.masked import MASK_RATE, MaskedTokens, mask_tokens, masked_cross_entropy
+from mm.losses.masked import MASK_RATE, MaskedTokens, hide_words, masked_cross_entropy
 from mm.losses.matching import draw_negatives, matching_loss
 from mm.losses.queue import FeatureQueue
 from mm.nn.attention import MultiHeadAttention
@@ -145,6 +145,7 @@ class AlbefConfig(AlbefSizes):
         matching_weight: Of telling matching pairs from others; with 0 the network cannot match, so nothing is re-ranked.
         masked_weight: Of predicting hidden words.
         mask_rate: Share of the words to predict.
+        whole_words: Hide all tokens of a word together, so that none is told by the others; else each token counts as a word.
         momentum: Share of the momentum encoders that stays at each step; 0 for none, plain InfoNCE without queue.
         queue_size: Past momentum features of each side kept as further negatives; ``Batch.groups`` must then number things
             alike in all batches.
@@ -158,11 +159,16 @@ class AlbefConfig(AlbefSizes):
     matching_weight: float = Field(default=1.0, ge=0)
     masked_weight: float = Field(default=1.0, ge=0)
     mask_rate: float = Field(default=MASK_RATE, gt=0, lt=1)
+    whole_words: bool = False
     momentum: float = Field(default=0.995, ge=0, lt=1)
     queue_size: int = Field(default=4096, ge=0)
     distillation: float = Field(default=0.4, ge=0, le=1)
     distillation_ramp_steps: int = Field(default=1000, ge=0)
     hard_negatives: bool = True
+
+    @property
+    def learns_whole_words(self) -> bool:
+        return self.whole_words and self.masked_weight > 0
 
     @model_validator(mode="after")
     def _possible(self) -> "AlbefConfig":
@@ -339,8 +345,8 @@ class Albef(System):
         return self.matching_head(fused.pooled.to(self.matching_head.weight.dtype))[:, 0].float()
 
     def _masked_loss(self, image: Encoded, text: TextBatch, taught_image: Encoded | None, alpha: float) -> Tensor:
-        vocab_size = self.config.vocab_size
-        masked = mask_tokens(text.ids, text.inner(), mask_id=vocab_size, vocab_size=vocab_size, rate=self.config.mask_rate)
+        config = self.config
+        masked = hide_words(text, config.vocab_size, rate=config.mask_rate, whole=config.whole_words)
         changed = TextBatch(masked.ids, text.lengths)
         teacher = self._taught_words(taught_image, changed, masked) if taught_image is not None and alpha else None
         fused = self.fuse(image, self.network.towers.encoders["text"](changed))

@@ -44,6 +44,11 @@ class SystemSettings(StrictConfig):
         raise NotImplementedError
 
     @property
+    def learns_whole_words(self) -> bool:
+        """Whether training needs to know which tokens make a word, `mm.types.TextBatch.words`."""
+        return False
+
+    @property
     def fresh_parts(self) -> tuple[str, ...]:
         """Fields of the network that may be in one network only when it takes over the weights of another; they start fresh."""
         return ()

@@ -278,3 +278,20 @@ def test_two_streams_need_heads_that_divide_the_picture_tokens() -> None:
     odd |= {"options": {"embed_dim": 15, "depth": 1, "num_heads": 3}}
     with pytest.raises(ConfigError, match="width 15 must be a multiple of 2 heads"):
         small(image=odd, two_streams=True)
+
+
+def test_whole_words_are_hidden_where_that_is_asked_for() -> None:
+    """All tokens of the only word are hidden, so the loss is that of every token between start and end."""
+    model, data = small(masked_weight=1.0, whole_words=True).train(), batch()
+    _, text = inputs(data)
+    words = replace(text, words=torch.zeros_like(text.ids))
+    seen = []
+    masks = model.network.masked_head.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    losses = model(replace(data, text=words), 0)
+    masks.remove()
+    losses.total.backward()
+    assert seen[0] == int(text.inner().sum())
+    assert validate(type(model.config), SMALL | {"whole_words": True}, "test").learns_whole_words
+    assert not validate(type(model.config), SMALL | {"whole_words": True, "masked_weight": 0}, "test").learns_whole_words
+    with pytest.raises(ValueError, match="which tokens make a word"):
+        model(data, 0)
