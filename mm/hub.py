@@ -252,7 +252,8 @@ def shipped() -> list[str]:
 
 
 def load(model: str | Path, *, device: str = "auto", precision: str = "auto") -> Model:
-    """Load a model with its preparation.
+    """Load a model with its preparation, to use it: what training alone needs, such as momentum copies, is left out (a training
+    begins with a model by ``init_from``).
 
     Args:
         model: A shipped name (`shipped`), a run folder (its newest complete checkpoint, EMA weights), a model folder, or a
@@ -277,7 +278,7 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
     config = read_system(values["system"], f"{config_path} (system)")
     parts = load_parts(config.parts())
     _check_parts(parts, values.get("parts", {}), config_path)
-    system = build(config, {name: part.system for name, part in parts.items()})
+    system = build(config.for_inference(), {name: part.system for name, part in parts.items()})
     if values.get("tune"):
         add_lora(system, validate(LoraConfig, values["tune"], f"{config_path} (tune)"))
     own, of_parts = _read_weights(weights), _part_weights(parts)
@@ -400,7 +401,7 @@ def _placed(system: System, device: torch.device, dtype: torch.dtype) -> System:
 
 def from_imported(imported: Imported, *, name: str, device: str = "auto", precision: str = "auto") -> Model:
     """A model from what an importer returned. Raises `CheckpointError` when weights and configuration do not fit."""
-    system = build(imported.config)
+    system = build(imported.config.for_inference())
     _load_weights(system, imported.state, name)
     place = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     dtype = inference_dtype(precision, place)
@@ -524,8 +525,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 def _load_weights(system: System, state: Mapping[str, Tensor], where: str) -> None:
     """Load strictly, except for what training alone needs; bf16 and fp16 files are computed with in fp32."""
-    expected = system.state_dict()
-    state = {name: tensor for name, tensor in expected.items() if name.startswith(system.only_for_training)} | dict(state)
+    expected, state = (
+        {name: tensor for name, tensor in tensors.items() if not name.startswith(system.only_for_training)}
+        for tensors in (system.state_dict(), state)
+    )
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unexpected:
         raise CheckpointError(f"{where}: does not fit its configuration; missing {missing[:3]}, unexpected {unexpected[:3]}")
@@ -534,4 +537,4 @@ def _load_weights(system: System, state: Mapping[str, Tensor], where: str) -> No
             raise CheckpointError(
                 f"{where}: '{name}' is {tuple(tensor.shape)}, its configuration says {tuple(expected[name].shape)}"
             )
-    system.load_state_dict(state)
+    system.load_state_dict(system.state_dict() | state)

@@ -174,7 +174,8 @@ class System(nn.Module):
 
     @property
     def only_for_training(self) -> tuple[str, ...]:
-        """Beginnings of the names of tensors that training alone needs: a saved model does without them, so may `init_from`."""
+        """Beginnings of the names of tensors that training alone needs: a saved or loaded model does without them, so may
+        `init_from`."""
         return ()
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -166,6 +166,9 @@ class AlbefConfig(AlbefSizes):
     distillation_ramp_steps: int = Field(default=1000, ge=0)
     hard_negatives: bool = True
 
+    def for_inference(self) -> Self:
+        return self.model_copy(update={"momentum": 0.0, "queue_size": 0, "distillation": 0.0})
+
     @property
     def learns_whole_words(self) -> bool:
         return self.whole_words and self.masked_weight > 0

@@ -56,6 +56,10 @@ class SystemSettings(StrictConfig):
     def check_start(self, start: "SystemSettings") -> None:
         """Raises `ConfigError` where the weights of a network of another kind fit by shape but would compute something else."""
 
+    def for_inference(self) -> Self:
+        """The configuration of the network without what training alone needs, `mm.types.System.only_for_training`."""
+        return self
+
     def parts(self) -> dict[str, str]:
         """Fields that name another MODEL which is part of the network. Its weights are ``FIELD.*`` in the network's state."""
         return {}

@@ -57,6 +57,9 @@ def test_a_saved_model_has_no_momentum_and_is_the_same(folder: Path) -> None:
     assert not [name for name in names if name.startswith(("momentum.", "queues."))]
     loaded = mm.load(folder / "model", device="cpu")
     assert loaded.fingerprint == mm.load(folder / "model", device="cpu").fingerprint == tiny().fingerprint
+    kept = loaded.system.state_dict().keys()
+    assert kept == names, "nor has the one that is loaded"
+    assert loaded.config == tiny().config, "but it knows how it was trained"
 
 
 def test_training_may_begin_from_a_model_with_or_without_momentum() -> None:
