@@ -111,11 +111,15 @@ def test_impossible_options_are_refused(folder: Path) -> None:
         mm.evaluate("retrieval", "emoji-clip", data, score="itm")
 
 
-def test_figures_do_not_depend_on_the_number_of_processes(folder: Path) -> None:
-    metrics = []
-    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]):
+@pytest.mark.parametrize(("pictures", "processes"), [(NUM_PICTURES, 2), (2, 3)])
+def test_figures_do_not_depend_on_the_number_of_processes(folder: Path, pictures: int, processes: int) -> None:
+    """Nor does one that has no picture to read."""
+    metrics, lines = [], (folder / "pictures.csv").read_text().splitlines()
+    (folder / "some.csv").write_text("\n".join(lines[: 1 + 2 * pictures]) + "\n")
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]):
         output = folder / f"{len(metrics)}.json"
-        command = ["eval", "retrieval", "model", "--data", "pictures.csv", "--top-k", "3", "--no-cache", "--json", str(output)]
+        command = ["eval", "retrieval", "model", "--data", "some.csv", "--score", "sum", "--top-k", "3"]
+        command += ["--no-cache", "--json", str(output)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [sys.executable, *launcher, "-m", "mm.cli", *command],
