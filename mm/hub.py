@@ -443,7 +443,7 @@ def save(
         raise UserError(
             f"{model.name}: its weights were cast to bf16 for speed; load it with precision='fp32' to save it whole"
         )
-    folder = make_folder(folder)
+    folder = check_folder(folder)
     state = {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous().clone()
         for name, tensor in model.system.state_dict().items()
@@ -456,21 +456,25 @@ def save(
         state = {name: t for name, t in state.items() if name not in given or not torch.equal(t, given[name].to(t.dtype))}
         references["base"] = {"model": base, "digest": _digest(shared.system)}
     contents = dict(model.card if card is None else card)
-    temporary = folder / (WEIGHTS_FILE + ".tmp")
+    there = _nearest(folder)
     try:
-        write_config(model.config, folder, references)
-        model.processor.save(folder)
-        if contents:
-            (folder / CARD_FILE).write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        save_file(state, temporary)
-        temporary.replace(folder / WEIGHTS_FILE)
+        with tempfile.TemporaryDirectory(dir=there, prefix=f".{folder.name}.") as name:
+            written = Path(name)
+            write_config(model.config, written, references)
+            model.processor.save(written)
+            if contents:
+                (written / CARD_FILE).write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            save_file(state, written / WEIGHTS_FILE)
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in sorted(written.iterdir(), key=lambda file: file.name == WEIGHTS_FILE):  # the weights make it a model
+                file.replace(folder / file.name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be written ({error}); make room or choose another folder") from error
     return folder
 
 
-def make_folder(folder: str | Path) -> Path:
-    """A folder that takes a new model, made where there is none: what a command checks before it loads or computes for long.
+def check_folder(folder: str | Path) -> Path:
+    """A folder that may take a new model; it need not exist yet: what a command checks before it loads or computes for long.
 
     Raises:
         UserError: It already holds a model, or nothing can be written there.
@@ -479,11 +483,15 @@ def make_folder(folder: str | Path) -> Path:
     try:
         if (folder / WEIGHTS_FILE).exists():
             raise UserError(f"{folder}: already holds a model; choose another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        tempfile.TemporaryFile(dir=_nearest(folder)).close()
     except OSError as error:
         raise UserError(f"{folder}: no model can be written there ({error}); choose another folder") from None
     return folder
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder itself where there is one, else the nearest of those above it."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 
 def write_config(config: SystemConfig, folder: Path, references: Mapping[str, Any] | None = None) -> None:

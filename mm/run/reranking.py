@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from mm.config import StrictConfig, validate
 from mm.data.loader import Loader
 from mm.data.sources import Subset
 from mm.errors import UserError
@@ -39,6 +41,26 @@ SCORES: dict[str, str] = {
 }
 """With negatives drawn by contrastive similarity, matching learns what that similarity lacks, hence the sum. BLIP and LAVIS add
 the bare cosine instead of its logit: their figures are others."""
+
+
+class Reranking(StrictConfig):
+    """How candidates are put in order; see `evaluate_reranked`."""
+
+    score: Score = "itm"
+    itm_weight: float = Field(default=1.0, ge=0)
+    top_k: int = Field(default=TOP_K, ge=1)
+
+
+class Recommended(StrictConfig):
+    """The ``evaluation`` section of a model's card: how it is best used, chosen on validation data."""
+
+    retrieval: Reranking = Reranking()
+
+
+def recommended(model: Model) -> dict[str, Any]:
+    """Options of `evaluate_reranked` that a model's card states. Raises `ConfigError` where it cannot be understood."""
+    where = f"{model.name}: the 'evaluation' section of its card"
+    return validate(Recommended, model.card.get("evaluation", {}), where).retrieval.model_dump(exclude_unset=True)
 
 
 def evaluate_reranked(
