@@ -80,8 +80,8 @@ class TextBatch:
         return (positions > 0) & (positions < self.lengths[:, None] - 1)
 
     def to(self, device: torch.device) -> "TextBatch":
-        parts = (None if part is None else part.to(device, non_blocking=True) for part in (self.ids, self.lengths, self.words))
-        return TextBatch(*parts)
+        words = None if self.words is None else self.words.to(device, non_blocking=True)
+        return TextBatch(self.ids.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True), words)
 
 
 @dataclass(frozen=True)

@@ -238,7 +238,8 @@ def _encoded(system: Matches, pictures: Iterable[Tensor], device: torch.device, 
 
 
 def _joined(parts: Sequence[Encoded]) -> Encoded:
-    return Encoded(*(torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "mask", "pooled")))
+    tokens, mask, pooled = (torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "mask", "pooled"))
+    return Encoded(tokens, mask, pooled)
 
 
 def _contrastive(

@@ -44,7 +44,7 @@ def evaluate_any_retrieval(
             raise UserError(f"{model.name}: {name} '{value}' is for models that both embed and match; leave it out")
     source = opened(data, model, image_field=image_field, text_field=text_field)
     if embeds and matches:
-        given = {"score": score, "itm_weight": itm_weight, "top_k": top_k}
+        given: dict[str, Any] = {"score": score, "itm_weight": itm_weight, "top_k": top_k}
         advice = recommended(model)
         if score not in (None, advice.get("score")):
             advice.pop("itm_weight", None)  # which was chosen for another score
