@@ -126,8 +126,11 @@ class TextTokenizer:
         room = context_length - len(before) - len(behind)
         rows = [[*before, *row.ids[:room], *behind] for row in encoded]
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-        numbers = _padded([[*[0] * len(before), *row.word_ids[:room]] for row in encoded], lengths, 0) if words else None
-        return TextBatch(_padded(rows, lengths, self.pad), lengths, numbers)
+        ids = _padded(rows, lengths, self.pad)
+        if not words:
+            return TextBatch(ids, lengths)
+        numbers = [[*(0 for _ in before), *(number or 0 for number in row.word_ids[:room])] for row in encoded]
+        return TextBatch(ids, lengths, _padded(numbers, lengths, 0))
 
     def words(self, text: str, context_length: int) -> list[tuple[str, tuple[int, ...]]]:
         """The words of a cleaned text, with the positions of their pieces in the row that ``self([text], context_length)`` is.
