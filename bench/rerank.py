@@ -4,6 +4,7 @@ Both read the same candidate pairs; all at once keeps the tokens of all pictures
 Peak memory is that of a fresh process each. Every rank must be equal.
 
     python bench/rerank.py --json FILE
+    python bench/rerank.py --images 100 --top-k 8        # seconds, to see that it runs; says nothing about memory
 """
 
 import sys

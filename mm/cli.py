@@ -163,16 +163,19 @@ def eval_retrieval(
     score: Annotated[
         str | None,
         typer.Option(
-            help="order of the candidates of models that embed and match: itm (default), itc or sum", show_default=False
+            help="order of the candidates of models that embed and match: itm, itc or sum; by the model's card, else itm",
+            show_default=False,
         ),
     ] = None,
     itm_weight: Annotated[
         float | None,
-        typer.Option("--itm-weight", min=0, help="Of the logit of matching in the sum, 1 if not given.", show_default=False),
+        typer.Option(
+            "--itm-weight", min=0, help="Of the logit of matching in the sum; by the card, else 1.", show_default=False
+        ),
     ] = None,
     top_k: Annotated[
         int | None,
-        typer.Option(min=1, help="Candidates of each query that such models read, 128 if not given.", show_default=False),
+        typer.Option(min=1, help="Candidates of each query that such models read; by the card, else 128.", show_default=False),
     ] = None,
     json_file: JsonOption = None,
     device: DeviceOption = "auto",
@@ -407,15 +410,7 @@ def eval_generation(
     from mm.types import Sampling
 
     show.check_outputs(sheet, json_file)
-    sampling = Sampling(
-        guidance=guidance,
-        guidance_interval=guidance_interval,
-        guidance_ramp=guidance_ramp,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        steps=steps,
-    )
+    sampling = Sampling(guidance, guidance_interval, guidance_ramp, temperature, top_k, top_p, steps)
     made: list[Painting] = []
     with show.progress_bar("painting") as progress:
         result = evaluate_generation(
@@ -450,10 +445,10 @@ def interpolate(
     alpha: Annotated[float, typer.Option(min=0, max=1, help="Share of the tuned weights.")] = 0.5,
 ) -> None:
     """Average a model and its fine-tuning: it learns the new and forgets less of the old (WiSE-FT)."""
-    from mm.hub import load, make_folder, save
+    from mm.hub import check_folder, load, save
     from mm.run.adaptation import interpolate as between
 
-    make_folder(out)
+    check_folder(out)
     models = [load(model, device="cpu", precision="fp32") for model in (base, tuned)]
     typer.echo(save(between(models[0], models[1], alpha), out))
 
@@ -640,15 +635,7 @@ def generate(
     if keep is not None and image is None:
         raise UserError(f"--keep {keep}: says what stays of a picture; give the picture with --image")
     show.check_outputs(out, json_file)
-    sampling = Sampling(
-        guidance=guidance,
-        guidance_interval=guidance_interval,
-        guidance_ramp=guidance_ramp,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        steps=steps,
-    )
+    sampling = Sampling(guidance, guidance_interval, guidance_ramp, temperature, top_k, top_p, steps)
     with show.progress_bar("painting") as progress:
         made = run_generate(
             model,

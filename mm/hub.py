@@ -252,7 +252,8 @@ def shipped() -> list[str]:
 
 
 def load(model: str | Path, *, device: str = "auto", precision: str = "auto") -> Model:
-    """Load a model with its preparation.
+    """Load a model with its preparation, to use it: what training alone needs, such as momentum copies, is left out (a training
+    begins with a model by ``init_from``).
 
     Args:
         model: A shipped name (`shipped`), a run folder (its newest complete checkpoint, EMA weights), a model folder, or a
@@ -277,7 +278,7 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
     config = read_system(values["system"], f"{config_path} (system)")
     parts = load_parts(config.parts())
     _check_parts(parts, values.get("parts", {}), config_path)
-    system = build(config, {name: part.system for name, part in parts.items()})
+    system = build(config.for_inference(), {name: part.system for name, part in parts.items()})
     if values.get("tune"):
         add_lora(system, validate(LoraConfig, values["tune"], f"{config_path} (tune)"))
     own, of_parts = _read_weights(weights), _part_weights(parts)
@@ -400,7 +401,7 @@ def _placed(system: System, device: torch.device, dtype: torch.dtype) -> System:
 
 def from_imported(imported: Imported, *, name: str, device: str = "auto", precision: str = "auto") -> Model:
     """A model from what an importer returned. Raises `CheckpointError` when weights and configuration do not fit."""
-    system = build(imported.config)
+    system = build(imported.config.for_inference())
     _load_weights(system, imported.state, name)
     place = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     dtype = inference_dtype(precision, place)
@@ -442,7 +443,7 @@ def save(
         raise UserError(
             f"{model.name}: its weights were cast to bf16 for speed; load it with precision='fp32' to save it whole"
         )
-    folder = make_folder(folder)
+    folder = check_folder(folder)
     state = {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous().clone()
         for name, tensor in model.system.state_dict().items()
@@ -455,21 +456,25 @@ def save(
         state = {name: t for name, t in state.items() if name not in given or not torch.equal(t, given[name].to(t.dtype))}
         references["base"] = {"model": base, "digest": _digest(shared.system)}
     contents = dict(model.card if card is None else card)
-    temporary = folder / (WEIGHTS_FILE + ".tmp")
+    there = _nearest(folder)
     try:
-        write_config(model.config, folder, references)
-        model.processor.save(folder)
-        if contents:
-            (folder / CARD_FILE).write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        save_file(state, temporary)
-        temporary.replace(folder / WEIGHTS_FILE)
+        with tempfile.TemporaryDirectory(dir=there, prefix=f".{folder.name}.") as name:
+            written = Path(name)
+            write_config(model.config, written, references)
+            model.processor.save(written)
+            if contents:
+                (written / CARD_FILE).write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            save_file(state, written / WEIGHTS_FILE)
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in sorted(written.iterdir(), key=lambda file: file.name == WEIGHTS_FILE):  # the weights make it a model
+                file.replace(folder / file.name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be written ({error}); make room or choose another folder") from error
     return folder
 
 
-def make_folder(folder: str | Path) -> Path:
-    """A folder that takes a new model, made where there is none: what a command checks before it loads or computes for long.
+def check_folder(folder: str | Path) -> Path:
+    """A folder that may take a new model; it need not exist yet: what a command checks before it loads or computes for long.
 
     Raises:
         UserError: It already holds a model, or nothing can be written there.
@@ -478,11 +483,15 @@ def make_folder(folder: str | Path) -> Path:
     try:
         if (folder / WEIGHTS_FILE).exists():
             raise UserError(f"{folder}: already holds a model; choose another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        tempfile.TemporaryFile(dir=_nearest(folder)).close()
     except OSError as error:
         raise UserError(f"{folder}: no model can be written there ({error}); choose another folder") from None
     return folder
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder itself where there is one, else the nearest of those above it."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 
 def write_config(config: SystemConfig, folder: Path, references: Mapping[str, Any] | None = None) -> None:
@@ -524,8 +533,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 def _load_weights(system: System, state: Mapping[str, Tensor], where: str) -> None:
     """Load strictly, except for what training alone needs; bf16 and fp16 files are computed with in fp32."""
-    expected = system.state_dict()
-    state = {name: tensor for name, tensor in expected.items() if name.startswith(system.only_for_training)} | dict(state)
+    expected, state = (
+        {name: tensor for name, tensor in tensors.items() if not name.startswith(system.only_for_training)}
+        for tensors in (system.state_dict(), state)
+    )
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unexpected:
         raise CheckpointError(f"{where}: does not fit its configuration; missing {missing[:3]}, unexpected {unexpected[:3]}")
@@ -534,4 +545,4 @@ def _load_weights(system: System, state: Mapping[str, Tensor], where: str) -> No
             raise CheckpointError(
                 f"{where}: '{name}' is {tuple(tensor.shape)}, its configuration says {tuple(expected[name].shape)}"
             )
-    system.load_state_dict(state)
+    system.load_state_dict(system.state_dict() | state)

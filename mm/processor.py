@@ -102,9 +102,9 @@ class Processor:
         """Several pictures to uint8 ``(B, 3, S, S)``."""
         return torch.stack([self.image(raw) for raw in raws])
 
-    def text(self, texts: Sequence[str]) -> TextBatch:
-        """Texts to ids, trimmed to the longest of them."""
-        return self.tokenizer(texts, self.context_length)
+    def text(self, texts: Sequence[str], *, words: bool = False) -> TextBatch:
+        """Texts to ids, trimmed to the longest of them, and on demand which of these make a word."""
+        return self.tokenizer(texts, self.context_length, words=words)
 
     def beginnings(self, texts: Sequence[str]) -> TextBatch:
         """Texts that are to be continued: as `text`, but without the end. Raises `UserError` where a text leaves no room."""

@@ -37,8 +37,6 @@ PAINTERS = ("emoji-dalle", "emoji-muse")
 PAINTED = ("grinning face", "red heart", "pizza", "penguin", "rocket", "sunflower", "red apple", "green heart")
 CANDIDATES = 8
 READER = "emoji-albef"
-RERANKED: dict[str, Any] = {"score": "sum", "itm_weight": 0.35, "top_k": 32}
-"""How READER is measured here and in its card; the weight was chosen on the validation artist."""
 ANSWERER = "emoji-vqa"
 ASKED = ("1f436", "1f355", "1f697", "1f33b", "1f3b8", "1f451", "1f40d", "2764")
 QUESTIONS = ("what is in the picture?", "is it an animal?", "which group does it belong to?")
@@ -151,7 +149,7 @@ def _read(console: Console) -> Section:
     """Candidates by vectors, put in a new order by reading each pair."""
     console.rule("pictures read with texts")
     with progress_bar("reading pairs") as progress:
-        measured = evaluate_any_retrieval(READER, TEST, progress=progress, **RERANKED)
+        measured = evaluate_any_retrieval(READER, TEST, progress=progress)
     result(measured, f"retrieval in two stages: {READER}", None)
     bars = [
         Bar(f"{direction.replace('_', ' ')}, {label}", figure.value, figure.low, figure.high, strong=not stage)

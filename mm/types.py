@@ -51,16 +51,24 @@ class Sample:
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Token ids ``(B, T)`` int64, padded on the right, and the number of real tokens of each row ``(B,)`` int64."""
+    """Token ids of texts.
+
+    Args:
+        ids: ``(B, T)`` int64, padded on the right.
+        lengths: Number of real tokens of each row, ``(B,)`` int64.
+        words: Where it was asked for: number of the word of its row that a token is part of, ``(B, T)`` int64, from 0; means
+            nothing for what is no word.
+    """
 
     ids: Tensor
     lengths: Tensor
+    words: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, rows: slice | Tensor) -> "TextBatch":
-        return TextBatch(self.ids[rows], self.lengths[rows])
+        return TextBatch(self.ids[rows], self.lengths[rows], None if self.words is None else self.words[rows])
 
     def valid(self) -> Tensor:
         """True for real tokens, False for padding, ``(B, T)``."""
@@ -72,7 +80,8 @@ class TextBatch:
         return (positions > 0) & (positions < self.lengths[:, None] - 1)
 
     def to(self, device: torch.device) -> "TextBatch":
-        return TextBatch(self.ids.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True))
+        words = None if self.words is None else self.words.to(device, non_blocking=True)
+        return TextBatch(self.ids.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True), words)
 
 
 @dataclass(frozen=True)
@@ -165,7 +174,8 @@ class System(nn.Module):
 
     @property
     def only_for_training(self) -> tuple[str, ...]:
-        """Beginnings of the names of tensors that training alone needs: a saved model does without them, so may `init_from`."""
+        """Beginnings of the names of tensors that training alone needs: a saved or loaded model does without them, so may
+        `init_from`."""
         return ()
 
     def parameter_groups(self) -> list[dict[str, Any]]:

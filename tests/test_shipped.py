@@ -6,13 +6,12 @@ import pytest
 
 import mm
 from mm.hub import ASSETS
-from mm.quickstart import RERANKED
 
 FEW = {"limit": 24, "best_of": 4}
 """Prompts and candidates, fewer than the card's, so that a painter's figure is only roughly the same."""
 
 MEASURED = {
-    "matches": ("retrieval", "emoji:validation/core", RERANKED, "image_to_text_r1", "image_to_text_r1", 0.01),
+    "matches": ("retrieval", "emoji:validation/core", {}, "image_to_text_r1", "image_to_text_r1", 0.01),
     "embeds": ("zero-shot", "emoji:validation", {"baseline": "none"}, "top1", "top1", 0.01),
     "tokenizes": ("reconstruction", "emoji:validation/core", {}, "psnr", "psnr", 0.05),
     "paints": ("generation", "emoji:validation/core/seen", FEW, "clip_rank5", "clip_rank5", 0.3),

@@ -27,7 +27,6 @@ from mm.evaluation.heat import heat_over
 from mm.evaluation.metrics import Interval, Result
 from mm.evaluation.sheet import contact_sheet
 from mm.hub import ASSETS, Model
-from mm.quickstart import RERANKED
 from mm.run.captioning import caption
 from mm.run.generation import generate
 from mm.show import save_picture
@@ -83,6 +82,7 @@ class Shipment:
         limits: What it cannot do.
         sheet: Draws pictures that show what it does, where there is something to show.
         base: The shipped model that it was trained from; weights that are still its own are not stored again.
+        evaluation: How it is measured where nothing else is asked for, by task.
     """
 
     summary: str
@@ -96,6 +96,7 @@ class Shipment:
     limits: str
     sheet: Callable[[Model], Image.Image] | None = None
     base: str | None = None
+    evaluation: dict[str, Any] = field(default_factory=dict)
 
 
 def reconstructions(model: Model) -> Image.Image:
@@ -213,6 +214,8 @@ SHIPMENTS = {
     ),
 }
 
+RERANKED: dict[str, Any] = {"score": "sum", "itm_weight": 0.35, "top_k": 32}
+"""The weight was chosen on the validation artist."""
 MATCHED: dict[str, Any] = {"score": "itm", "top_k": 32}
 
 SHIPMENTS |= {
@@ -228,6 +231,7 @@ SHIPMENTS |= {
             Measurement("retrieval", "emoji:test/core", MATCHED, "_itm"),
         ),
         seeds=("image_to_text_r1", "text_to_image_r1", "contrastive_image_to_text_r1", "contrastive_text_to_image_r1"),
+        evaluation={"retrieval": RERANKED},
         limits="""- Its towers are those of `emoji-clip`, whose limits it shares.
 - Matching alone ranks worse than the vectors of the towers (`image_to_text_r1_itm`): weigh it in the sum.
 - Each of its 36 picture tokens has seen most of the picture, so the heat of a word is not a place to rely on.""",
@@ -301,6 +305,8 @@ def main() -> None:
         "seeds": _seeds(shipment, validation, test),
         "licence": "CC-BY-SA-4.0",
     }
+    if shipment.evaluation:
+        card["evaluation"] = shipment.evaluation
     folder = ASSETS / "models" / arguments.name
     fresh = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)

@@ -14,6 +14,9 @@ from mm.nn.masks import attention_mask
 from mm.nn.transformer import Transformer
 from mm.types import Encoded
 
+Maps = list[dict[str, Tensor]]
+"""Attention weights by layer and kind, where they are asked for."""
+
 
 class CrossAttention(nn.Module):
     """Reads a picture with a text.
@@ -27,9 +30,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.transformer = transformer
 
-    def forward(
-        self, text: Encoded, image: Encoded, *, causal: bool = False, maps: list[dict[str, Tensor]] | None = None
-    ) -> Encoded:
+    def forward(self, text: Encoded, image: Encoded, *, causal: bool = False, maps: Maps | None = None) -> Encoded:
         """Fuse pairs: row i of the texts with row i of the pictures.
 
         Args:
@@ -44,41 +45,26 @@ class CrossAttention(nn.Module):
         """
         length = text.tokens.shape[1]
         if maps is not None or not buckets.pays(text.tokens.shape[0], text.tokens.device):
-            return self._fuse(text.tokens, text.mask, image.tokens, image.mask, causal, maps)
+            return self._fuse(text, image, causal, maps)
         needed = (text.mask * torch.arange(1, length + 1, device=text.mask.device)).amax(1).clamp(min=1)
 
         def fuse(longest: int, words: Tensor, mask: Tensor, picture: Tensor, picture_mask: Tensor) -> Encoded:
-            return self._fuse(words[:, :longest], mask[:, :longest], picture, picture_mask, causal)
+            cut = Encoded(words[:, :longest], mask[:, :longest], words[:, 0])
+            return self._fuse(cut, Encoded(picture, picture_mask, picture[:, 0]), causal)
 
         return buckets.by_length(length, needed, (text.tokens, text.mask, image.tokens, image.mask), fuse)
 
-    def _fuse(
-        self,
-        words: Tensor,
-        mask: Tensor,
-        picture: Tensor,
-        picture_mask: Tensor,
-        causal: bool,
-        maps: list[dict[str, Tensor]] | None = None,
-    ) -> Encoded:
-        tokens = self._read(words, mask, picture, picture_mask, causal, maps)
-        return Encoded(tokens, mask, tokens[:, 0])
+    def _fuse(self, text: Encoded, image: Encoded, causal: bool, maps: Maps | None = None) -> Encoded:
+        tokens = self._read(text, image, causal, maps)
+        return Encoded(tokens, text.mask, tokens[:, 0])
 
-    def _read(
-        self,
-        words: Tensor,
-        mask: Tensor,
-        picture: Tensor,
-        picture_mask: Tensor,
-        causal: bool,
-        maps: list[dict[str, Tensor]] | None,
-    ) -> Tensor:
-        length = words.shape[1]
+    def _read(self, text: Encoded, image: Encoded, causal: bool, maps: Maps | None) -> Tensor:
+        length = text.tokens.shape[1]
         return self.transformer(
-            words,
-            picture,
-            mask=attention_mask(length, causal=causal, keys=mask),
-            context_mask=attention_mask(length, picture.shape[1], keys=picture_mask),
+            text.tokens,
+            image.tokens,
+            mask=attention_mask(length, causal=causal, keys=text.mask),
+            context_mask=attention_mask(length, image.tokens.shape[1], keys=image.mask),
             maps=maps,
         )
 
@@ -100,20 +86,13 @@ class CoAttention(CrossAttention):
             raise ValueError(f"{len(transformer.blocks)} layers over words need one layer over the picture fewer")
         self.picture = picture
 
-    def _read(
-        self,
-        words: Tensor,
-        mask: Tensor,
-        picture: Tensor,
-        picture_mask: Tensor,
-        causal: bool,
-        maps: list[dict[str, Tensor]] | None,
-    ) -> Tensor:
+    def _read(self, text: Encoded, image: Encoded, causal: bool, maps: Maps | None) -> Tensor:
         if causal:
             raise ValueError("two streams cannot be causal: the picture would tell the words what follows")
+        words, picture = text.tokens, image.tokens
         num_words, num_tokens = words.shape[1], picture.shape[1]
-        own, seen = attention_mask(num_words, keys=mask), attention_mask(num_words, num_tokens, keys=picture_mask)
-        around, read = attention_mask(num_tokens, keys=picture_mask), attention_mask(num_tokens, num_words, keys=mask)
+        own, seen = attention_mask(num_words, keys=text.mask), attention_mask(num_words, num_tokens, keys=image.mask)
+        around, read = attention_mask(num_tokens, keys=image.mask), attention_mask(num_tokens, num_words, keys=text.mask)
         for layer, block in enumerate(self.transformer.blocks):
             weights: dict[str, Tensor] | None = None if maps is None else {}
             before, words = words, block(words, picture, mask=own, context_mask=seen, maps=weights)

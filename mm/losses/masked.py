@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mm.types import TextBatch
+
 MASK_RATE = 0.15
 HIDDEN_SHARE, REPLACED_SHARE = 0.8, 0.1
 """Of the chosen tokens; the rest is kept, so that the network cannot rely on visible words being right."""
@@ -55,6 +57,24 @@ def mask_tokens(
     changed = torch.where(kind < HIDDEN_SHARE, mask_id, torch.randint_like(ids, vocab_size))
     changed = torch.where(chosen & (kind < HIDDEN_SHARE + REPLACED_SHARE), changed, ids)
     return MaskedTokens(changed, ids, chosen)
+
+
+def hide_words(text: TextBatch, vocab_size: int, *, rate: float = MASK_RATE, whole: bool = False) -> MaskedTokens:
+    """`mask_tokens` of a batch of texts, its start and end left alone; the id behind the vocabulary stands for a hidden token.
+
+    Args:
+        text: With its words, where whole ones are hidden.
+        vocab_size: V.
+        rate: Share of the tokens, or of the words, to choose.
+        whole: Choose words.
+
+    Raises:
+        ValueError: Whole words of a text that comes without.
+    """
+    if whole and text.words is None:
+        raise ValueError("whole words are to be hidden, but the batch does not say which tokens make a word")
+    words = text.words if whole else None
+    return mask_tokens(text.ids, text.inner(), mask_id=vocab_size, vocab_size=vocab_size, rate=rate, words=words)
 
 
 def masked_cross_entropy(

@@ -41,9 +41,11 @@ class FeatureQueue(nn.Module):
         self.register_buffer("num_pushed", torch.zeros((), dtype=torch.int64))
         self._staged: list[Queued] = []
         self._staged_step = -1
+        self._pushed: int | None = None  # once known, so that no step waits for the device to tell
+        self.register_load_state_dict_post_hook(_ask_again)
 
     def __len__(self) -> int:
-        return min(int(self.num_pushed), len(self.ids))
+        return min(self._count(), len(self.ids))
 
     def content(self) -> Queued:
         """What the queue holds, in no particular order; copies, so that a later `push` does not disturb a backward pass."""
@@ -57,11 +59,12 @@ class FeatureQueue(nn.Module):
             features, ids = gather(features), gather(ids)
         capacity = len(self.ids)
         skipped = max(0, len(ids) - capacity)  # of more rows than there is room for, the last ones stay
-        start = int(self.num_pushed) + skipped
+        start = self._count() + skipped
         places = torch.arange(start, start + len(ids) - skipped, device=self.ids.device) % capacity
         self.features[places] = features[skipped:].detach().to(self.features.dtype)
         self.ids[places] = ids[skipped:]
-        self.num_pushed += len(ids)
+        self._pushed = start + len(ids) - skipped
+        self.num_pushed.fill_(self._pushed)
 
     def stage(self, features: Float[Tensor, "b d"], ids: Int[Tensor, " b"], step: int) -> None:
         """Keep rows until their step is applied; those of an earlier step that was not are forgotten."""
@@ -74,3 +77,12 @@ class FeatureQueue(nn.Module):
         for rows in self._staged:
             self.push(*rows, gather)
         self._staged = []
+
+    def _count(self) -> int:
+        if self._pushed is None:
+            self._pushed = int(self.num_pushed)
+        return self._pushed
+
+
+def _ask_again(queue: FeatureQueue, _: object) -> None:
+    queue._pushed = None

@@ -34,11 +34,14 @@ class Momentum(nn.Module, Generic[M]):
         self._average = copy.deepcopy(followed).requires_grad_(False)
         self.decay = decay
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+        self._moves = False  # once known, so that no step waits for the device to tell
+        self.register_load_state_dict_post_hook(_ask_again)
 
     @property
     def average(self) -> M:
         """The copy, in the mode of its owner. Until the first update it follows exactly, since weights may still be loaded."""
-        if not self.num_updates:
+        self._moves = self._moves or bool(self.num_updates)
+        if not self._moves:
             self._take_over()
         return self._average
 
@@ -48,6 +51,7 @@ class Momentum(nn.Module, Generic[M]):
         averages, present = zip(*self._pairs(), strict=True)
         torch._foreach_lerp_(averages, present, 1 - self.decay)  # pyright: ignore[reportPrivateImportUsage]
         self.num_updates += 1
+        self._moves = True
 
     @torch.no_grad()
     def _take_over(self) -> None:
@@ -63,3 +67,7 @@ class Momentum(nn.Module, Generic[M]):
             path, _, leaf = name.rpartition(".")
             pairs.append((averaged, getattr(self._followed[0].get_submodule(path), leaf)))
         return pairs
+
+
+def _ask_again(momentum: Momentum[nn.Module], _: object) -> None:
+    momentum._moves = False

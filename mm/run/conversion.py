@@ -6,7 +6,7 @@ import torch
 
 from mm.encoders.image import ImageEncoderConfig
 from mm.errors import UserError
-from mm.hub import from_imported, load, make_folder, save
+from mm.hub import check_folder, from_imported, load, save
 from mm.published.bert_start import PictureEncoder
 from mm.published.convert import Added, import_file
 from mm.types import Embeds
@@ -39,7 +39,7 @@ def convert(
     Raises:
         UserError: As `mm.published.convert.import_file`; ``out`` cannot be written, or ``image`` has no such encoder.
     """
-    out, file = make_folder(out), Path(file)
+    out, file = check_folder(out), Path(file)
     added = Added(
         vocab=None if vocab is None else Path(vocab),
         image=None if image is None else _picture_encoder(image),

@@ -48,6 +48,7 @@ class TrainPreparation:
         positives: What makes two samples positives of each other: ``text``, ``none`` or the name of a field.
         seed: Seed of the run.
         answers: Whether samples are questions whose answers are learned; captions are then of the question.
+        words: Whether captions come with the words that their tokens make.
     """
 
     processor: Processor
@@ -56,6 +57,7 @@ class TrainPreparation:
     positives: str
     seed: int
     answers: bool = False
+    words: bool = False
 
     def __call__(self, sample: Sample, visit: int) -> Item:
         caption = ""
@@ -85,7 +87,7 @@ class TrainPreparation:
         return Batch(
             ids=tuple(item.id for item in items),
             image=image,
-            text=self.processor.text([item.texts[0] for item in items]) if self.processor.has_text else None,
+            text=self.processor.text([item.texts[0] for item in items], words=self.words) if self.processor.has_text else None,
             groups=torch.tensor([item.group for item in items], dtype=torch.int64) if self.processor.has_text else None,
             answers=tuple(item.answers for item in items) if self.answers else (),
         )

@@ -1,17 +1,17 @@
 """Two-stage retrieval with a model that both embeds and matches: nearest vectors first, then every candidate pair is read.
 
-Memory is that of a few hundred pictures' tokens, of a tile of pairs and of the scores of the candidates. A picture is encoded
-once; processes share the pictures, each reading the pairs of its own, in both directions.
+Memory is that of encoding `PICTURES_AT_ONCE`, of at most `TOKEN_BYTES` of their tokens, of a tile of pairs and of the scores of
+the candidates. A picture is encoded once; processes share the pictures, each reading the pairs of its own, in both directions.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save
+from pydantic import Field
 from torch import Tensor
 
+from mm.config import StrictConfig, validate
 from mm.data.loader import Loader
 from mm.data.sources import Subset
 from mm.errors import UserError
@@ -21,15 +21,18 @@ from mm.evaluation.retrieval import ranks, recalls
 from mm.hub import Model
 from mm.run.evaluation import Captioned, check_retrieval_set, decoding_workers, encode_captioned, stamp, stretch
 from mm.run.preparation import EvalPreparation
-from mm.training.parallel import World, gather_bytes, open_world
-from mm.types import Embeds, Matches, Source, TextBatch
+from mm.training.parallel import World, open_world, sum_tensors
+from mm.types import Embeds, Encoded, Matches, Source, TextBatch
 
 Progress = Callable[[int, int | None], None]
 Score = Literal["itm", "itc", "sum"]
 
 TOP_K = 128
-PICTURES_AT_ONCE = 256
+PICTURES_AT_ONCE = 32
 PAIRS_AT_ONCE = 256
+PICTURES_HELD, TOKEN_BYTES = 256, 128 << 20
+"""Encoded pictures whose pairs are read together, at most so many and so many bytes of tokens (twice that while they are
+joined). The more there are, the more pairs share the encoding of a text."""
 
 SCORES: dict[str, str] = {
     "itm": "logit of matching",
@@ -38,6 +41,26 @@ SCORES: dict[str, str] = {
 }
 """With negatives drawn by contrastive similarity, matching learns what that similarity lacks, hence the sum. BLIP and LAVIS add
 the bare cosine instead of its logit: their figures are others."""
+
+
+class Reranking(StrictConfig):
+    """How candidates are put in order; see `evaluate_reranked`."""
+
+    score: Score = "itm"
+    itm_weight: float = Field(default=1.0, ge=0)
+    top_k: int = Field(default=TOP_K, ge=1)
+
+
+class Recommended(StrictConfig):
+    """The ``evaluation`` section of a model's card: how it is best used, chosen on validation data."""
+
+    retrieval: Reranking = Reranking()
+
+
+def recommended(model: Model) -> dict[str, Any]:
+    """Options of `evaluate_reranked` that a model's card states. Raises `ConfigError` where it cannot be understood."""
+    where = f"{model.name}: the 'evaluation' section of its card"
+    return validate(Recommended, model.card.get("evaluation", {}), where).retrieval.model_dump(exclude_unset=True)
 
 
 def evaluate_reranked(
@@ -117,12 +140,12 @@ def _shared_scores(
         device=model.device,
         progress=progress,
     )
-    parts = [load_tensors(part) for part in gather_bytes(save(own._asdict()), world)]
-    return BothWays(*(torch.stack([part[name] for part in parts]).sum(0) for name in BothWays._fields))
+    sum_tensors(own, world)
+    return own
 
 
 def _pictures(model: Model, source: Source, ids: Sequence[str]) -> Iterator[Tensor]:
-    """Prepared pictures of some samples, a few hundred at a time."""
+    """Prepared pictures of some samples, a few at a time."""
     if not ids:  # fewer pictures than processes
         return
     index = {source.key(position): position for position in range(len(source))}
@@ -156,13 +179,14 @@ def pair_scores(
     weight: float = 1.0,
     device: torch.device,
     pairs_at_once: int = PAIRS_AT_ONCE,
+    token_bytes: int = TOKEN_BYTES,
     progress: Progress | None = None,
 ) -> BothWays:
     """Scores of candidate pairs, fp32; a pair that both directions ask for is read once.
 
     Args:
         system: `Matches`, and `Embeds` where there are vectors.
-        pictures: Pixels ``(n, 3, H, W)`` of consecutive pictures; their tokens are in memory together.
+        pictures: Pixels ``(n, 3, H, W)`` of consecutive pictures, encoded together.
         text: All M texts.
         found: Candidates of all N pictures and M texts.
         first_row: Number of the first picture.
@@ -170,6 +194,7 @@ def pair_scores(
         weight: Of the logits of matching.
         device: Where to compute.
         pairs_at_once: Pairs of a pass.
+        token_bytes: Of the encoded pictures in memory together, at least those of one of ``pictures``.
         progress: Called with (pairs read, None).
 
     Returns:
@@ -178,18 +203,17 @@ def pair_scores(
     assert isinstance(system, Matches)
     result = BothWays(torch.zeros(found.texts.shape), torch.zeros(found.images.shape))
     num_texts, done = len(text), 0
-    for pixels in pictures:
-        rows = slice(first_row, first_row + len(pixels))
+    for encoded in _encoded(system, pictures, device, token_bytes):
+        rows = slice(first_row, first_row + len(encoded.tokens))
         first_row = rows.stop
         askers, places = ((found.images >= rows.start) & (found.images < rows.stop)).nonzero(as_tuple=True)
-        forward = torch.arange(len(pixels))[:, None] * num_texts + found.texts[rows]
+        forward = torch.arange(len(encoded.tokens))[:, None] * num_texts + found.texts[rows]
         back = (found.images[askers, places] - rows.start) * num_texts + askers
         pairs, inverse = torch.cat([forward.flatten(), back]).unique(return_inverse=True)
-        chunk = weight * _read(system, pixels.to(device), text, pairs // num_texts, pairs % num_texts, pairs_at_once)
+        images, texts = pairs // num_texts, pairs % num_texts
+        chunk = weight * _read(system, encoded, text, images, texts, pairs_at_once)
         if vectors is not None:
-            assert isinstance(system, Embeds)
-            contrastive = system.scores(vectors[0][rows].to(device), vectors[1].to(device)).float().cpu()
-            chunk += contrastive.flatten()[pairs]
+            chunk += _contrastive(system, vectors[0][rows], vectors[1], images, texts, device, pairs_at_once)
         chunk = chunk[inverse]
         result.texts[rows] = chunk[: forward.numel()].view_as(forward)
         result.images[askers, places] = chunk[forward.numel() :]
@@ -199,13 +223,44 @@ def pair_scores(
     return result
 
 
-def _read(system: Matches, pixels: Tensor, text: TextBatch, images: Tensor, texts: Tensor, pairs_at_once: int) -> Tensor:
-    """Logits of pairs of given pictures, by their number in ``pixels``, and texts; texts of like length share a pass."""
-    encoded = system.encode_image(pixels)
+def _encoded(system: Matches, pictures: Iterable[Tensor], device: torch.device, budget: int) -> Iterator[Encoded]:
+    """Pictures encoded as they come, as many of them joined as may be held."""
+    held: list[Encoded] = []
+    for pixels in pictures:
+        encoded = system.encode_image(pixels.to(device))
+        together = [one.tokens for one in (*held, encoded)]
+        if held and (sum(map(len, together)) > PICTURES_HELD or sum(one.nbytes for one in together) > budget):
+            yield _joined(held)
+            held = []
+        held.append(encoded)
+    if held:
+        yield _joined(held)
+
+
+def _joined(parts: Sequence[Encoded]) -> Encoded:
+    tokens, mask, pooled = (torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "mask", "pooled"))
+    return Encoded(tokens, mask, pooled)
+
+
+def _contrastive(
+    system: Any, images: Tensor, texts: Tensor, rows: Tensor, columns: Tensor, device: torch.device, pairs_at_once: int
+) -> Tensor:
+    """Contrastive logits of pairs of vectors, by their numbers, without those of all others."""
+    assert isinstance(system, Embeds)
+    logits = []
+    for row, column in zip(rows.split(pairs_at_once), columns.split(pairs_at_once), strict=True):
+        (queries, i), (items, j) = row.unique(return_inverse=True), column.unique(return_inverse=True)
+        logits.append(system.scores(images[queries].to(device), texts[items].to(device)).float().cpu()[i, j])
+    return torch.cat(logits)
+
+
+def _read(system: Matches, encoded: Encoded, text: TextBatch, images: Tensor, texts: Tensor, pairs_at_once: int) -> Tensor:
+    """Logits of pairs of given pictures, by their number in ``encoded``, and texts; texts of like length share a pass."""
+    device = encoded.tokens.device
     logits = torch.empty(len(images))
     for tile in (text.lengths[texts] * len(text) + texts).argsort().split(pairs_at_once):
         rows, which = texts[tile].unique(return_inverse=True)
         longest = int(text.lengths[rows].max())
-        words = system.encode_text(TextBatch(text.ids[rows, :longest], text.lengths[rows]).to(pixels.device))
-        logits[tile] = system.match(encoded[images[tile].to(pixels.device)], words[which.to(pixels.device)]).float().cpu()
+        words = system.encode_text(TextBatch(text.ids[rows, :longest], text.lengths[rows]).to(device))
+        logits[tile] = system.match(encoded[images[tile].to(device)], words[which.to(device)]).float().cpu()
     return logits

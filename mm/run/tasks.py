@@ -12,7 +12,7 @@ from mm.run.captioning import evaluate_captioning
 from mm.run.evaluation import evaluate_compositional, evaluate_retrieval, evaluate_zero_shot, loaded, opened
 from mm.run.matching import evaluate_matching
 from mm.run.picture_evaluation import evaluate_generation, evaluate_reconstruction
-from mm.run.reranking import TOP_K, evaluate_reranked
+from mm.run.reranking import evaluate_reranked, recommended
 from mm.types import Source
 
 
@@ -32,7 +32,8 @@ def evaluate_any_retrieval(
 ) -> Result:
     """Retrieval by what a model can: by vectors, by reading all pairs, or in two stages where it can do both.
 
-    Arguments as `evaluate_retrieval`; ``score`` (itm if None), ``itm_weight`` and ``top_k`` as `evaluate_reranked`.
+    Arguments as `evaluate_retrieval`; ``score``, ``itm_weight`` and ``top_k`` as `evaluate_reranked`; what is None is as the
+    model's card recommends (`mm.run.reranking.recommended`), else itm, 1 and 128.
 
     Raises:
         UserError: A score for a model that does not both embed and match; what the evaluation itself raises.
@@ -44,15 +45,14 @@ def evaluate_any_retrieval(
             raise UserError(f"{model.name}: {name} '{value}' is for models that both embed and match; leave it out")
     source = opened(data, model, image_field=image_field, text_field=text_field)
     if embeds and matches:
-        return evaluate_reranked(
-            model,
-            source,
-            score=score or "itm",
-            itm_weight=1.0 if itm_weight is None else itm_weight,
-            top_k=TOP_K if top_k is None else top_k,
-            cache=cache,
-            progress=progress,
-        )
+        given: dict[str, Any] = {"score": score, "itm_weight": itm_weight, "top_k": top_k}
+        advice = recommended(model)
+        if score not in (None, advice.get("score")):
+            advice.pop("itm_weight", None)  # which was chosen for another score
+        taken = {name: value for name, value in advice.items() if given[name] is None}
+        options = {name: value for name, value in given.items() if value is not None} | taken
+        measured = evaluate_reranked(model, source, cache=cache, progress=progress, **options)
+        return measured | Result({}, {"recommended": f"{', '.join(taken)} by the card of the model"} if taken else {})
     if matches:
         return evaluate_matching(model, source, progress=progress)
     return evaluate_retrieval(model, source, cache=cache, progress=progress)

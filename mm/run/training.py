@@ -142,6 +142,7 @@ def assemble(config: RunConfig, *, resume: Path | None = None) -> Assembled:
         config.data.positives,
         config.train.seed,
         answers=config.system.learns_answers,
+        words=config.system.learns_whole_words,
     )
     sampling = config.data.sampling
     stream = Loader(

@@ -7,12 +7,11 @@ Deviations: samples of the same group are positives of each other, in the queue,
 pretraining knows only pairs); momentum features of all processes are columns before they are queued; hard negatives are drawn
 by the similarities of the trained encoders; one logit tells whether a pair matches, which is the paper's two-way softmax; the
 temperature is learned as the logarithm of its inverse, as CLIP does: steps are relative to its size, and none can change its
-sign. Its range is the reference's, 0.001 to 0.5. Single tokens are hidden, not whole words: a batch does not say where words
-end. As in the reference, matching and hidden words are averaged over what each process, or slice of a batch, has of them.
-With ``caption_weight`` the same layers also learn to write, as in BLIP https://arxiv.org/abs/2201.12086, whose decoder has
-self-attention of its own; here only the mask is another. Convolutional picture encoders (``feature_map``) and norms before the
-branches are allowed. Weights are fresh; those of a published checkpoint, or of BERT as in the paper, come by way of
-``mm convert`` and ``init_from``.
+sign. Its range is the reference's, 0.001 to 0.5. As in the reference, matching and hidden words are averaged over what each
+process, or slice of a batch, has of them; unlike it, ``whole_words`` can be hidden instead of tokens. With ``caption_weight``
+the same layers also learn to write, as in BLIP https://arxiv.org/abs/2201.12086, whose decoder has self-attention of its own;
+here only the mask is another. Convolutional picture encoders (``feature_map``) and norms before the branches are allowed.
+Weights are fresh; those of a published checkpoint, or of BERT as in the paper, come by way of ``mm convert`` and ``init_from``.
 """
 
 import functools
@@ -39,7 +38,7 @@ from mm.losses.contrastive import info_nce
 from mm.losses.distillation import Views, distilled_contrastive, ramped
 from mm.losses.gather import current_gather
 from mm.losses.groups import lasting_groups
-from mm.losses.masked import MASK_RATE, MaskedTokens, mask_tokens, masked_cross_entropy
+from mm.losses.masked import MASK_RATE, MaskedTokens, hide_words, masked_cross_entropy
 from mm.losses.matching import draw_negatives, matching_loss
 from mm.losses.queue import FeatureQueue
 from mm.nn.attention import MultiHeadAttention
@@ -151,6 +150,7 @@ class AlbefConfig(AlbefSizes):
         caption_weight: Of predicting the next word, by the same layers read causally; with 0 the network does not write.
         beginnings: Texts that captions may begin with, by name, as training gave them; the first is the usual one.
         mask_rate: Share of the words to predict.
+        whole_words: Hide all tokens of a word together, so that none is told by the others; else each token counts as a word.
         momentum: Share of the momentum encoders that stays at each step; 0 for none, plain InfoNCE without queue.
         queue_size: Past momentum features of each side kept as further negatives; ``Batch.groups`` must then number things
             alike in all batches.
@@ -166,11 +166,19 @@ class AlbefConfig(AlbefSizes):
     caption_weight: float = Field(default=0.0, ge=0)
     beginnings: dict[str, str] = Field(default={"caption": ""}, min_length=1)
     mask_rate: float = Field(default=MASK_RATE, gt=0, lt=1)
+    whole_words: bool = False
     momentum: float = Field(default=0.995, ge=0, lt=1)
     queue_size: int = Field(default=4096, ge=0)
     distillation: float = Field(default=0.4, ge=0, le=1)
     distillation_ramp_steps: int = Field(default=1000, ge=0)
     hard_negatives: bool = True
+
+    def for_inference(self) -> Self:
+        return self.model_copy(update={"momentum": 0.0, "queue_size": 0, "distillation": 0.0})
+
+    @property
+    def learns_whole_words(self) -> bool:
+        return self.whole_words and self.masked_weight > 0
 
     @model_validator(mode="after")
     def _possible(self) -> "AlbefConfig":
@@ -386,8 +394,8 @@ class Albef(System):
         return self.matching_head(fused.pooled.to(self.matching_head.weight.dtype))[:, 0].float()
 
     def _masked_loss(self, image: Encoded, text: TextBatch, taught_image: Encoded | None, alpha: float) -> Tensor:
-        vocab_size = self.config.vocab_size
-        masked = mask_tokens(text.ids, text.inner(), mask_id=vocab_size, vocab_size=vocab_size, rate=self.config.mask_rate)
+        config = self.config
+        masked = hide_words(text, config.vocab_size, rate=config.mask_rate, whole=config.whole_words)
         changed = TextBatch(masked.ids, text.lengths)
         teacher = self._taught_words(taught_image, changed, masked) if taught_image is not None and alpha else None
         fused = self.fuse(image, self.network.towers.encoders["text"](changed))

@@ -44,12 +44,21 @@ class SystemSettings(StrictConfig):
         raise NotImplementedError
 
     @property
+    def learns_whole_words(self) -> bool:
+        """Whether training needs to know which tokens make a word, `mm.types.TextBatch.words`."""
+        return False
+
+    @property
     def fresh_parts(self) -> tuple[str, ...]:
         """Fields of the network that may be in one network only when it takes over the weights of another; they start fresh."""
         return ()
 
     def check_start(self, start: "SystemSettings") -> None:
         """Raises `ConfigError` where the weights of a network of another kind fit by shape but would compute something else."""
+
+    def for_inference(self) -> Self:
+        """The configuration of the network without what training alone needs, `mm.types.System.only_for_training`."""
+        return self
 
     def parts(self) -> dict[str, str]:
         """Fields that name another MODEL which is part of the network. Its weights are ``FIELD.*`` in the network's state."""

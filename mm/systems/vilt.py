@@ -5,11 +5,11 @@ word-patch alignment; fine-tuning for retrieval against random texts with ``retr
 ``answer_weight``); a convolutional stem instead of linear patches with ``stem``, https://arxiv.org/abs/2106.14881.
 
 Deviations: fresh weights, not those of a picture classifier, without which linear patches need much data (hence ``stem``);
-square pictures of one size; single tokens are hidden, not whole words, as a batch does not say where words end; one logit tells
-whether a picture and a text match, which is the paper's two-way softmax; negatives are a derangement of the batch, so that a
-text alone does not tell, and never of the same group. As in the reference, the alignment cost of mismatched pairs counts
-negatively. Each slice of an accumulated batch, and each process, averages over its own hidden words, so these weigh a little
-differently where slices hide different numbers of them.
+square pictures of one size; single tokens are hidden, whole words only with ``whole_words``; one logit tells whether a picture
+and a text match, which is the paper's two-way softmax; negatives are a derangement of the batch, so that a text alone does not
+tell, and never of the same group. As in the reference, the alignment cost of mismatched pairs counts negatively. Each slice of
+an accumulated batch, and each process, averages over its own hidden words, so these weigh a little differently where slices
+hide different numbers of them.
 """
 
 import functools
@@ -26,7 +26,7 @@ from mm.encoders.patches import PatchEmbedding
 from mm.errors import UserError
 from mm.fusion.single_tower import SingleTower
 from mm.losses.alignment import word_patch_alignment
-from mm.losses.masked import MASK_RATE, mask_tokens, masked_cross_entropy
+from mm.losses.masked import MASK_RATE, hide_words, masked_cross_entropy
 from mm.losses.matching import half_mismatched, matching_loss, random_candidates, ranking_loss
 from mm.nn.attention import MultiHeadAttention
 from mm.nn.conv import PictureEncoder
@@ -58,6 +58,7 @@ class ViltConfig(AnswerSettings):
         dropout: Of each block's branches and of the words, in training.
         masked_weight: Of predicting hidden words.
         mask_rate: Share of the words to predict.
+        whole_words: Hide all tokens of a word together, so that none is told by the others; else each token counts as a word.
         matching_weight: Of telling matching pairs from others.
         alignment_weight: Of moving words onto patches; needs ``matching_weight``.
         retrieval_negatives: Texts of the batch among which a picture's own is to be found, for fine-tuning; 0 leaves it out.
@@ -79,6 +80,7 @@ class ViltConfig(AnswerSettings):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     masked_weight: float = Field(default=1.0, ge=0)
     mask_rate: float = Field(default=MASK_RATE, gt=0, lt=1)
+    whole_words: bool = False
     matching_weight: float = Field(default=1.0, ge=0)
     alignment_weight: float = Field(default=0.1, ge=0)
     retrieval_negatives: int = Field(default=0, ge=0)
@@ -102,6 +104,10 @@ class ViltConfig(AnswerSettings):
     @property
     def fresh_parts(self) -> tuple[str, ...]:
         return ("answer_list",)
+
+    @property
+    def learns_whole_words(self) -> bool:
+        return self.whole_words and self.masked_weight > 0
 
     @property
     def learns_matching(self) -> bool:
@@ -232,10 +238,10 @@ class Vilt(System):
         return self.matching_head(self._pooled(fused))[:, 0].float()
 
     def _masked_loss(self, image: Encoded, text: TextBatch) -> Tensor:
-        vocab_size = self.config.vocab_size
-        masked = mask_tokens(text.ids, text.inner(), mask_id=vocab_size, vocab_size=vocab_size, rate=self.config.mask_rate)
+        config = self.config
+        masked = hide_words(text, config.vocab_size, rate=config.mask_rate, whole=config.whole_words)
         fused = self.fuse(image, self.encode_text(TextBatch(masked.ids, text.lengths)))
-        vectors = self.words.tokens.weight[:vocab_size]
+        vectors = self.words.tokens.weight[: config.vocab_size]
         head = lambda features: F.linear(self.masked_head(features), vectors, self.word_bias)  # noqa: E731
         return masked_cross_entropy(fused.tokens[:, fused.extras["text"]], masked, head)
 

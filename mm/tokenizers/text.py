@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 
 from mm.errors import UserError
 from mm.types import TextBatch
@@ -109,24 +110,27 @@ class TextTokenizer:
             ids = ids[: ids.index(self.end)]
         return self._tokenizer.decode([i for i in ids if i != self.start], skip_special_tokens=False).strip()
 
-    def __call__(self, texts: Sequence[str], context_length: int) -> TextBatch:
+    def __call__(self, texts: Sequence[str], context_length: int, *, words: bool = False) -> TextBatch:
         """Ids and lengths of texts, padded to the longest of them.
 
         Args:
             texts: Any number of texts.
             context_length: Longest row, start and end included; longer texts are cut, their last id is still the end token.
+            words: Also number the words: what the tokenizer takes apart before it looks for pieces. Punctuation is apart.
         """
         if context_length < 3:
             raise UserError(f"context_length {context_length} leaves no room between start and end; use at least 3")
-        encoded = self._tokenizer.encode_batch_fast([self.cleaning(text) for text in texts], add_special_tokens=False)
+        encode = self._tokenizer.encode_batch if words else self._tokenizer.encode_batch_fast
+        encoded = encode([self.cleaning(text) for text in texts], add_special_tokens=False)
         before, behind = ([] if i is None else [i] for i in (self.start, self.end))
         room = context_length - len(before) - len(behind)
         rows = [[*before, *row.ids[:room], *behind] for row in encoded]
-        lengths = [len(row) for row in rows]
-        ids = torch.full((len(rows), max(lengths, default=0)), self.pad, dtype=torch.int64)
-        for row, values in zip(ids, rows, strict=True):
-            row[: len(values)] = torch.tensor(values)
-        return TextBatch(ids, torch.tensor(lengths, dtype=torch.int64))
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+        ids = _padded(rows, lengths, self.pad)
+        if not words:
+            return TextBatch(ids, lengths)
+        numbers = [[*(0 for _ in before), *(number or 0 for number in row.word_ids[:room])] for row in encoded]
+        return TextBatch(ids, lengths, _padded(numbers, lengths, 0))
 
     def words(self, text: str, context_length: int) -> list[tuple[str, tuple[int, ...]]]:
         """The words of a cleaned text, with the positions of their pieces in the row that ``self([text], context_length)`` is.
@@ -263,6 +267,14 @@ class TextTokenizer:
     def __reduce__(self) -> tuple[Any, ...]:
         # Built anew, because the library's own pickle forgets encode_special_tokens.
         return _rebuild, (self._tokenizer.to_str(), self.cleaning, self.start, self.end, self.pad)
+
+
+def _padded(rows: Sequence[Sequence[int]], lengths: Tensor, pad: int) -> Tensor:
+    """Rows of numbers as one tensor, as long as the longest of ``lengths``."""
+    result = torch.full((len(rows), max(lengths.tolist(), default=0)), pad, dtype=torch.int64)
+    for row, values in zip(result, rows, strict=True):
+        row[: len(values)] = torch.tensor(values, dtype=torch.int64)
+    return result
 
 
 def _without_punctuation(text: str, start: int, end: int) -> tuple[int, int]:

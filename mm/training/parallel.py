@@ -113,6 +113,13 @@ def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
     return packed.tolist()
 
 
+def sum_tensors(tensors: Sequence[Tensor], world: World) -> None:
+    """Replace tensors on the CPU, of equal shapes everywhere, by their sums over processes; needs no second copy of them."""
+    if world.size > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor, group=world.control)
+
+
 def gather_bytes(data: bytes, world: World) -> list[bytes]:
     """Every process's ``data``, in rank order, on every process."""
     if world.size == 1:

@@ -10,8 +10,9 @@ import mm
 from mm.data.sources import Subset, open_source
 from mm.errors import DataError, UserError
 from mm.export import export
-from mm.hub import Model, make_folder
+from mm.hub import Model, check_folder
 from mm.run.adaptation import evaluate_probe
+from mm.run.conversion import convert
 from mm.run.evaluation import encode, evaluate_compositional, evaluate_retrieval, evaluate_zero_shot
 from mm.training.devices import choose_device
 from mm.training.parallel import World
@@ -142,7 +143,7 @@ def unwritable(folder: Path) -> list[Path]:
 
 def test_a_model_is_not_saved_where_nothing_can_be_written(model: Model, tmp_path: Path) -> None:
     for folder in unwritable(tmp_path):
-        for write in (lambda folder=folder: make_folder(folder), lambda folder=folder: mm.save(model, folder)):
+        for write in (lambda folder=folder: check_folder(folder), lambda folder=folder: mm.save(model, folder)):
             with pytest.raises(UserError, match=f"{folder}: no model can be written there .*choose another folder") as error:
                 write()
             assert "\n" not in str(error.value)
@@ -153,8 +154,19 @@ def test_a_full_disk_is_said_in_one_line(model: Model, tmp_path: Path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("mm.hub.save_file", full)
-    with pytest.raises(UserError, match=r"No space left on device.*make room"):
-        mm.save(model, tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "new" / "model", tmp_path / "empty"):
+        with pytest.raises(UserError, match=r"No space left on device.*make room"):
+            mm.save(model, folder)
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"], "nothing is left behind"
+
+
+def test_what_cannot_be_converted_leaves_nothing(tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "weights.pth")
+    for file in (tmp_path / "weights.pth", tmp_path / "none.safetensors"):
+        with pytest.raises(UserError):
+            convert(file, tmp_path / "new" / "model")
+    assert [path.name for path in tmp_path.rglob("*")] == ["weights.pth"]
 
 
 def test_an_export_is_checked_before_its_model_is_loaded(tmp_path: Path) -> None:

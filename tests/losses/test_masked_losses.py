@@ -1,6 +1,7 @@
 """Masking, matching and alignment against their definitions by brute force."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from scipy.optimize import linear_sum_assignment, linprog
 from torch import Tensor, nn
 
 from mm.losses.alignment import transport_plan, word_patch_alignment
-from mm.losses.masked import MaskedTokens, mask_tokens, masked_cross_entropy
+from mm.losses.masked import MaskedTokens, hide_words, mask_tokens, masked_cross_entropy
 from mm.losses.matching import derangement, draw_negatives, half_mismatched, matching_loss, random_candidates, ranking_loss
+from mm.types import TextBatch
 
 VOCAB, MASK_ID = 50, 50
 
@@ -71,6 +73,37 @@ def test_whole_words_are_chosen() -> None:
         assert torch.equal(members.any(1), members.all(1))
     partly = (masked.ids == MASK_ID)[:, 1:4].sum(1)
     assert {1, 2, 3} <= set(partly.tolist())  # what becomes of its tokens is drawn for each
+
+
+def test_words_of_texts_are_hidden_whole_at_the_rate_of_words() -> None:
+    torch.manual_seed(0)
+    lengths = torch.tensor([9, 6, 3, 2]).repeat(20_000)
+    ids = torch.randint(3, VOCAB, (len(lengths), 9))
+    words = torch.tensor([0, 0, 0, 1, 2, 2, 2, 3, 0]).expand(len(ids), -1)  # the start has the number of the first word
+    text = TextBatch(ids, lengths, words)
+    masked = hide_words(text, VOCAB, rate=0.3, whole=True)
+    assert not masked.chosen[~text.inner()].any()
+    for word, places in enumerate(([1, 2], [3], [4, 5, 6], [7])):
+        members = masked.chosen[:, places]
+        whole = text.inner()[:, places].all(1)
+        assert torch.equal(members[whole].any(1), members[whole].all(1)), word
+    four = masked.chosen[lengths == 9][:, [1, 3, 4, 7]].float()
+    at_least_one = 0.7**4 / 4  # where none would be hidden, one of the four is
+    assert four.mean(0).tolist() == pytest.approx([0.3 + at_least_one] * 4, abs=0.015)
+    hidden = (masked.ids == MASK_ID) & masked.chosen
+    assert float(hidden.sum() / masked.chosen.sum()) == pytest.approx(0.8, abs=0.02)
+
+
+def test_tokens_are_hidden_one_by_one_unless_words_are_asked_for() -> None:
+    text = TextBatch(torch.arange(3, 43).view(4, 10), torch.full((4,), 10), torch.zeros(4, 10, dtype=torch.int64))
+    for words in (text.words, None):
+        torch.manual_seed(0)
+        masked = hide_words(replace(text, words=words), VOCAB, rate=0.4)
+        torch.manual_seed(0)
+        expected = mask_tokens(text.ids, text.inner(), mask_id=VOCAB, vocab_size=VOCAB, rate=0.4)
+        assert torch.equal(masked.ids, expected.ids)
+    with pytest.raises(ValueError, match="which tokens make a word"):
+        hide_words(replace(text, words=None), VOCAB, whole=True)
 
 
 def test_masked_cross_entropy_is_that_of_the_chosen_positions() -> None:

@@ -1,10 +1,13 @@
 """The momentum copy: an average by its formula, whole in the state, never trained, and right after weights were loaded."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from mm.losses.queue import FeatureQueue
 from mm.nn.lora import LoraConfig, add_lora
 from mm.nn.momentum import Momentum
 
@@ -64,3 +67,39 @@ def test_low_rank_corrections_are_followed() -> None:
     with torch.no_grad():
         owner.net[0].parametrizations.weight[0].up.fill_(1.0)
     torch.testing.assert_close(owner.momentum.average[0].weight, owner.net[0].weight)
+
+
+class Transfers(TorchDispatchMode):
+    """Counts numbers that Python takes out of a tensor, for which it waits where tensors live on an accelerator."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_step_waits_for_a_count() -> None:
+    """Once a step has been made, or the state of one was loaded and read."""
+    owner, queue = Owner(), FeatureQueue(4, 2)
+    rows = torch.ones(3, 2), torch.tensor([1, 2, 3])
+    for step in range(4):
+        with Transfers() as transfers:
+            copied = owner.momentum.average
+            queue.stage(*rows, step)
+            queue.commit()
+            assert len(queue.content().ids) == min(4, 3 * (step + 1))
+            owner.momentum.update()
+        assert copied is owner.momentum.average
+        assert (transfers.count == 0) == (step > 0)
+    earlier, behind = copy.deepcopy(owner.state_dict()), copy.deepcopy(queue.state_dict())
+    owner.load_state_dict(Owner().state_dict())
+    queue.load_state_dict(FeatureQueue(4, 2).state_dict())
+    assert len(queue) == 0, "what was known before is forgotten"
+    change(owner)
+    torch.testing.assert_close(owner.momentum.average[0].weight, owner.net[0].weight)
+    owner.load_state_dict(earlier)
+    queue.load_state_dict(behind)
+    change(owner)
+    assert len(queue) == 4
+    assert torch.equal(owner.momentum.average[0].weight, earlier["momentum._average.0.weight"])

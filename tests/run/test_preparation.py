@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -45,6 +46,25 @@ def test_evaluation_sees_what_raw_input_becomes(processor: Processor) -> None:
     assert batch.image is not None
     assert torch.equal(batch.image, processor.images([s.media["image"] for s in samples]))
     assert batch.captions == (("caption 0", "other"), ("caption 1", "other"))
+
+
+def test_words_come_with_captions_where_they_are_asked_for(processor: Processor) -> None:
+    samples = [sample(number) for number in range(3)]
+    plain, marked = training(processor), replace(training(processor), words=True)
+    without, batch = (one.collate([one(each, 0) for each in samples], 0) for one in (plain, marked))
+    assert without.text is not None
+    assert without.text.words is None
+    assert batch.text is not None
+    assert batch.text.words is not None
+    assert torch.equal(batch.text.ids, without.text.ids)
+    for rows in (slice(1, 3), torch.tensor([2, 0])):
+        part = batch.text[rows].words
+        assert part is not None
+        assert torch.equal(part, batch.text.words[rows])
+    moved = batch.to(torch.device("meta")).text
+    assert moved is not None
+    assert moved.words is not None
+    assert moved.words.device.type == "meta"
 
 
 def test_training_depends_on_seed_and_visit_alone(processor: Processor) -> None:

@@ -2,11 +2,16 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
+from toy_training import lines, newest, weights
 
 import mm
 from mm.errors import ConfigError
+from mm.training.tracking import Event
 
 TINY = [
     "system.image.backbone=resnet18",
@@ -89,3 +94,61 @@ def test_a_batch_that_processes_cannot_share_evenly_is_refused(pictures: Path, m
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match="not a multiple of the 3 processes"):
         assemble(load_config(RunConfig, Path("configs/own.yaml"), [*TINY, f"data.train={pictures}"]))
+
+
+ALBEF: dict[str, Any] = {
+    "system": {
+        "name": "albef",
+        "image": {"backbone": "resnet18", "image_size": 32, "options": {"channels": [8, 8, 8, 8]}},
+        "feature_map": True,
+        "width": 16,
+        "heads": 2,
+        "text_layers": 1,
+        "fusion_layers": 1,
+        "embed_dim": 8,
+        "vocab_size": 262,
+        "context_length": 12,
+        "dropout": 0.1,
+        "queue_size": 6,  # of batches of 4: it has been filled and written over where the run is killed
+        "momentum": 0.9,
+        "distillation_ramp_steps": 4,
+        "whole_words": True,
+    },
+    "train": {"steps": 6, "batch_size": 4, "lr": 0.01, "warmup_steps": 2, "ema_decay": 0.9, "checkpoint_every_steps": 2}
+    | {"log_every": 1, "tensorboard": False, "precision": "fp32", "device": "cpu"},
+}
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_albef_ends_in_the_same_bits(pictures: Path, tmp_path: Path) -> None:
+    """Momentum copies, queues, hidden words and drawn negatives included; the run dies between two checkpoints."""
+    for number, file in enumerate(sorted(pictures.glob("*.txt"))):
+        file.write_text(f"picture of unpredictable things, number {number}")
+    config = tmp_path / "albef.yaml"
+    config.write_text(yaml.safe_dump(ALBEF | {"data": {"train": str(pictures), "workers": 0}}))
+
+    def kill(event: Event) -> None:
+        if event.kind == "log" and event.step == 5:
+            raise Killed
+
+    mm.train(config, out=tmp_path / "straight", progress=False)
+    with pytest.raises(Killed):
+        mm.train(config, out=tmp_path / "killed", progress=False, on_event=kill)
+    assert newest(tmp_path / "killed").name == "step-00000004"
+    mm.train(config, out=tmp_path / "killed", progress=False)
+    expected, found = weights(tmp_path / "straight"), weights(tmp_path / "killed")
+    assert expected.keys() == found.keys() == {"model", "optimizer", "ema"}
+    for file, tensors in expected.items():
+        assert tensors.keys() == found[file].keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, found[file][name]), (file, name)
+    assert int(expected["model"]["momentum.num_updates"]) == 6
+    assert int(expected["model"]["queues.image.num_pushed"]) == 24
+    first, second = (lines(tmp_path / run / "metrics.jsonl") for run in ("straight", "killed"))
+    for name in ("loss", "grad_norm"):
+        assert [row[name] for row in first] == [row[name] for row in second]
+    loaded = mm.load(tmp_path / "killed", device="cpu")
+    assert not [name for name in loaded.system.state_dict() if name.startswith(loaded.system.only_for_training)]

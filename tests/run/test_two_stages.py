@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import benchmark_copies as copies
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 import mm
 from mm.data.sources import open_source
-from mm.errors import UserError
+from mm.errors import ConfigError, UserError
 from mm.evaluation.retrieval import ranks_of_scores
 from mm.hub import Model
 from mm.media.image import ImageSpec
@@ -57,6 +58,9 @@ def test_a_saved_model_has_no_momentum_and_is_the_same(folder: Path) -> None:
     assert not [name for name in names if name.startswith(("momentum.", "queues."))]
     loaded = mm.load(folder / "model", device="cpu")
     assert loaded.fingerprint == mm.load(folder / "model", device="cpu").fingerprint == tiny().fingerprint
+    kept = loaded.system.state_dict().keys()
+    assert kept == names, "nor has the one that is loaded"
+    assert loaded.config == tiny().config, "but it knows how it was trained"
 
 
 def test_training_may_begin_from_a_model_with_or_without_momentum() -> None:
@@ -92,6 +96,45 @@ def test_with_all_candidates_it_is_the_order_of_the_scores(folder: Path, score: 
     assert result.protocol["reranked"].startswith(f"the {len(texts)} nearest texts of each image and {NUM_PICTURES} nearest")
 
 
+def test_what_is_not_asked_for_is_as_the_card_recommends(folder: Path) -> None:
+    plain, data = mm.load(folder / "model", device="cpu"), str(folder / "pictures.csv")
+    advice = {"score": "sum", "itm_weight": 0.25, "top_k": 3}
+    mm.save(plain, folder / "advised", card={"evaluation": {"retrieval": advice}})
+    advised = mm.load(folder / "advised", device="cpu")
+    usual = {"score": "itm", "itm_weight": 1.0, "top_k": 128}
+    for given, taken, expected in (
+        ({}, "score, itm_weight, top_k", advice),
+        ({"top_k": 2}, "score, itm_weight", advice | {"top_k": 2}),
+        ({"itm_weight": 0.5}, "score, top_k", advice | {"itm_weight": 0.5}),
+        ({"score": "sum"}, "itm_weight, top_k", advice),
+        ({"score": "itm"}, "top_k", {"score": "itm", "top_k": 3}),
+        (usual | {"itm_weight": 2.0, "score": "sum"}, None, usual | {"itm_weight": 2.0, "score": "sum"}),
+    ):
+        found = mm.evaluate("retrieval", advised, data, **given)
+        same = mm.evaluate("retrieval", plain, data, **expected)
+        assert found.metrics == same.metrics
+        said = found.protocol.get("recommended")
+        assert said == (taken and f"{taken} by the card of the model")
+        assert {**found.protocol, "recommended": None, "model": None} == {**same.protocol, "recommended": None, "model": None}
+    assert "recommended" not in mm.evaluate("retrieval", plain, data).protocol
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        ({"retrieval": {"score": "both"}}, "'evaluation' section of its card: 'retrieval.score'"),
+        ({"retrieval": {"topk": 3}}, "did you mean 'top_k'"),
+        ({"retrieval": {"top_k": 0}}, "retrieval.top_k"),
+        ("sum", "'evaluation' section of its card"),
+    ],
+)
+def test_a_card_that_cannot_be_understood_is_an_error(folder: Path, evaluation: object, message: str) -> None:
+    model = replace(mm.load(folder / "model", device="cpu"), card={"evaluation": evaluation})
+    with pytest.raises(ConfigError, match=message) as error:
+        mm.evaluate("retrieval", model, str(folder / "pictures.csv"))
+    assert "\n" not in str(error.value)
+
+
 def test_contrastive_scores_need_no_second_stage(folder: Path) -> None:
     result = mm.evaluate("retrieval", str(folder / "model"), str(folder / "pictures.csv"), score="itc")
     values = {name: figure.value for name, figure in result.metrics.items()}
@@ -108,11 +151,15 @@ def test_impossible_options_are_refused(folder: Path) -> None:
         mm.evaluate("retrieval", "emoji-clip", data, score="itm")
 
 
-def test_figures_do_not_depend_on_the_number_of_processes(folder: Path) -> None:
-    metrics = []
-    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]):
+@pytest.mark.parametrize(("pictures", "processes"), [(NUM_PICTURES, 2), (2, 3)])
+def test_figures_do_not_depend_on_the_number_of_processes(folder: Path, pictures: int, processes: int) -> None:
+    """Nor does one that has no picture to read."""
+    metrics, lines = [], (folder / "pictures.csv").read_text().splitlines()
+    (folder / "some.csv").write_text("\n".join(lines[: 1 + 2 * pictures]) + "\n")
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]):
         output = folder / f"{len(metrics)}.json"
-        command = ["eval", "retrieval", "model", "--data", "pictures.csv", "--top-k", "3", "--no-cache", "--json", str(output)]
+        command = ["eval", "retrieval", "model", "--data", "some.csv", "--score", "sum", "--top-k", "3"]
+        command += ["--no-cache", "--json", str(output)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [sys.executable, *launcher, "-m", "mm.cli", *command],

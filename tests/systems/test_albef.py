@@ -14,7 +14,7 @@ from mm.losses.contrastive import info_nce
 from mm.losses.distillation import Views, distilled_contrastive
 from mm.losses.masked import mask_tokens
 from mm.losses.matching import draw_negatives
-from mm.run.reranking import pair_scores
+from mm.run.reranking import _encoded, pair_scores
 from mm.systems.albef import Albef, AlbefConfig, build
 from mm.types import Batch, TextBatch, capabilities
 
@@ -241,13 +241,31 @@ def test_candidate_pairs_have_the_scores_of_all_pairs_in_any_chunks() -> None:
         scores = pair_scores(model, image.split(size), text, found, pairs_at_once=pairs, **options)
         for mine, right in zip(scores, expected, strict=True):
             torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
+    for budget in (1, 2 * 5 * 16 * 4, 1 << 20):  # of one picture, of two, of all
+        scores = pair_scores(model, image.split(1), text, found, token_bytes=budget, **options)
+        for mine, right in zip(scores, expected, strict=True):
+            torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
     halves = [pair_scores(model, [image[:2]], text, found, **options)]
     halves.append(pair_scores(model, image[2:].split(3), text, found, first_row=2, **options))
     for one, other, right in zip(*halves, expected, strict=True):
         torch.testing.assert_close(one + other, right, rtol=1e-4, atol=1e-5)
-    both = pair_scores(model, [image], text, found, vectors=vectors, **options)
     sums = logits + model.scores(*vectors).detach()
-    torch.testing.assert_close(both.images, sums.T.gather(1, found.images), rtol=1e-4, atol=1e-5)
+    for pairs in (100, 4):
+        both = pair_scores(model, image.split(4), text, found, vectors=vectors, pairs_at_once=pairs, **options)
+        torch.testing.assert_close(both.images, sums.T.gather(1, found.images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(both.texts, sums.gather(1, found.texts), rtol=1e-4, atol=1e-5)
+
+
+def test_pictures_are_held_within_their_budget() -> None:
+    model = small().eval()
+    image, _ = inputs(batch())
+    size = model.encode_image(image[:1]).tokens.nbytes
+    for budget, sizes in ((0, [1] * 6), (size, [1] * 6), (3 * size - 1, [2] * 3), (4 * size, [4, 2]), (1 << 30, [6])):
+        groups = list(_encoded(model, image.split(1), torch.device("cpu"), budget))
+        assert [len(group.tokens) for group in groups] == sizes
+        assert max(group.tokens.nbytes for group in groups) <= max(budget, size)
+        joined = torch.cat([group.tokens for group in groups])
+        torch.testing.assert_close(joined, model.encode_image(image).tokens, rtol=1e-4, atol=1e-5)
 
 
 def test_a_network_that_was_not_trained_to_match_cannot() -> None:
@@ -278,3 +296,20 @@ def test_two_streams_need_heads_that_divide_the_picture_tokens() -> None:
     odd |= {"options": {"embed_dim": 15, "depth": 1, "num_heads": 3}}
     with pytest.raises(ConfigError, match="width 15 must be a multiple of 2 heads"):
         small(image=odd, two_streams=True)
+
+
+def test_whole_words_are_hidden_where_that_is_asked_for() -> None:
+    """All tokens of the only word are hidden, so the loss is that of every token between start and end."""
+    model, data = small(masked_weight=1.0, whole_words=True).train(), batch()
+    _, text = inputs(data)
+    words = replace(text, words=torch.zeros_like(text.ids))
+    seen = []
+    masks = model.network.masked_head.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    losses = model(replace(data, text=words), 0)
+    masks.remove()
+    losses.total.backward()
+    assert seen[0] == int(text.inner().sum())
+    assert validate(type(model.config), SMALL | {"whole_words": True}, "test").learns_whole_words
+    assert not validate(type(model.config), SMALL | {"whole_words": True, "masked_weight": 0}, "test").learns_whole_words
+    with pytest.raises(ValueError, match="which tokens make a word"):
+        model(data, 0)

@@ -247,3 +247,20 @@ def test_a_run_can_ask_the_configuration() -> None:
     config = validate(ViltConfig, SMALL, "test")
     assert (config.picture_side, config.text_limits) == (16, (40, 8))
     assert build(config.with_vocabulary(25)).words.tokens.num_embeddings == 26
+
+
+def test_whole_words_are_hidden_where_that_is_asked_for() -> None:
+    """All tokens of the only word are hidden, so the loss is that of every token between start and end."""
+    model, data = small(masked_weight=1.0, whole_words=True).train(), batch()
+    _, text = inputs(data)
+    words = replace(text, words=torch.zeros_like(text.ids))
+    seen = []
+    masks = model.masked_head.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    losses = model(replace(data, text=words), 0)
+    masks.remove()
+    losses.total.backward()
+    assert seen[0] == int(text.inner().sum())
+    assert validate(type(model.config), SMALL | {"whole_words": True}, "test").learns_whole_words
+    assert not validate(type(model.config), SMALL | {"whole_words": True, "masked_weight": 0}, "test").learns_whole_words
+    with pytest.raises(ValueError, match="which tokens make a word"):
+        model(data, 0)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from mm.errors import UserError
 from mm.tokenizers.text import Cleaning, TextTokenizer
@@ -230,3 +231,44 @@ def _stripped(word: str) -> str:
     """Without punctuation at its ends."""
     inside = [place for place, character in enumerate(word) if not unicodedata.category(character).startswith("P")]
     return word[inside[0] : inside[-1] + 1] if inside else ""
+
+
+@pytest.mark.parametrize("name", ["trained", "clip"])
+def test_tokens_of_a_word_have_its_number(name: str, request: pytest.FixtureRequest) -> None:
+    tokenizer: TextTokenizer = request.getfixturevalue(name)
+    texts = [*VARIED, "cat with xylophones in the place", "incomprehensibilities", "un deux, trois-quatre"]
+    plain, marked = tokenizer(texts, 40), tokenizer(texts, 40, words=True)
+    assert plain.words is None
+    assert marked.words is not None
+    assert torch.equal(plain.ids, marked.ids)
+    assert torch.equal(plain.lengths, marked.lengths)
+    found = []
+    for ids, length, numbers in zip(marked.ids.tolist(), marked.lengths.tolist(), marked.words.tolist(), strict=True):
+        inside = list(zip(ids[1 : length - 1], numbers[1 : length - 1], strict=True))
+        order = [number for _, number in inside]
+        assert order == sorted(order), "words stand side by side"
+        assert set(order) == set(range(len(set(order)))), "and are counted without gaps, from 0"
+        found.append([tokenizer.decode(i for i, number in inside if number == one) for one in sorted(set(order))])
+    assert found[-3:] == [
+        ["cat", "with", "xylophones", "in", "the", "place"],
+        ["incomprehensibilities"],
+        ["un", "deux", ",", "trois", "-", "quatre"],
+    ]
+    assert marked.lengths[-2] > 3, "a word of several tokens"
+
+
+def test_word_pieces_make_words_and_names_of_special_tokens_are_ordinary() -> None:
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "cat", "##s", "##tle", "[", "]", "cls", "new"]
+    library = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    library.normalizer = normalizers.BertNormalizer()
+    library.add_special_tokens(["[CLS]", "[SEP]"])
+    library.add_tokens(["new"])
+    tokenizer = TextTokenizer(library, cleaning=Cleaning(), start=2, end=3, pad=0)
+    text = tokenizer(["a cattles cats", "new [CLS] cats", ""], 16, words=True)
+    assert text.words is not None
+    assert [row[1 : length - 1] for row, length in zip(text.words.tolist(), text.lengths.tolist(), strict=True)] == [
+        [0, 1, 1, 1, 2, 2],
+        [0, 1, 2, 3, 4, 4],
+        [],
+    ]
