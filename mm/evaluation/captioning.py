@@ -91,10 +91,19 @@ def _values(captions: Sequence[Words], accepted: Sequence[Sequence[Words]]) -> d
 
 
 def _order(given: Mapping[str, Any], rates: Mapping[str, Any], *, subset: bool) -> list[str]:
-    """Names of the figures as they are shown: the captions' own, rates, then each baseline's."""
+    """Names of the figures as they are shown: the captions' own with their rates, then each baseline's with its."""
     whole = ("exact", "token_f1", *(f"bleu{order}" for order in range(1, MAX_ORDER + 1)), "rouge_l", "cider")
     own = OF_SUBSETS if subset else whole
-    return [*own, *rates, *(f"{prefix}{name}" for prefix in given if prefix for name in OF_BASELINES)]
+    names = []
+    for prefix in given:
+        names += [f"{prefix}{name}" for name in (OF_BASELINES if prefix else own)]
+        names += [name for name in rates if _owner(name, given) == prefix]
+    return names
+
+
+def _owner(rate: str, given: Mapping[str, Any]) -> str:
+    """The baseline, by its prefix, that a rate is of; none for those of the captions themselves."""
+    return next((prefix for prefix in given if prefix and rate.startswith(prefix)), "")
 
 
 def _in_its_unit(name: str, found: Interval) -> Interval:

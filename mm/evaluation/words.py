@@ -25,7 +25,7 @@ _LIKE = str.maketrans(
     | {"½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3", "€": "$", "£": "#"}
 )
 """What is written as something else before it is split, as the tokenizer writes it afterwards."""
-_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+_BRACKETS = str.maketrans({"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"})
 _ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&apos;": "'"}
 
 _RUN = re.compile(r"-{2,}|\.{3,}")
@@ -95,12 +95,13 @@ def words(caption: str) -> list[str]:
 @lru_cache(MAX_CHUNKS)
 def _chunk_words(chunk: str) -> tuple[str, ...]:
     """The words of what stands between two spaces."""
-    found, place = [], 0
+    found: list[str] = []
+    place = 0
     while place < len(chunk):
         fitting = [one for pattern in _TOKENS if (one := pattern.match(chunk, place)) is not None]
         longest = max(fitting, key=lambda one: one.end())
         token = longest[longest.lastindex or 0]
         place += len(token)
         found.append(token)
-    cleaned = ("".join(_BRACKETS.get(letter, letter) for letter in token.lower()) for token in found)
+    cleaned = (token.lower().translate(_BRACKETS) for token in found)
     return tuple(token for token in cleaned if token not in PUNCTUATION and not _RUN.fullmatch(token))

@@ -77,7 +77,8 @@ class References:
         facts: dict[str, Any] = {"reference": f"field {self.label}" if self.label else "captions of the sample"}
         if self.has_subgroups:
             facts["subgroup"] = (
-                f"the caption is one of {len(self.names)} names, of a class of the right subgroup; no known name is wrong"
+                f"the caption is one of {len(self.names)} names, of a class of the right subgroup; "
+                "any other caption counts as wrong"
             )
         return facts
 
