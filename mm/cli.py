@@ -63,10 +63,13 @@ LanguageOption = Annotated[
     str | None, typer.Option("--language", metavar="NAME", help="One that the model can begin with; default: its first.")
 ]
 PromptOption = Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="Text to go on from instead.")]
-BeamsOption = Annotated[int, typer.Option("--beams", min=1, help="Continuations that are kept at each step.")]
+BeamsOption = Annotated[
+    int | None,
+    typer.Option("--beams", min=1, help="Continuations kept at each step; default: 1, or all candidates.", show_default=False),
+]
 MaxTokensOption = Annotated[int, typer.Option("--max-tokens", min=1, help="Longest caption.")]
 CaptionBestOfOption = Annotated[
-    int, typer.Option("--best-of", min=1, help="Candidates of each caption, drawn; the ranker takes the best.")
+    int, typer.Option("--best-of", min=1, help="Candidates of each caption; the best by likelihood and ranker is taken.")
 ]
 TopKOption = Annotated[int, typer.Option("--top-k", min=0, help="Draw from so many likeliest tokens; 0 for all.")]
 TopPOption = Annotated[float, typer.Option("--top-p", min=0, max=1, help="Draw from the likeliest tokens of this probability.")]
@@ -326,12 +329,12 @@ def eval_captioning(
         str | None, typer.Option("--train", metavar="SRC", help="Captions that baselines know, or 'none' for no baselines.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many samples.")] = None,
-    beams: BeamsOption = 1,
+    beams: BeamsOption = None,
     temperature: CaptionTemperatureOption = None,
     top_p: TopPOption = 1.0,
     max_tokens: MaxTokensOption = 32,
     best_of: CaptionBestOfOption = 1,
-    ranker: Annotated[str, typer.Option(metavar="MODEL", help="Chooses the best candidate of each picture.")] = "emoji-clip",
+    ranker: Annotated[str, typer.Option(metavar="MODEL", help="Has a say in the choice among candidates.")] = "emoji-clip",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     image_field: ImageFieldOption = None,
     text_field: TextFieldOption = None,
@@ -356,7 +359,7 @@ def eval_captioning(
             neighbour=neighbour,
             train=train,
             limit=limit,
-            decoding=_decoding(best_of, beams, temperature, top_p, max_tokens),
+            decoding=_decoding(1, best_of, beams, temperature, top_p, max_tokens),
             best_of=best_of,
             ranker=ranker if best_of > 1 else None,
             seed=seed,
@@ -495,12 +498,12 @@ def caption(
     language: LanguageOption = None,
     prompt: PromptOption = None,
     count: Annotated[int, typer.Option("-n", min=1, help="Captions of each picture.")] = 1,
-    beams: BeamsOption = 1,
+    beams: BeamsOption = None,
     temperature: CaptionTemperatureOption = None,
     top_p: TopPOption = 1.0,
     max_tokens: MaxTokensOption = 32,
     best_of: CaptionBestOfOption = 1,
-    ranker: Annotated[str, typer.Option(metavar="MODEL", help="Chooses among candidates.")] = "emoji-clip",
+    ranker: Annotated[str, typer.Option(metavar="MODEL", help="Has a say in the choice among candidates.")] = "emoji-clip",
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds draw equal captions.")] = 0,
     json_file: JsonOption = None,
     device: DeviceOption = "auto",
@@ -520,7 +523,7 @@ def caption(
             count=count,
             best_of=best_of,
             ranker=ranker if best_of > 1 else None,
-            decoding=_decoding(count * best_of, beams, temperature, top_p, max_tokens),
+            decoding=_decoding(count, best_of, beams, temperature, top_p, max_tokens),
             seed=seed,
             device=device,
             precision=precision,
@@ -529,14 +532,17 @@ def caption(
     show.captions(written, json_file)
 
 
-def _decoding(each: int, beams: int, temperature: float | None, top_p: float, max_tokens: int) -> Any:
-    """How to write; several captions of a picture are drawn where nothing else is said."""
-    from mm.run.writing import DRAWN
+def _decoding(count: int, best_of: int, beams: int | None, temperature: float | None, top_p: float, max_tokens: int) -> Any:
+    """How to write (a `Decoding`): as is said, else as is usual for so many captions and candidates."""
+    from mm.run.writing import DRAWN, usual_decoding
     from mm.types import Decoding
 
-    usual = DRAWN.temperature if each > 1 else 0.0
-    chosen = usual if temperature is None else temperature
-    return Decoding(max_tokens=max_tokens, beams=beams, temperature=chosen, top_p=top_p)
+    if beams is not None:
+        usual = Decoding(beams=beams)
+    else:
+        usual = DRAWN if temperature is not None or top_p < 1 else usual_decoding(count, best_of)
+    chosen = usual.temperature if temperature is None else temperature
+    return replace(usual, max_tokens=max_tokens, temperature=chosen, top_p=top_p)
 
 
 @app.command()
@@ -608,7 +614,7 @@ def generate(
     top_p: TopPOption = 1.0,
     steps: StepsOption = 12,
     best_of: Annotated[int, typer.Option(min=1, help="Candidates of each picture; the ranker takes the best.")] = 1,
-    ranker: Annotated[str, typer.Option(metavar="MODEL", help="Chooses among candidates.")] = "emoji-clip",
+    ranker: Annotated[str, typer.Option(metavar="MODEL", help="Has a say in the choice among candidates.")] = "emoji-clip",
     image: Annotated[str | None, typer.Option("--image", metavar="FILE", help="A picture to be finished or changed.")] = None,
     keep: Annotated[
         str | None,

@@ -414,11 +414,13 @@ class Written:
         ids: Tokens, without the end.
         log_likelihood: In nats, the sum over its tokens and its end, of the model's own distribution.
         finished: Whether it ended by itself.
+        others: What else a beam search found, best first.
     """
 
     ids: tuple[int, ...]
     log_likelihood: float
     finished: bool
+    others: "tuple[Written, ...]" = ()
 
 
 OnTokens = Callable[[Tensor], None]

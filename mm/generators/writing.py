@@ -13,7 +13,7 @@ Shapes: B texts, R rows of the batch (B, or fewer, or each text once a beam), K 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -89,7 +89,8 @@ def write(
     if len(seeds) != len(logits):
         raise UserError(f"{len(seeds)} seeds for {len(logits)} texts; give one each")
     if decoding.beams > 1:
-        return [best for best, *_ in search(model, logits, state, decoding, end=end)]
+        found = search(model, logits, state, decoding, end=end, keep=decoding.beams)
+        return [replace(best, others=tuple(others)) for best, *others in found]
     return _follow(model, logits, state, decoding, seeds, end, on_tokens)
 
 

@@ -22,7 +22,7 @@ from mm.run.evaluation import BATCH_SIZE, decoding_workers, encode, loaded, open
 from mm.run.inference import expand_folder
 from mm.run.picture_controls import check_independent
 from mm.run.preparation import EvalPreparation
-from mm.run.writing import Caption, Writer, best, choosing
+from mm.run.writing import Caption, Writer, best, choosing, usual_decoding
 from mm.types import Decoding, Source
 
 Progress = Callable[[int, int], None]
@@ -60,9 +60,9 @@ def caption(
         language: Name of one of the model's beginnings; default: its first.
         prompt: Text to go on from instead.
         count: Captions of each picture.
-        best_of: Candidates of each caption, of which ``ranker`` chooses.
+        best_of: Candidates of each caption; the best by likelihood and ``ranker`` are taken, see `mm.run.writing.best`.
         ranker: A model with a shared space of pictures and texts, for ``best_of`` above 1.
-        decoding: How to choose the words; default: the likeliest one at a time, or `DRAWN` where several captions are wanted.
+        decoding: How to choose the words; default: `mm.run.writing.usual_decoding`.
         seed: With the picture's name and the candidate's number it decides what is drawn.
         device: Where to compute; ``auto`` chooses.
         precision: See `mm.hub.load`.
@@ -76,7 +76,7 @@ def caption(
             together.
     """
     model = loaded(model, device, precision)
-    writer = Writer(model, language, prompt, decoding, count * best_of, seed)
+    writer = Writer(model, language, prompt, decoding or usual_decoding(count, best_of), count * best_of, seed)
     chooser = choosing(ranker, best_of, device, precision)
     raws = [raw for image in images for raw in expand_folder(image)]
     if not raws:
@@ -86,7 +86,7 @@ def caption(
     for start in range(0, len(raws), BATCH_SIZE):
         part = slice(start, start + BATCH_SIZE)
         candidates = writer(model.processor.images(raws[part]), names[part])
-        found += candidates if chooser is None else best(candidates, chooser, chooser.embed_images(raws[part]), best_of)
+        found += candidates if chooser is None else best(candidates, chooser, chooser.embed_images(raws[part]), count)
         if progress:
             progress(len(found), len(raws))
     return [one for of_picture in found for one in of_picture]
@@ -124,8 +124,8 @@ def evaluate_captioning(
         language: Name of one of the model's beginnings; default: its first.
         prompt: Text to go on from instead.
         label: Field with the references, ``txt`` for the captions; default: see ``data``.
-        decoding: How to choose the words; default: the likeliest one at a time, or `DRAWN` where there are candidates.
-        best_of: Candidates of each caption, of which ``ranker`` chooses.
+        decoding: How to choose the words; default: `mm.run.writing.usual_decoding`.
+        best_of: Candidates of each caption; the best by likelihood and ``ranker`` is taken, see `mm.run.writing.best`.
         ranker: A model with a shared space of pictures and texts, for ``best_of`` above 1.
         judge: A model with a shared space that had no part in writing and choosing. Default: `EMOJI_JUDGE` for emoji;
             ``none`` for none.
@@ -156,7 +156,7 @@ def evaluate_captioning(
             be used.
     """
     model = loaded(model, device, precision)
-    writer = Writer(model, language, prompt, decoding, best_of, seed)
+    writer = Writer(model, language, prompt, decoding or usual_decoding(1, best_of), best_of, seed)
     source = opened(data, model, image_field=image_field, text_field=text_field)
     references = caption_references(source, label, writer.language, strict=language is not None)
     usual_judge, usual_finder = (EMOJI_JUDGE, EMOJI_NEIGHBOUR) if isinstance(source, EmojiSource) else (None, None)
@@ -177,7 +177,7 @@ def evaluate_captioning(
         return encoded.images[[place[one.id] for one in described]]
 
     if chooser is not None:
-        picked = best([one.captions for one in described], chooser, look(chooser), best_of)
+        picked = best([one.captions for one in described], chooser, look(chooser))
         described = [replace(one, captions=captions) for one, captions in zip(described, picked, strict=True)]
     if on_written:
         on_written([one.captions[0] for one in described])

@@ -34,7 +34,7 @@ class Caption:
         log_likelihood: In nats, of the words and their end, by the model that wrote them.
         finished: Whether the caption ended by itself, not at the longest length.
         number: Of the caption among all candidates of its picture, from 0.
-        score: Cosine of picture and caption to the ranker, where there is one.
+        score: What it was chosen by, where a ranker had a say, see `best`.
     """
 
     image: str
@@ -45,6 +45,13 @@ class Caption:
     score: float | None = None
 
 
+def usual_decoding(count: int, best_of: int) -> Decoding:
+    """The likeliest word at a time; drawn where several captions are to differ, by beams where there are candidates."""
+    if best_of > 1:
+        return Decoding(beams=count * best_of)
+    return DRAWN if count > 1 else Decoding()
+
+
 class Writer:
     """Writes captions of prepared pictures, with one model and one way to write.
 
@@ -52,8 +59,8 @@ class Writer:
         model: Must write captions.
         language: Name of one of its beginnings; default: its first.
         prompt: Text to go on from instead.
-        decoding: How to choose the words; default: as in `caption`.
-        each: Captions of each picture.
+        decoding: How to choose the words.
+        each: Captions of each picture: drawn one by one, or the best beams, of which there may be fewer.
         seed: Of all that is drawn.
 
     Raises:
@@ -61,7 +68,7 @@ class Writer:
     """
 
     def __init__(
-        self, model: Model, language: str | None, prompt: str | None, decoding: Decoding | None, each: int, seed: int
+        self, model: Model, language: str | None, prompt: str | None, decoding: Decoding, each: int, seed: int
     ) -> None:
         if "captions" not in model.capabilities or not isinstance(model.system, Captions):
             able = ", ".join(sorted(model.capabilities)) or "nothing yet"
@@ -70,31 +77,32 @@ class Writer:
             raise UserError(f"{each} captions of a picture: at least one is written")
         self.model, self.each, self._system, self._seed = model, each, model.system, seed
         self.language, self.beginning = _beginning(model.name, model.system.beginnings, language, prompt)
-        self.decoding = decoding or (DRAWN if each > 1 else Decoding())
-        if each > 1 and (self.decoding.temperature == 0 or self.decoding.beams > 1):
+        self.decoding = decoding
+        self._searches = self.decoding.beams > 1
+        if each > max(1, self.decoding.beams) and self.decoding.temperature == 0:
             raise UserError(
-                f"{each} captions of a picture: they are drawn, and would be the same with temperature "
-                f"{self.decoding.temperature:g} and {self.decoding.beams} beams; take a temperature above 0 and 1 beam"
+                f"{each} captions of a picture from {self.decoding.beams} beams without drawing: some would be the same; "
+                f"take {each} beams, or a temperature above 0"
             )
         self._text = self._read()
 
     def __call__(self, pixels: Tensor, names: Sequence[str]) -> list[tuple[Caption, ...]]:
         """``each`` captions of prepared pictures, uint8 ``(B, 3, S, S)``; the seeds depend on the pictures' names."""
-        jobs = [(row, number) for row in range(len(names)) for number in range(self.each)]
-        found: list[Caption] = []
+        jobs = [(row, number) for row in range(len(names)) for number in range(1 if self._searches else self.each)]
+        found: list[list[Caption]] = [[] for _ in names]
+        decoding = replace(self.decoding, end=self.model.processor.tokenizer.end)
         for start in range(0, len(jobs), BATCH_SIZE):
             part = jobs[start : start + BATCH_SIZE]
             rows = [row for row, _ in part]
-            text = TextBatch(self._text.ids.expand(len(rows), -1), self._text.lengths.expand(len(rows)))
+            text = self._text[torch.zeros(len(rows), dtype=torch.int64)].to(self.model.device)
             seeds = [derive_seed(self._seed, names[row], number) for row, number in part]
             with torch.no_grad():
-                written = self._system.caption(
-                    pixels[rows].to(self.model.device), text.to(self.model.device), self.decoding, seeds
-                )
-            for (row, number), one in zip(part, written, strict=True):
-                words = self.model.processor.tokenizer.decode(one.ids)
-                found.append(Caption(names[row], words, one.log_likelihood, one.finished, number))
-        return [tuple(found[start : start + self.each]) for start in range(0, len(found), self.each)]
+                written = self._system.caption(pixels[rows].to(self.model.device), text, decoding, seeds)
+            for (row, number), best in zip(part, written, strict=True):
+                for place, one in enumerate((best, *best.others)[: self.each]):
+                    words = self.model.processor.tokenizer.decode(one.ids)
+                    found[row].append(Caption(names[row], words, one.log_likelihood, one.finished, number + place))
+        return [tuple(captions) for captions in found]
 
     def stamp(self, ranker: Model | None, best_of: int) -> dict[str, Any]:
         """What the protocol says of the writing."""
@@ -102,23 +110,20 @@ class Writer:
         return facts | {
             "beginning": repr(self.beginning),
             "decoding": str(self.decoding),
-            "chosen": f"best of {best_of} by {ranker.name}" if ranker else "the only caption of each picture",
+            "chosen": f"best of {best_of} by likelihood and {ranker.name}" if ranker else "the likeliest or only caption",
         }
 
     def _read(self) -> TextBatch:
         """The beginning as one row of ids, without an end."""
         processor = self.model.processor
         tokens = processor.tokenizer.encode(self.beginning)
-        room = processor.context_length - sum(
-            token is not None for token in (processor.tokenizer.start, processor.tokenizer.end)
-        )
+        ends = (processor.tokenizer.start, processor.tokenizer.end)
+        room = processor.context_length - sum(token is not None for token in ends)
         if len(tokens) >= room:
             raise UserError(
                 f"prompt '{self.beginning}': {len(tokens)} tokens leave no room for a caption, {self.model.name} reads {room}"
             )
-        text = processor.text([self.beginning])
-        ended = int(processor.tokenizer.end is not None)
-        return TextBatch(text.ids[:, : len(text.ids[0]) - ended], text.lengths - ended)
+        return processor.beginnings([self.beginning])
 
 
 def _beginning(name: str, beginnings: Mapping[str, str], language: str | None, prompt: str | None) -> tuple[str | None, str]:
@@ -136,25 +141,29 @@ def _beginning(name: str, beginnings: Mapping[str, str], language: str | None, p
 
 
 def best(
-    candidates: Sequence[Sequence[Caption]], ranker: Model, image_vectors: Tensor, best_of: int
+    candidates: Sequence[Sequence[Caption]], ranker: Model, image_vectors: Tensor, count: int = 1
 ) -> list[tuple[Caption, ...]]:
-    """Of every ``best_of`` consecutive candidates of a picture the one that the ranker finds nearest to it, with its score.
+    """Of each picture's candidates the ``count`` best different ones, by what both models think of them.
+
+    The score is the log-likelihood by the writer plus the ranker's logit of picture and caption: both are logarithms of what a
+    model believes, up to a constant of the picture. The ranker alone would take odd words for good names.
 
     Args:
-        candidates: Of each picture, all alike in number.
+        candidates: Of each picture.
         ranker: A model with a shared space.
         image_vectors: Its unit vectors of the pictures, ``(n, D)``.
-        best_of: Candidates of each caption.
+        count: Captions wanted.
     """
     texts = list(dict.fromkeys(one.text for of_picture in candidates for one in of_picture))
     place = {text: row for row, text in enumerate(texts)}
     vectors = class_vectors(ranker.embed_texts, texts, ranker.processor.templates)
     chosen = []
     for of_picture, image in zip(candidates, image_vectors, strict=True):
-        scores = (vectors[[place[one.text] for one in of_picture]] @ image).tolist()
-        scored = [replace(one, score=score) for one, score in zip(of_picture, scores, strict=True)]
-        groups = (scored[start : start + best_of] for start in range(0, len(scored), best_of))
-        chosen.append(tuple(max(group, key=lambda one: one.score or 0.0) for group in groups))
+        logits = ranker.scores(image[None], vectors[[place[one.text] for one in of_picture]])[0].tolist()
+        scored = [replace(one, score=one.log_likelihood + logit) for one, logit in zip(of_picture, logits, strict=True)]
+        scored.sort(key=lambda one: -(one.score or 0.0))
+        different = {one.text: one for one in reversed(scored)}
+        chosen.append(tuple(one for one in scored if different[one.text] is one)[:count])
     return chosen
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,9 @@ class StubWriter(System):
             begun = ids[:length].tolist()
             assert begun[0] == stubs.TEXT.start
             assert stubs.TEXT.end not in begun
-            text = self.say(seen(pixels), stubs.TEXT.decode(begun), seed)
-            written.append(Written(tuple(stubs.TEXT.encode(text)), -float(len(text)), True))
+            texts = [self.say(seen(pixels), stubs.TEXT.decode(begun), seed + beam) for beam in range(decoding.beams)]
+            best, *others = (Written(tuple(stubs.TEXT.encode(text)), -float(len(text)), True) for text in texts)
+            written.append(replace(best, others=tuple(others)))
         return written
 
     def caption_likelihoods(self, image: Tensor, text: TextBatch) -> Tensor:
@@ -157,21 +159,25 @@ def test_equal_seeds_draw_equal_captions_whatever_is_drawn_along(folder: Path) -
     assert caption(model, [folder / "red heart.png"], count=20, seed=4) != alone
     assert {one.temperature for one in system.decodings} == {1.0}
     caption(model, [folder / "red heart.png"])
-    assert system.decodings - {DRAWN} == {Decoding()}
+    assert system.decodings == {replace(decoding, end=stubs.TEXT.end) for decoding in (DRAWN, Decoding())}
 
 
-def test_the_ranker_takes_the_nearest_candidate(folder: Path) -> None:
+@pytest.mark.parametrize("decoding", [None, DRAWN])
+def test_both_models_have_a_say_in_the_choice(folder: Path, decoding: Decoding | None) -> None:
+    """Of beams or drawn captions those with the highest sum of log-likelihood and the ranker's logit, each text once."""
     model, _ = writer(drawn)
     ranker = stubs.clip()
-    chosen = caption(model, [folder], count=2, best_of=6, ranker=ranker)
-    everything = caption(model, [folder], count=12)
-    for place, one in enumerate(chosen):
-        candidates = everything[6 * place : 6 * place + 6]
-        image = ranker.embed_images([one.image])[0]
-        scores = [float(ranker.embed_texts([candidate.text])[0] @ image) for candidate in candidates]
-        assert one.score == pytest.approx(max(scores), abs=1e-6)
-        assert one.text == candidates[scores.index(max(scores))].text
-        assert one.image == candidates[0].image
+    chosen = caption(model, [folder], count=2, best_of=6, ranker=ranker, decoding=decoding)
+    everything = caption(model, [folder], count=12, decoding=decoding or Decoding(beams=12))
+    for place, picture in enumerate(dict.fromkeys(one.image for one in everything)):
+        candidates = [one for one in everything if one.image == picture]
+        assert len(candidates) == 12
+        logits = ranker.scores(ranker.embed_images([picture]), ranker.embed_texts([one.text for one in candidates]))[0]
+        scores = {one.text: one.log_likelihood + float(logit) for one, logit in zip(candidates, logits, strict=True)}
+        expected = sorted(scores, key=lambda text: -scores[text])[:2]
+        pair = chosen[2 * place : 2 * place + 2]
+        assert [one.text for one in pair] == expected
+        assert [one.score for one in pair] == pytest.approx([scores[text] for text in expected], abs=1e-4)
 
 
 def test_a_perfect_writer_scores_one_in_both_languages() -> None:
@@ -238,7 +244,7 @@ def test_candidates_are_ranked_in_the_evaluation_too() -> None:
     result = evaluate_captioning(model, TEST, best_of=8, ranker=ranker, on_written=chosen.extend, **OPTIONS)
     assert [one.image for one in chosen] == [TEST.key(row) for row in range(5)]
     assert all(one.score is not None for one in chosen)
-    assert result.protocol["chosen"] == "best of 8 by clip-0"
+    assert result.protocol["chosen"] == "best of 8 by likelihood and clip-0"
     assert result.protocol["clipscore_by"] == "clip-0"
 
 
@@ -266,7 +272,7 @@ def test_captions_of_a_table_are_the_references(folder: Path) -> None:
         ({"language": "zh", "prompt": "a"}, "give one of them"),
         ({"prompt": "x " * 40}, "leave no room for a caption"),
         ({"best_of": 2}, "best_of needs a ranker"),
-        ({"best_of": 2, "ranker": "clip", "decoding": Decoding()}, "temperature above 0"),
+        ({"best_of": 2, "ranker": "clip", "decoding": Decoding()}, "take 2 beams, or a temperature above 0"),
         ({"best_of": 2, "ranker": "writer"}, "has no shared space"),
         ({"judge": "writer"}, "judge writer: has no shared space"),
         ({"neighbour": "writer"}, "neighbour writer: has no shared space"),
@@ -317,9 +323,10 @@ def test_commands(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(written) == 5
     assert set(written[0]) == {"image", "text", "log_likelihood", "finished", "number", "score"}
     CliRunner().invoke(app, ["caption", "writer", str(folder), "-n", "2", "--top-p", "0.9", "--max-tokens", "7"])
-    assert Decoding(max_tokens=7, temperature=1.0, top_p=0.9) in system.decodings
+    end = stubs.TEXT.end
+    assert Decoding(max_tokens=7, temperature=1.0, top_p=0.9, end=end) in system.decodings
     CliRunner().invoke(app, ["caption", "writer", str(folder), "--beams", "4"])
-    assert Decoding(beams=4) in system.decodings
+    assert Decoding(beams=4, end=end) in system.decodings
     arguments = ["eval", "captioning", "writer", "--data", str(folder / "rows.jsonl"), "--label", "also"]
     shown = CliRunner().invoke(app, [*arguments, "--train", "none", "--json", str(output)])
     assert shown.exit_code == 0, shown.output
