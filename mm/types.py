@@ -386,7 +386,7 @@ class Decoding:
     """How text is written, token by token.
 
     Args:
-        max_tokens: Longest continuation, its end included.
+        max_tokens: Longest continuation, its end included; less where the model's context has less room.
         beams: Continuations that are kept at each step; 1 is greedy, or drawing where the temperature is above 0.
         length_penalty: Beams are compared by log-likelihood over length to this power; above 0 favours longer ones.
         no_repeat: No run of so many tokens is written twice; 0 for no such rule.

@@ -94,6 +94,14 @@ def write(
     return _follow(model, logits, state, decoding, seeds, end, on_tokens)
 
 
+def fitted(decoding: Decoding, model: LanguageModel, length: int) -> Decoding:
+    """No more tokens than fit behind a prompt of ``length`` positions. Raises `UserError` where none does."""
+    room = model.context_length - length + 1
+    if room < 1:
+        raise UserError(f"a prompt of {length} positions does not fit a context of {model.context_length}; shorten it")
+    return replace(decoding, max_tokens=min(decoding.max_tokens, room))
+
+
 @torch.no_grad()
 def describe(
     model: LanguageModel,
@@ -104,6 +112,7 @@ def describe(
     on_tokens: OnTokens | None = None,
 ) -> list[Written]:
     """Continue text i, whose words attend to row i of the context; arguments and errors as in `mm.types.Captions.caption`."""
+    decoding = fitted(decoding, model, beginning.ids.shape[1])
     logits, state = model.prefill(model.embed(beginning.ids), beginning.lengths, decoding.max_tokens, seen)
     return write(model, logits, state, decoding, seeds, end=decoding.end, on_tokens=on_tokens)
 
