@@ -64,7 +64,7 @@ class Prefix(nn.Module):
 
     def forward(self, query: Float[Tensor, "b h t e"]) -> Float[Tensor, "b h t e"]:
         """What the queries find; those that share keys and values become the rows of one product."""
-        grouped = query.reshape(len(query), len(self.keys), -1, query.shape[-1])
+        grouped = query.reshape(query.shape[0], self.keys.shape[0], -1, query.shape[-1])
         scores = grouped * query.shape[-1] ** -0.5 @ self.keys.mT
         return (scores.softmax(-1, torch.float32).to(query.dtype) @ self.values).reshape(query.shape)
 
