@@ -1,9 +1,9 @@
 """Adapters: a narrow trained detour behind the branches of frozen blocks (https://arxiv.org/abs/1902.00751).
 
-An adapter belongs to the linear layer that its branch ends with and is called by a hook of that layer, so that nothing is wrapped
-and every weight keeps its name. Behind the feed-forward alone it is that of Pfeiffer et al. (https://arxiv.org/abs/2005.00247).
-
-Deviation: it reads what the branch gives, before the residual sum and any norm, as in the first of the two papers.
+An adapter belongs to the linear layer that its branch ends with and is called by a hook of that layer: nothing is wrapped, all
+weights keep their names. It reads what the branch gives, before the residual sum and any norm behind it. Adapters behind both
+attention and feed-forward are those of the paper, behind the feed-forward alone that of https://arxiv.org/abs/2005.00247.
+Deviation: norms stay frozen, unless ``train`` names them.
 """
 
 from collections.abc import Mapping

@@ -1,11 +1,13 @@
 """Prefix tuning: trained keys and values that every position of a frozen attention sees (https://arxiv.org/abs/2101.00190).
 
-Deviations. The prefix has a softmax of its own, as in LLaMA-Adapter (https://arxiv.org/abs/2303.16199, equation 8), and its values
-begin at zero: so nothing changes at first, without a gate, and neither masks nor positions, caches or attention maps know of it. In
-one softmax with the sequence the R vectors would take weight from it whatever their values are. Keys and values are trained
-directly, not by way of a network that is thrown away afterwards. Prompt tuning (https://arxiv.org/abs/2104.08691) is the same in
-the first layer of each transformer alone, where a vector in front of the sequence is a key and a value, too: at the input itself it
-would move the positions, masks and pooling of every system.
+Deviations: the prefix has a softmax of its own, as in LLaMA-Adapter (https://arxiv.org/abs/2303.16199), and its values begin at
+zero. So nothing changes at first, without a gate, and neither masks nor positions, caches or attention maps know of it; in one
+softmax with the sequence the R vectors would take weight from it whatever their values were. Keys and values are trained
+directly, not by way of a network that is thrown away afterwards.
+
+Prompt tuning (https://arxiv.org/abs/2104.08691) is here the same in the first layer of each transformer alone, where vectors in
+front of the sequence are keys and values, too. At the input itself they would move the positions, masks and pooling of every
+system. Deviation: deeper layers see no prompt of their own.
 
 Shapes: B batch, T queries, H heads, G key-value heads, E width of a head, R vectors of the prefix.
 """

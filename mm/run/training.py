@@ -232,9 +232,9 @@ def _system(config: RunConfig, start: Model | None, parts: Mapping[str, Any]) ->
     carried = None if start is None else start.tune
     if carried is not None:
         if carried != config.tune:
-            section = json.dumps(to_dict(carried))
             raise ConfigError(
-                f"init_from: '{config.init_from}' has trained parts beside its weights; go on with tune='{section}'"
+                f"init_from: '{config.init_from}' has trained parts beside its weights, so it can only be tuned as before; "
+                f"go on with tune='{json.dumps(to_dict(carried))}'"
             )
         tune(system, carried)
     if start is not None:
