@@ -199,6 +199,19 @@ def test_timm_blocks_get_adapters_where_their_branches_end_with_a_linear_layer()
     assert all(gradient is not None and bool(gradient.any()) for gradient in ups)
 
 
+@torch.no_grad()
+def test_blocks_of_open_clip_get_adapters_behind_their_feed_forward() -> None:
+    from open_clip.transformer import ResidualAttentionBlock
+
+    both = nn.ModuleDict({"block": ResidualAttentionBlock(WIDTH, 2).eval()})
+    before = both["block"](sequence())
+    config = AdapterConfig(width=4, behind=("attention", "feed_forward"))
+    assert add_adapters(both, config) == ["block.mlp.c_proj"]
+    assert torch.equal(both["block"](sequence()), before)
+    spread(both)
+    assert not torch.allclose(both["block"](sequence()), before, atol=1e-2)
+
+
 def test_what_is_locked_gets_nothing() -> None:
     both = nn.ModuleDict({"locked": transformer().requires_grad_(False), "free": transformer()})
     for method, config in METHODS.items():
