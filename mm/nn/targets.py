@@ -42,7 +42,7 @@ def choose(names: Sequence[str], patterns: Iterable[str], kind: str) -> list[str
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             near = difflib.get_close_matches(pattern.strip("*."), names, n=3, cutoff=0.2) or names[:3]
-            hint = f"there are such as {', '.join(near)}" if near else "this network has none that is trained"
+            hint = f"there are such as {', '.join(near)}" if near else "nothing that is not locked has one"
             raise UserError(f"tune: '{pattern}' matches no {kind}; {hint}")
     return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 

@@ -232,7 +232,7 @@ def test_patterns_choose_and_one_without_a_match_is_refused(method: str, kind: s
         tune(net, wrong)
     assert "\n" not in str(error.value)
     assert all(parameter.requires_grad for parameter in net.parameters()), "a refused configuration changed the network"
-    with pytest.raises(UserError, match="this network has none that is trained"):
+    with pytest.raises(UserError, match="nothing that is not locked has one"):
         tune(nn.ReLU(), METHODS[method])
 
 
