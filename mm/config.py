@@ -249,8 +249,8 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _tag(cls: type[BaseModel]) -> str | None:
-    """The value of a discriminating ``name`` or ``kind`` field, which pydantic puts into error locations."""
-    field = cls.model_fields.get("name") or cls.model_fields.get("kind")
+    """The value of a discriminating ``name``, ``kind`` or ``method`` field, which pydantic puts into error locations."""
+    field = next((cls.model_fields[key] for key in ("name", "kind", "method") if key in cls.model_fields), None)
     return field.default if field is not None and isinstance(field.default, str) else None
 
 

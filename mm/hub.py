@@ -22,16 +22,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mm.config import read_json, read_yaml, validate
+from mm.config import StrictConfig, read_json, read_yaml, validate
 from mm.errors import CheckpointError, UserError
 from mm.fusion.grounding import Grounding, ground_words
 from mm.nn.freeze import folded_weights
-from mm.nn.lora import LoraConfig, add_lora, merge_lora
+from mm.nn.tuning import Tune, TuneConfig, merge, tune
 from mm.processor import Processor
 from mm.published.imported import Imported
 from mm.published.resolve import import_model
 from mm.systems import SystemConfig, build, read_system
-from mm.training.checkpoint import find_checkpoint
+from mm.training.checkpoint import STATE_FILE, find_checkpoint
 from mm.training.devices import choose_device, inference_dtype
 from mm.types import Answers, Candidates, CompilesDecoding, Embeds, Grounds, RankedAnswers, System, TextBatch, capabilities
 
@@ -41,10 +41,18 @@ WEIGHTS_FILE = "model.safetensors"
 EMA_FILE = "ema.safetensors"
 CARD_FILE = "card.json"
 
+MAX_STATE_BYTES = 64 << 20
+
 LENGTH_STEP = 8
 """Compiled text encoders see lengths that are multiples of it."""
 
 Progress = Callable[[int, int], None]
+
+
+class _Tuned(StrictConfig):
+    """The ``tune`` section of a model's configuration."""
+
+    tune: Tune | None = None
 
 
 @dataclass
@@ -60,6 +68,7 @@ class Model:
         device: Where the network lives.
         dtype: What the weights are computed with; parts that would suffer from it stay in fp32.
         compiled_rows: Rows of every batch where the encoders are compiled (`compile`), 0 where they are not.
+        tune: How the network was tuned, where that added parts that are not folded into its weights.
     """
 
     system: System
@@ -70,6 +79,7 @@ class Model:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     compiled_rows: int = 0
+    tune: TuneConfig | None = None
 
     @property
     def capabilities(self) -> frozenset[str]:
@@ -80,7 +90,8 @@ class Model:
     def fingerprint(self) -> str:
         """Digest of network, weights and preparation: equal fingerprints give equal vectors."""
         vocabulary = self.processor.tokenizer.to_json() if self.processor.has_text else ""
-        parts = (self.config.model_dump_json(), json.dumps(self.processor.to_dict()), vocabulary)
+        added = () if self.tune is None else (self.tune.model_dump_json(),)
+        parts = (self.config.model_dump_json(), json.dumps(self.processor.to_dict()), vocabulary, *added)
         return _digest(self.system, "\n".join(parts))
 
     @property
@@ -279,12 +290,13 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
     parts = load_parts(config.parts())
     _check_parts(parts, values.get("parts", {}), config_path)
     system = build(config.for_inference(), {name: part.system for name, part in parts.items()})
-    if values.get("tune"):
-        add_lora(system, validate(LoraConfig, values["tune"], f"{config_path} (tune)"))
+    way = validate(_Tuned, {"tune": values.get("tune")}, str(config_path)).tune
+    if way is not None:
+        tune(system, way)
     own, of_parts = _read_weights(weights), _part_weights(parts)
     _check_stored_parts(own, of_parts, parts, weights)
     _load_weights(system, of_parts | _shared_weights(system, values.get("base"), config_path) | own, str(weights))
-    merge_lora(system)
+    added = None if way is None else merge(system, way)
     place = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     dtype = inference_dtype(precision, place)
     return Model(
@@ -295,19 +307,33 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
         card=_card(folder, values),
         device=place,
         dtype=dtype,
+        tune=added,
     )
 
 
 def _card(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What is recorded of a model: its card, or of a run what it learns from, the ``data`` section of its configuration."""
+    """What is recorded of a model: its card, or of a run what it learns from and how many of its parameters learn."""
     if (folder / CARD_FILE).is_file():
         return read_json(folder / CARD_FILE)
-    return {"training_data": values["data"]} if values.get("data") else {}
+    state = read_json(folder / STATE_FILE, MAX_STATE_BYTES) if (folder / STATE_FILE).is_file() else {}
+    recorded = {"training_data": values.get("data"), "parameters": state.get("parameters")}
+    return {key: value for key, value in recorded.items() if value}
 
 
 def load_parts(references: Mapping[str, str]) -> dict[str, Model]:
-    """The models that a system's configuration names as its parts, in fp32 on the CPU."""
-    return {name: load(reference, device="cpu", precision="fp32") for name, reference in references.items()}
+    """The models that a system's configuration names as its parts, in fp32 on the CPU.
+
+    Raises:
+        UserError: A model was tuned by parts beside its weights: a configuration of the whole has no place for them.
+    """
+    parts = {name: load(reference, device="cpu", precision="fp32") for name, reference in references.items()}
+    for name, part in parts.items():
+        if part.tune is not None:
+            raise UserError(
+                f"system.{name}: '{part.name}' was tuned by '{part.tune.method}', which cannot be folded into the weights of a "
+                "part; take the model that it was made of, or tune that with 'lora'"
+            )
+    return parts
 
 
 def with_parts(config: SystemConfig, parts: Mapping[str, Model]) -> SystemConfig:
@@ -455,6 +481,8 @@ def save(
         given = _given(model.system, shared.system)
         state = {name: t for name, t in state.items() if name not in given or not torch.equal(t, given[name].to(t.dtype))}
         references["base"] = {"model": base, "digest": _digest(shared.system)}
+    if model.tune is not None:
+        references["tune"] = model.tune.model_dump(mode="json")
     contents = dict(model.card if card is None else card)
     there = _nearest(folder)
     try:
@@ -495,7 +523,7 @@ def _nearest(folder: Path) -> Path:
 
 
 def write_config(config: SystemConfig, folder: Path, references: Mapping[str, Any] | None = None) -> None:
-    """Write the resolved configuration of a network that is not part of a run, and the models whose weights it only names."""
+    """Write the resolved configuration of a network that is not part of a run, and what else `load` has to know of it."""
     named = {name: value for name, value in (references or {}).items() if value}
     values: dict[str, Any] = {"system": config.model_dump(mode="json")} | named
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")

@@ -13,6 +13,8 @@ from mm.export.towers import Towers, towers_of
 from mm.hub import Model, load
 
 Format = Literal["onnx", "torch", "open_clip", "huggingface"]
+GRAPHS: tuple[Format, ...] = ("onnx", "torch")
+"""Formats that hold the computation itself, whatever it consists of."""
 
 
 def export(model: str | Path | Model, folder: str | Path, to: Format) -> Path:
@@ -40,7 +42,13 @@ def export(model: str | Path | Model, folder: str | Path, to: Format) -> Path:
             raise UserError(f"{folder}: is not an empty folder; choose another name for the export")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
-            towers = towers_of(model if isinstance(model, Model) else load(model, device="cpu", precision="fp32"))
+            loaded = model if isinstance(model, Model) else load(model, device="cpu", precision="fp32")
+            if loaded.tune is not None and to not in GRAPHS:
+                raise UserError(
+                    f"{loaded.name}: {to} has no place for the parts of 'tune: {loaded.tune.method}'; export it to "
+                    f"{' or '.join(GRAPHS)}, or tune with 'lora', which is folded into the weights"
+                )
+            towers = towers_of(loaded)
             staging = Path(place) / "export"
             staging.mkdir()
             _writers()[to](towers, staging)

@@ -146,6 +146,13 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             key, value = cache.append(key.to(cache.keys.dtype), value.to(cache.values.dtype), position)
             query = query.to(key.dtype)
+        attended, weights = self.attend(query, key, value, mask, need_weights)
+        return self.output(attended.transpose(1, 2).flatten(2)), weights
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, need_weights: bool
+    ) -> tuple[Float[Tensor, "b h t e"], Float[Tensor, "b h t s"] | None]:
+        """What queries ``(B, H, T, E)`` find among keys and values ``(B, G, S, E)``, head by head, and with which weights."""
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
@@ -158,7 +165,7 @@ class MultiHeadAttention(nn.Module):
             attended = _attend(query, key, value, mask, dropout)
         if mask.empty is not None:
             attended = attended.masked_fill(mask.empty, 0.0)
-        return self.output(attended.transpose(1, 2).flatten(2)), weights
+        return attended, weights
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout: float) -> Tensor:

@@ -4,8 +4,6 @@ A correction is a parametrization of the weight itself, so it works wherever a w
 attention that calls its weights without calling their layers. Shapes: O outputs, I inputs of a flattened weight, R rank.
 """
 
-import difflib
-import fnmatch
 import math
 from collections.abc import Iterator
 from typing import Literal
@@ -17,32 +15,27 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from mm.config import StrictConfig
-from mm.errors import UserError
-from mm.nn.freeze import hold_in_evaluation, release
+from mm.nn.freeze import release
+from mm.nn.targets import TargetsConfig, choose, freeze_all_but
 
 WEIGHTS = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 """Matrices that a correction is made for, by the name that torch's layers give them."""
 
 
-class LoraConfig(StrictConfig):
-    """Which weights are corrected, and how thinly.
+class LoraConfig(TargetsConfig):
+    """Which weights are corrected, and how thinly. Targets are layers, such as "*.attn.qkv".
 
     Args:
-        method: Low-rank corrections are the only one so far.
+        method: Names these corrections.
         rank: R; the corrections of an ``O x I`` weight have ``R (O + I)`` parameters.
         alpha: The correction is scaled by ``alpha / rank``.
         dropout: Probability that the corrections do without an input in a training step, the same inputs for the whole batch.
-        targets: Glob patterns of the qualified names of layers, e.g. "*.attn.qkv"; each must match one that is not locked.
-        train: Glob patterns of parameters that are trained whole beside the corrections.
     """
 
     method: Literal["lora"] = "lora"
     rank: int = Field(default=8, ge=1)
     alpha: float = Field(default=16.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: tuple[str, ...] = Field(default=("*",), min_length=1)
-    train: tuple[str, ...] = ("*logit_scale", "*logit_bias")
 
 
 class Correction(nn.Module):
@@ -74,8 +67,7 @@ class Correction(nn.Module):
 def add_lora(module: nn.Module, config: LoraConfig) -> list[str]:
     """Freeze a module and give the layers that ``targets`` name a trainable correction, in place.
 
-    What was frozen before, such as the encoder of a locked tower, gets none. Running statistics of batch normalization stay as
-    they are, in training too: they belong to the frozen weights.
+    What was frozen before, such as the encoder of a locked tower, gets none.
 
     Returns:
         Names of the corrected weights.
@@ -84,26 +76,15 @@ def add_lora(module: nn.Module, config: LoraConfig) -> list[str]:
         UserError: A pattern matches no layer with a weight matrix.
     """
     layers = dict(_layers(module))
-    for pattern in config.targets:
-        if not fnmatch.filter(layers, pattern):
-            near = difflib.get_close_matches(pattern.strip("*."), layers, n=3, cutoff=0.2)
-            raise UserError(
-                f"tune.targets: '{pattern}' matches no layer; there are such as {', '.join(near or list(layers)[:3])}"
-            )
-    for name, parameter in module.named_parameters():
-        chosen = any(fnmatch.fnmatch(name, pattern) for pattern in config.train)
-        parameter.requires_grad_(chosen and parameter.requires_grad)
-    for part in module.modules():
-        if isinstance(part, _BatchNorm):
-            hold_in_evaluation(part)
+    chosen = choose(list(layers), config.targets, "layer")
+    freeze_all_but(module, config.train)
     scale, corrected = config.alpha / config.rank, []
-    for name, weights in layers.items():
-        if any(fnmatch.fnmatch(name, pattern) for pattern in config.targets):
-            layer = module.get_submodule(name)
-            for weight in weights:
-                correction = Correction(getattr(layer, weight), rank=config.rank, scale=scale, dropout=config.dropout)
-                parametrize.register_parametrization(layer, weight, correction)
-                corrected.append(f"{name}.{weight}")
+    for name in chosen:
+        layer = module.get_submodule(name)
+        for weight in layers[name]:
+            correction = Correction(getattr(layer, weight), rank=config.rank, scale=scale, dropout=config.dropout)
+            parametrize.register_parametrization(layer, weight, correction)
+            corrected.append(f"{name}.{weight}")
     return corrected
 
 

@@ -31,11 +31,15 @@ class Momentum(nn.Module, Generic[M]):
     def __init__(self, followed: M, decay: float) -> None:
         super().__init__()
         self._followed = (followed,)  # in a tuple it is not registered, so its weights are not in the state a second time
-        self._average = copy.deepcopy(followed).requires_grad_(False)
+        self.copy_again()
         self.decay = decay
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         self._moves = False  # once known, so that no step waits for the device to tell
         self.register_load_state_dict_post_hook(_ask_again)
+
+    def copy_again(self) -> None:
+        """Follow what the network is by now: before training, where it was given further parts (`mm.nn.tuning`)."""
+        self._average = copy.deepcopy(self._followed[0]).requires_grad_(False)
 
     @property
     def average(self) -> M:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mm.config import read_json
+from mm.config import read_json, to_dict
 from mm.data.emoji import SPLITS
 from mm.data.questions import SCHEME
 from mm.hub import ASSETS, CARD_FILE, Model, shipped
@@ -28,6 +28,7 @@ def describe(model: Model) -> dict[str, Any]:
     return {
         "name": model.name,
         "system": model.config.name,
+        **({} if model.tune is None else {"tune": to_dict(model.tune)}),
         "capabilities": sorted(model.capabilities),
         "parameters": model.parameters(),
         "preparation": model.processor.stamp() | _text_preparation(model),

@@ -7,7 +7,7 @@ from pydantic import model_validator
 
 from mm.config import StrictConfig
 from mm.data.config import DataConfig
-from mm.nn.lora import LoraConfig
+from mm.nn.tuning import Tune
 from mm.processor import ProcessorConfig
 from mm.systems import NamedSystem
 from mm.training.config import TrainConfig
@@ -27,7 +27,8 @@ class RunConfig(StrictConfig):
         train: Optimisation, precision, checkpoints.
         init_from: A MODEL whose weights and preparation the run starts from; its network must be the one configured. Without a
             ``system`` section the network is the model's own.
-        tune: Train thin corrections of the weights instead of the weights; `mm.load` folds them in.
+        tune: What is trained: all (full), or something small that is added to frozen weights (`mm.nn.tuning`): lora, adapter,
+            prefix, prompt. The name of a method, or a section with its ``method`` (lora where none is said) and options.
     """
 
     system: NamedSystem
@@ -35,7 +36,7 @@ class RunConfig(StrictConfig):
     processor: ProcessorConfig = ProcessorConfig()
     train: TrainConfig = TrainConfig()
     init_from: str | None = None
-    tune: LoraConfig | None = None
+    tune: Tune | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

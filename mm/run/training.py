@@ -1,5 +1,6 @@
 """Training from a configuration: open the data, learn the vocabulary, build the system, hand all to the loop."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from mm.data.sources import open_source, open_training_source
 from mm.errors import BadSample, ConfigError, UserError
 from mm.evaluation.vqa import frequent_answers, normalise
 from mm.hub import CONFIG_FILE, Model, embed_parts, load, load_parts, with_parts
-from mm.nn.lora import add_lora
+from mm.nn.tuning import tune
 from mm.processor import Processor
 from mm.run.config import RunConfig
 from mm.run.preparation import TrainPreparation
@@ -229,13 +230,21 @@ def _with_answers(config: RunConfig, source: Source, resume: Path | None) -> Run
 def _system(config: RunConfig, start: Model | None, parts: Mapping[str, Any]) -> System:
     seed_everything(config.train.seed, torch.device("cpu"))
     system = build(config.system, parts)
+    carried = None if start is None else start.tune
+    if carried is not None:
+        if carried != config.tune:
+            raise ConfigError(
+                f"init_from: '{config.init_from}' has trained parts beside its weights, so it can only be tuned as before; "
+                f"go on with tune='{json.dumps(to_dict(carried))}'"
+            )
+        tune(system, carried)
     if start is not None:
         same_answers = config.system.known_answers == start.config.known_answers
         fresh = () if same_answers else {*config.system.fresh_parts, *start.config.fresh_parts}
         config.system.check_start(start.config)
         _adopt(system, start.system, config.init_from or start.name, tuple(fresh))
-    if config.tune is not None:
-        add_lora(system, config.tune)
+    if config.tune is not None and carried is None:
+        tune(system, config.tune)
     return system
 
 

@@ -22,6 +22,7 @@ from mm.training.feed import Feed
 from mm.training.guard import Collapse, FlatLoss, NonFinite, StopSignals
 from mm.training.lock import run_lock
 from mm.training.parallel import World, gather_bytes, open_world, sum_over_ranks
+from mm.training.parameters import count_parameters, parameter_lines
 from mm.training.step import Stepper, StepReport, compile_parts
 from mm.training.tracking import OnEvent, Tracker
 from mm.training.window import Window
@@ -133,6 +134,7 @@ class _Trainer:
         self.folder, self.nonfinite_path = run / "checkpoints", run / "nonfinite.jsonl"
         self.nonfinite, self.window = NonFinite(), Window()
         self.watchers = FlatLoss(config.warmup_steps), Collapse()
+        self.parameters = count_parameters(stepper.system)
         self.step = 0
         self.metrics: dict[str, float] = {}
         self.consumed = ConsumedIds(tracker.ids, world)
@@ -148,8 +150,8 @@ class _Trainer:
     def run(self) -> TrainResult:
         """Resume or start, train to the last step or to a signal, save."""
         self._resume()
-        trained, held = self.stepper.parameter_counts()
-        self.tracker.say(f"{trained:,} parameters are trained" + (f", {held:,} held fixed" if held else ""))
+        for line in parameter_lines(self.parameters):
+            self.tracker.say(line)
         if self.config.compile:
             compile_parts(self.stepper.system)
         self.stepper.system.train()
@@ -295,6 +297,7 @@ class _Trainer:
             "seconds": self.seconds,
             "logs": logs,
             "world_size": self.world.size,
+            "parameters": self.parameters,
             "train": to_dict(self.config),
             "versions": {"mm": mm.__version__, "torch": torch.__version__, "python": platform.python_version()},
         }

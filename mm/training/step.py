@@ -31,6 +31,7 @@ from mm.training.parallel import (
     broadcast_tensors,
     sum_over_ranks,
 )
+from mm.training.parameters import outermost_parts
 from mm.training.statistics import running_statistics
 from mm.types import Batch, Losses, System
 
@@ -79,11 +80,6 @@ class Stepper:
         self._statistics_before = [buffer.clone() for buffer in self._statistics]
         self._autocast = partial(autocast, world.device, self.dtype)
         self._strides_checked = False
-
-    def parameter_counts(self) -> tuple[int, int]:
-        """Number of parameters that are trained, and of those held fixed."""
-        trained = sum(parameter.numel() for parameter in self._parameters)
-        return trained, sum(parameter.numel() for parameter in self.system.parameters()) - trained
 
     def lr(self, step: int) -> float:
         """Learning rate of a step, the first being 0."""
@@ -182,8 +178,5 @@ def compile_parts(system: nn.Module) -> None:
 
     Not the system itself: its batch carries ids, which would make every step a new graph.
     """
-    for child in system.children():
-        if type(child).forward is nn.Module.forward:
-            compile_parts(child)
-        else:
-            child.compile()
+    for _, part in outermost_parts(system):
+        part.compile()
