@@ -135,7 +135,7 @@ def read_tokenizer(folder: Path, *, siglip: bool) -> tuple[TextTokenizer, int]:
         raise CheckpointError(f"{folder}: no tokenizer.json; its texts cannot be split without it, download it too")
     with tempfile.TemporaryDirectory() as place:
         converted = Path(place) / "tokenizer.json"
-        _convert(folder, converted)
+        write_tokenizer(folder, converted)
         return _from_file(converted, settings, siglip), limit
 
 
@@ -178,8 +178,8 @@ def _is_clips(folder: Path) -> bool:
     return {token for token, i in own.items() if found.get(token) != i} == {"<start_of_text>", "<end_of_text>"}
 
 
-def _convert(folder: Path, path: Path) -> None:
-    """Write the ``tokenizer.json`` that an older checkpoint lacks."""
+def write_tokenizer(folder: Path, path: Path) -> None:
+    """Write what transformers reads of a folder as a ``tokenizer.json``, which older checkpoints lack. Raises `CheckpointError`."""
     from transformers import AutoTokenizer
 
     try:
@@ -188,5 +188,5 @@ def _convert(folder: Path, path: Path) -> None:
         tokenizer.backend_tokenizer.save(str(path))
     except Exception as error:  # each of its tokenizers raises its own
         raise CheckpointError(
-            f"{folder}: no tokenizer.json, and none can be made from its other files: {reason(error)}"
+            f"{folder}: no tokenizer.json that can be read, and none can be made from its other files: {reason(error)}"
         ) from None
