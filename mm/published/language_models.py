@@ -19,7 +19,7 @@ from mm.config import read_json
 from mm.encoders.library_towers import portable, quiet_transformers
 from mm.errors import CheckpointError
 from mm.generators.language_model import LanguageModelConfig
-from mm.processor import Processor
+from mm.processor import TOKENIZER_FILE, Processor
 from mm.published.huggingface import CONFIG_FILE, LANGUAGE_MODELS, read_weights
 from mm.published.huggingface_processor import UNCHANGED, write_tokenizer
 from mm.published.imported import Imported, one_line, pinned, put, reason, widened
@@ -163,7 +163,7 @@ def _settings(kind: str, folder: Path) -> Any:
 def _tokenizer(folder: Path, settings: Any) -> TextTokenizer:
     """What transformers makes of the folder's files. Every text ends with the network's end, so that training teaches it."""
     with tempfile.TemporaryDirectory() as place:
-        path = Path(place) / "tokenizer.json"
+        path = Path(place) / TOKENIZER_FILE
         write_tokenizer(folder, path)
         ends = settings.eos_token_id
         end = ends[0] if isinstance(ends, list) else ends
