@@ -32,7 +32,7 @@ OPT_NORM_EPS = 1e-5
 OPT_FIRST_POSITION = 2
 """OPT's first rows of positions are never used."""
 
-BUFFERS = ("attn.bias", "attn.masked_bias", "rotary_emb.inv_freq")
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """In older files; computed anew."""
 
 NEUTRAL = frozenset(
@@ -211,7 +211,7 @@ def _gpt2_weights(state: Mapping[str, Tensor], network: LanguageModelConfig) -> 
 
 def _turned(tensor: Tensor) -> Tensor:
     """GPT-2 keeps its matrices the other way round."""
-    return tensor.T.contiguous()
+    return tensor.t().contiguous()
 
 
 def _opt_sizes(settings: Any) -> dict[str, Any]:
