@@ -271,6 +271,11 @@ class Stack(nn.Module):
         super().__init__()
         self.transformers = nn.ModuleList(transformers)
 
+    @property
+    def blocks(self) -> list[Block]:
+        """Of all transformers."""
+        return [block for part in self._parts() for block in part._blocks()]
+
     def caches(self, batch_size: int, capacity: int) -> list[KVCache]:
         """Those of all layers, see `Transformer.caches`."""
         return [cache for part in self._parts() for cache in part.caches(batch_size, capacity)]

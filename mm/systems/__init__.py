@@ -9,7 +9,7 @@ from pydantic import Field
 
 from mm.config import validate
 from mm.errors import ConfigError
-from mm.systems import albef, albef_vqa, captioner, clip, coca, dalle, image_tower, muse, published_vq, vilt, vq
+from mm.systems import albef, albef_vqa, captioner, clip, coca, dalle, image_tower, language_model, muse, published_vq, vilt, vq
 from mm.systems.albef import AlbefConfig
 from mm.systems.albef_vqa import AlbefVqaConfig
 from mm.systems.captioner import CaptionerConfig
@@ -17,6 +17,7 @@ from mm.systems.clip import ClipConfig
 from mm.systems.coca import CocaConfig
 from mm.systems.dalle import DalleConfig
 from mm.systems.image_tower import ImageTowerConfig
+from mm.systems.language_model import LanguageConfig
 from mm.systems.muse import MuseConfig
 from mm.systems.published_vq import PublishedVqConfig
 from mm.systems.vilt import ViltConfig
@@ -35,6 +36,7 @@ SystemConfig = (
     | AlbefVqaConfig
     | CaptionerConfig
     | CocaConfig
+    | LanguageConfig
 )
 """The union of all systems' configurations."""
 
@@ -53,6 +55,7 @@ MODULES: Mapping[str, ModuleType] = {
     "albef-vqa": albef_vqa,
     "captioner": captioner,
     "coca": coca,
+    "language-model": language_model,
 }
 """Name to the file that composes the system."""
 
@@ -68,6 +71,7 @@ CONFIGS: Mapping[str, type[SystemConfig]] = {
     "albef-vqa": AlbefVqaConfig,
     "captioner": CaptionerConfig,
     "coca": CocaConfig,
+    "language-model": LanguageConfig,
 }
 """Name to the configuration's class."""
 

@@ -8,7 +8,19 @@ import torch
 from mm.errors import ConfigError
 from mm.run.catalogue import catalogue
 from mm.systems import CONFIGS, MODULES, SystemConfig, build, read_system
-from mm.types import CAPABILITIES, Answers, Candidates, Matches, Paints, Sampling, System, TextBatch, capabilities
+from mm.types import (
+    CAPABILITIES,
+    Answers,
+    Candidates,
+    Interleaved,
+    Matches,
+    Paints,
+    Sampling,
+    System,
+    TextBatch,
+    Writes,
+    capabilities,
+)
 
 PUBLISHED_VQ = {"tokenizer": {"kind": "dvae", "image_size": 16, "width": 8, "vocab_size": 16, "code_width": 8, "num_blocks": 1}}
 VQ = {"tokenizer": {"name": "vq", "tokenizer": {"image_size": 16, "patch": 2, "widths": [8, 16]}}}
@@ -28,6 +40,7 @@ ABLE = {
     "vilt": {"matches"},
     "albef": {"embeds", "matches", "grounds"},
     "albef-vqa": {"answers"},
+    "language-model": {"writes"},
 }
 
 
@@ -57,7 +70,7 @@ def test_a_system_is_what_its_configuration_says(name: str) -> None:
     assert config.name == name
     assert capabilities(system) == ABLE[name]
     assert ABLE[name] <= CAPABILITIES.keys()
-    assert config.picture_side > 0
+    assert (config.picture_side is None) == (name == "language-model")
     limits = config.text_limits
     if limits is not None:
         assert config.with_vocabulary(limits[0] + 5).text_limits == (limits[0] + 5, limits[1])
@@ -71,7 +84,8 @@ def test_casting_for_inference_keeps_a_system_usable(name: str) -> None:
     """In bf16 a system gives nearly what it gives in fp32; tokens stay exactly the same."""
     config, system = small(name)
     system.eval()
-    image = torch.randint(0, 256, (2, 3, config.picture_side, config.picture_side), dtype=torch.uint8)
+    side = config.picture_side or 1
+    image = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
     with torch.no_grad():
         before = _what_it_gives(system, image)
         system.cast_(torch.bfloat16)
@@ -97,6 +111,11 @@ def _what_it_gives(system: System, image: torch.Tensor) -> torch.Tensor:
         words = Candidates(("a", "b", "c"), TextBatch(torch.tensor([[1, 5, 2], [1, 6, 2], [1, 7, 2]]), torch.tensor([3, 3, 3])))
         found = system.answer(image, TextBatch(torch.ones(2, 5, dtype=torch.int64), torch.tensor([5, 3])), words, k=3)
         return torch.tensor([[dict(zip(one.answers, one.scores, strict=True))[word] for word in words.words] for one in found])
+    if isinstance(system, Writes):
+        prompts = TextBatch(torch.tensor([[1, 5, 6], [1, 7, 0]]), torch.tensor([3, 2]))
+        return system.continuation_likelihoods(
+            Interleaved(prompts, image[:0]), TextBatch(torch.arange(8)[:, None], torch.ones(8).long())
+        )
     tokenizer = system.tokenizer if "paints" in able else system
     return tokenizer.encode(image)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
 
