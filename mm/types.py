@@ -75,6 +75,35 @@ class TextBatch:
         return TextBatch(self.ids.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True))
 
 
+MEDIUM = -1
+"""Stands in the ids of a text for a medium, such as a picture."""
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """Texts with pictures between the words.
+
+    Args:
+        text: Ids, `MEDIUM` where a picture stands; without an end where they are to be continued.
+        image: Pixels uint8 ``(M, 3, H, W)``, of all pictures in the order of rows, then of positions.
+    """
+
+    text: TextBatch
+    image: Tensor
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def __getitem__(self, rows: slice) -> "Interleaved":
+        ends = ((self.text.ids == MEDIUM) & self.text.valid()).sum(1).cumsum(0).tolist()
+        first, last, _ = rows.indices(len(ends))
+        pictures = slice(ends[first - 1] if first else 0, ends[last - 1] if last else 0)
+        return Interleaved(self.text[rows], self.image[pictures])
+
+    def to(self, device: torch.device) -> "Interleaved":
+        return Interleaved(self.text.to(device), self.image.to(device, non_blocking=True))
+
+
 @dataclass(frozen=True)
 class Batch:
     """Decoded samples of one step, modalities that are absent being None.
@@ -87,6 +116,7 @@ class Batch:
         fields: Metadata of each sample.
         captions: All captions of each sample, where an evaluation needs them.
         answers: Right answers to each text, which is a question, and how right they are in 0..1, where a system learns them.
+        interleaved: Texts in which pictures stand, where these are what is learned from instead of ``image`` and ``text``.
     """
 
     ids: tuple[str, ...]
@@ -96,6 +126,7 @@ class Batch:
     fields: tuple[Mapping[str, Any], ...] = ()
     captions: tuple[tuple[str, ...], ...] = ()
     answers: tuple[Mapping[str, float], ...] = ()
+    interleaved: Interleaved | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -109,6 +140,7 @@ class Batch:
             fields=self.fields[rows],
             captions=self.captions[rows],
             answers=self.answers[rows],
+            interleaved=None if self.interleaved is None else self.interleaved[rows],
         )
 
     def to(self, device: torch.device) -> "Batch":
@@ -117,6 +149,7 @@ class Batch:
             image=None if self.image is None else self.image.to(device, non_blocking=True),
             text=None if self.text is None else self.text.to(device),
             groups=None if self.groups is None else self.groups.to(device, non_blocking=True),
+            interleaved=None if self.interleaved is None else self.interleaved.to(device),
         )
 
 
@@ -383,6 +416,7 @@ class Decoding:
         temperature: Divides the logits; 0 takes the likeliest.
         top_k: Likeliest tokens that are drawn from; 0 for all.
         top_p: Smallest set of likeliest tokens with so much probability that is drawn from (nucleus); 1 for all.
+        end: The token that ends a text, which the caller takes from the model's tokenizer; None where nothing ends.
     """
 
     max_tokens: int = 32
@@ -392,6 +426,7 @@ class Decoding:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    end: int | None = None
 
 
 @dataclass(frozen=True)
@@ -445,23 +480,6 @@ class Captions(Protocol):
     def caption_likelihoods(self, image: Tensor, text: TextBatch) -> Tensor:
         """Log-likelihood in nats ``(B,)``, fp32, of text i, given whole, start and end included, as a caption of picture i."""
         ...
-
-
-MEDIUM = -1
-"""Stands in the ids of a text for a medium, such as a picture."""
-
-
-@dataclass(frozen=True)
-class Interleaved:
-    """Texts with pictures between the words.
-
-    Args:
-        text: Ids, `MEDIUM` where a picture stands; without an end where they are to be continued.
-        image: Pixels uint8 ``(M, 3, H, W)``, of all pictures in the order of rows, then of positions.
-    """
-
-    text: TextBatch
-    image: Tensor
 
 
 @runtime_checkable
