@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +81,7 @@ class Model:
         """Digest of network, weights and preparation: equal fingerprints give equal vectors."""
         vocabulary = self.processor.tokenizer.to_json() if self.processor.has_text else ""
         parts = (self.config.model_dump_json(), json.dumps(self.processor.to_dict()), vocabulary)
-        return _digest(self.system, "\n".join(parts))
+        return _digest(_lasting(self.system), "\n".join(parts))
 
     @property
     def embed_dim(self) -> int:
@@ -276,11 +276,12 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
         raise CheckpointError(f"{config_path}: has no 'system' section; is this a model folder written by mm?")
     config = read_system(values["system"], f"{config_path} (system)")
     parts = load_parts(config.parts())
-    _check_parts(parts, values.get("parts", {}), config_path)
     system = build(config, {name: part.system for name, part in parts.items()})
+    _check_parts(system, parts, values.get("parts", {}), config_path)
+    of_parts = _part_weights(system, parts)
     if values.get("tune"):
         add_lora(system, validate(LoraConfig, values["tune"], f"{config_path} (tune)"))
-    own, of_parts = _read_weights(weights), _part_weights(parts)
+    own = _read_weights(weights)
     _check_stored_parts(own, of_parts, parts, weights)
     _load_weights(system, of_parts | _shared_weights(system, values.get("base"), config_path) | own, str(weights))
     merge_lora(system)
@@ -323,22 +324,22 @@ def embed_parts(config: SystemConfig, parts: Mapping[str, Model]) -> SystemConfi
     return whole.model_copy(update={name: reference for name, reference in config.parts().items() if reference in shipped()})
 
 
-def _part_weights(parts: Mapping[str, Model]) -> dict[str, Tensor]:
+def _part_weights(system: System, parts: Iterable[str]) -> dict[str, Tensor]:
     """Weights of parts under the names that they have in the whole network."""
-    return {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part.system.state_dict().items()}
+    return {f"{name}.{key}": tensor for name in parts for key, tensor in system.part_state(name).items()}
 
 
-def _check_parts(parts: Mapping[str, Model], digests: Mapping[str, str], where: Path) -> None:
+def _check_parts(system: System, parts: Mapping[str, Model], digests: Mapping[str, str], where: Path) -> None:
     """Raises `CheckpointError` where a part is no longer the one that the whole was trained with."""
     for name, digest in digests.items():
         if name in parts:
-            _check_unchanged(parts[name], digest, f"{where}: its {name}")
+            _check_unchanged(parts[name].name, _digest(system.part_state(name)), digest, f"{where}: its {name}")
 
 
-def _check_unchanged(part: Model, digest: object, what: str) -> None:
-    if _digest(part.system) != digest:
+def _check_unchanged(name: str, digest: str, expected: object, what: str) -> None:
+    if digest != expected:
         raise CheckpointError(
-            f"{what} '{part.name}' has other weights than when this model was saved; "
+            f"{what} '{name}' has other weights than when this model was saved; "
             "take the version of mm that it was made with, or train it again"
         )
 
@@ -350,7 +351,7 @@ def _shared_weights(system: System, base: object, where: Path) -> dict[str, Tens
     if not isinstance(base, dict) or base.get("model") not in shipped():
         raise CheckpointError(f"{where}: 'base' names no shipped model; there are {', '.join(shipped())}")
     shared = load(base["model"], device="cpu", precision="fp32")
-    _check_unchanged(shared, base.get("digest"), f"{where}: its base")
+    _check_unchanged(shared.name, _digest(_lasting(shared.system)), base.get("digest"), f"{where}: its base")
     return _given(system, shared.system)
 
 
@@ -369,8 +370,8 @@ def _check_stored_parts(
 ) -> None:
     """Raises `CheckpointError` where a run has kept other weights of a part than the model that it names has by now."""
     for name, part in parts.items():
-        kept = {key: tensor for key, tensor in own.items() if key.startswith(f"{name}.")}
         named = {key: tensor for key, tensor in of_parts.items() if key.startswith(f"{name}.")}
+        kept = {key: tensor for key, tensor in own.items() if key in named}
         same = kept.keys() == named.keys() and all(torch.equal(tensor, named[key]) for key, tensor in kept.items())
         if kept and not same:
             raise CheckpointError(
@@ -379,12 +380,15 @@ def _check_stored_parts(
             )
 
 
-def _digest(system: System, text: str = "") -> str:
-    """Of names and weights, behind a text; what training alone needs changes nothing that a model gives."""
+def _lasting(system: System) -> dict[str, Tensor]:
+    """The weights without those that training alone needs, which change nothing that a model gives."""
+    return {name: tensor for name, tensor in system.state_dict().items() if not name.startswith(system.only_for_training)}
+
+
+def _digest(state: Mapping[str, Tensor], text: str = "") -> str:
+    """Of names and weights, behind a text."""
     digest = hashlib.sha256(text.encode())
-    for name, tensor in sorted(system.state_dict().items()):
-        if name.startswith(system.only_for_training):
-            continue
+    for name, tensor in sorted(state.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -443,17 +447,18 @@ def save(
             f"{model.name}: its weights were cast to bf16 for speed; load it with precision='fp32' to save it whole"
         )
     folder = make_folder(folder)
+    of_parts = _part_weights(model.system, model.config.parts())
     state = {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous().clone()
-        for name, tensor in model.system.state_dict().items()
-        if name.partition(".")[0] not in model.config.parts() and not name.startswith(model.system.only_for_training)
+        for name, tensor in _lasting(model.system).items()
+        if name not in of_parts
     }
-    references: dict[str, Any] = {"parts": {name: _digest(getattr(model.system, name)) for name in model.config.parts()}}
+    references: dict[str, Any] = {"parts": {name: _digest(model.system.part_state(name)) for name in model.config.parts()}}
     if base is not None:
         shared = load(base, device="cpu", precision="fp32")
         given = _given(model.system, shared.system)
         state = {name: t for name, t in state.items() if name not in given or not torch.equal(t, given[name].to(t.dtype))}
-        references["base"] = {"model": base, "digest": _digest(shared.system)}
+        references["base"] = {"model": base, "digest": _digest(_lasting(shared.system))}
     contents = dict(model.card if card is None else card)
     temporary = folder / (WEIGHTS_FILE + ".tmp")
     try:

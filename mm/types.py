@@ -191,6 +191,13 @@ class System(nn.Module):
         """
         return start.state_dict()
 
+    def part_state(self, name: str) -> dict[str, Tensor]:
+        """The weights that a part brought, which `SystemSettings.parts` names: held fixed, and saved with that part alone.
+
+        Names are those below the part, ``NAME.*`` in this network; what the network added inside of it is not of the part.
+        """
+        return getattr(self, name).state_dict()
+
     @property
     def may_be_added(self) -> tuple[str, ...]:
         """Beginnings of the names of parameters that change nothing at first, so that a trained network may be given them."""

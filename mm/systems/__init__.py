@@ -9,12 +9,13 @@ from pydantic import Field
 
 from mm.config import validate
 from mm.errors import ConfigError
-from mm.systems import albef, albef_vqa, clip, dalle, image_tower, muse, published_vq, vilt, vq
+from mm.systems import albef, albef_vqa, clip, dalle, image_tower, language_model, muse, published_vq, vilt, vq
 from mm.systems.albef import AlbefConfig
 from mm.systems.albef_vqa import AlbefVqaConfig
 from mm.systems.clip import ClipConfig
 from mm.systems.dalle import DalleConfig
 from mm.systems.image_tower import ImageTowerConfig
+from mm.systems.language_model import LanguageConfig
 from mm.systems.muse import MuseConfig
 from mm.systems.published_vq import PublishedVqConfig
 from mm.systems.vilt import ViltConfig
@@ -31,6 +32,7 @@ SystemConfig = (
     | ViltConfig
     | AlbefConfig
     | AlbefVqaConfig
+    | LanguageConfig
 )
 """The union of all systems' configurations."""
 
@@ -47,6 +49,7 @@ MODULES: Mapping[str, ModuleType] = {
     "vilt": vilt,
     "albef": albef,
     "albef-vqa": albef_vqa,
+    "language-model": language_model,
 }
 """Name to the file that composes the system."""
 
@@ -60,6 +63,7 @@ CONFIGS: Mapping[str, type[SystemConfig]] = {
     "vilt": ViltConfig,
     "albef": AlbefConfig,
     "albef-vqa": AlbefVqaConfig,
+    "language-model": LanguageConfig,
 }
 """Name to the configuration's class."""
 

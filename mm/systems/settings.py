@@ -11,8 +11,8 @@ class SystemSettings(StrictConfig):
     """Base of all systems' configurations."""
 
     @property
-    def picture_side(self) -> int:
-        """Side in pixels of the square pictures that the system takes."""
+    def picture_side(self) -> int | None:
+        """Side in pixels of the square pictures that the system takes; None for systems without pictures."""
         raise NotImplementedError
 
     @property
@@ -23,6 +23,10 @@ class SystemSettings(StrictConfig):
     def with_vocabulary(self, size: int) -> Self:
         """The configuration for a vocabulary of ``size``."""
         raise NotImplementedError
+
+    def with_end(self, end_id: int | None) -> Self:
+        """The configuration that knows by which token texts end, for systems that write."""
+        return self
 
     @property
     def answer_limit(self) -> int:

@@ -1,0 +1,145 @@
+"""Language model: predicts the next word of texts; a system of its own, or the part of one that writes about pictures.
+
+Papers: GPT-2 (https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf), OPT
+https://arxiv.org/abs/2205.01068, LLaMA https://arxiv.org/abs/2302.13971, whose published weights `mm.published.language_models`
+reads.
+
+Deviation from all of them, who average over the words of a batch: each text's words are averaged by themselves, then the
+texts, so that a batch may be cut into slices.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
+
+import torch.nn.functional as F
+from pydantic import Discriminator, Field, Tag
+from torch import Tensor, nn
+
+from mm.config import TAG_PREFIX
+from mm.errors import ConfigError
+from mm.generators.language_model import LanguageModel, LanguageModelConfig, build_language_model
+from mm.nn.transformer import Block
+from mm.systems.settings import SystemSettings
+from mm.types import Batch, Losses, System
+
+
+class LanguageConfig(SystemSettings):
+    """A language model.
+
+    Args:
+        network: Sizes and parts.
+        end_id: Id of the token that ends a text, which a run takes from its tokenizer; None where texts do not end.
+    """
+
+    name: Literal["language-model"] = "language-model"
+    network: LanguageModelConfig = LanguageModelConfig()
+    end_id: int | None = Field(default=None, ge=0)
+
+    @property
+    def picture_side(self) -> None:
+        return None
+
+    @property
+    def text_limits(self) -> tuple[int, int]:
+        return self.network.vocab_size, self.network.context_length
+
+    def with_vocabulary(self, size: int) -> "LanguageConfig":
+        return self.model_copy(update={"network": self.network.model_copy(update={"vocab_size": size})})
+
+    def with_end(self, end_id: int | None) -> "LanguageConfig":
+        return self.model_copy(update={"end_id": end_id})
+
+
+class Language(System):
+    """Next-word prediction.
+
+    Args:
+        network: Predicts.
+        config: What built it.
+    """
+
+    def __init__(self, network: LanguageModel, config: LanguageConfig) -> None:
+        super().__init__()
+        self.network = network
+        self.config = config
+
+    def loss(self, batch: Batch, step: int) -> Losses:
+        """Cross-entropy of the next token in nats, the mean over each text's, then over texts.
+
+        The part ``perplexity`` is the exponential of the mean over all tokens of the batch.
+        """
+        assert batch.text is not None
+        ids = batch.text.ids
+        logits = self.network.logits(self.network(self.network.embed(ids[:, :-1])))
+        wanted = ids[:, 1:].masked_fill(~batch.text.valid()[:, 1:], -100)
+        losses = F.cross_entropy(logits.float().transpose(1, 2), wanted, ignore_index=-100, reduction="none")
+        counts = (wanted >= 0).sum(1)
+        total = (losses.sum(1) / counts.clamp(min=1)).mean()
+        perplexity = (losses.detach().sum() / counts.sum().clamp(min=1)).exp()
+        return Losses(total, {"perplexity": perplexity})
+
+
+REFERENCE = TAG_PREFIX + "reference"
+
+
+def _kind(value: Any) -> str:
+    """Whether a language model is the name of a model, or which configuration it has."""
+    if isinstance(value, str):
+        return REFERENCE
+    return str(value.get("name", "language-model") if isinstance(value, Mapping) else getattr(value, "name", ""))
+
+
+LanguagePart = Annotated[
+    Annotated[str, Tag(REFERENCE)] | Annotated[LanguageConfig, Tag("language-model")], Discriminator(_kind)
+]
+"""The language model that other systems stand on: a MODEL, or the configuration of one."""
+
+
+def build(config: LanguageConfig, parts: Mapping[str, Any] | None = None) -> Language:
+    """Build the network with fresh weights."""
+    return Language(build_language_model(config.network), config)
+
+
+def build_language_part(
+    config: str | LanguageConfig,
+    parts: Mapping[str, Any] | None = None,
+    wrap: Callable[[int, Block], nn.Module] | None = None,
+) -> LanguageModel:
+    """The network of a system that stands on a language model: that of ``parts["language"]``, or one with fresh weights.
+
+    Args:
+        config: Of the field ``language``.
+        parts: Trained models.
+        wrap: See `build_language_model`. The blocks that it is called with have the part's weights in the end; what it adds
+            to them starts fresh.
+
+    Raises:
+        ConfigError: A mere name without the part, or a part that is no language model.
+    """
+    given = (parts or {}).get("language")
+    if given is None:
+        if isinstance(config, str):
+            raise ConfigError(f"language: '{config}' names a model; give it as a part, or its configuration in its place")
+        return build_language_model(config.network, wrap)
+    if not isinstance(given, Language):
+        raise ConfigError("language: this model does not predict words; take a run of configs/language_model.yaml, or GPT-2")
+    return given.network if wrap is None else _wrapped(given, wrap)
+
+
+def _wrapped(given: Language, wrap: Callable[[int, Block], nn.Module]) -> LanguageModel:
+    """A network with the weights of another one, and with something around or in its blocks."""
+    own: list[Block] = []
+
+    def remembered(layer: int, block: Block) -> nn.Module:
+        own.append(block)
+        return wrap(layer, block)
+
+    network = build_language_model(given.config.network, remembered)
+    for block, trained in zip(own, given.network.transformer.blocks, strict=True):
+        unfit = block.load_state_dict(trained.state_dict(), strict=False)  # what was added into a block starts fresh
+        assert not unfit.unexpected_keys, "a block is wrapped, or added to, with its layers under their own names"
+    network.embedding.load_state_dict(given.network.embedding.state_dict())
+    network.transformer.final_norm.load_state_dict(given.network.transformer.final_norm.state_dict())
+    if network.head is not None and given.network.head is not None:
+        network.head.load_state_dict(given.network.head.state_dict())
+    return network
