@@ -7,8 +7,8 @@ it, they leave the batch and the caches.
 Shapes: B samples, R rows (B, or 2 B with guidance), P known first tokens, N tokens in all, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -19,6 +19,8 @@ from mm.generators.sampling import check_sampling, draw, guided, guided_range, s
 from mm.nn.attention import KVCache
 from mm.nn.freeze import folded_weights
 from mm.types import Sampling
+
+S = TypeVar("S")
 
 
 class NextToken(Protocol):
@@ -57,12 +59,18 @@ class Compiled:
 
     def __init__(self, model: NextToken) -> None:
         self.prefill = model.prefill
-        self._step = torch.compile(model.step, dynamic=False)
+        self.step = compiled_step(model.step)
 
-    def step(self, ids: Int64[Tensor, " r"], index: int | Tensor, caches: list[KVCache]) -> Float[Tensor, "r v"]:
-        """See `NextToken.step`."""
+
+def compiled_step(step: Callable[[Tensor, int | Tensor, S], Tensor]) -> Callable[[Tensor, int | Tensor, S], Tensor]:
+    """A step from ids, index and state that is compiled for all indices at once; see `Compiled`."""
+    compiled = torch.compile(step, dynamic=False)
+
+    def run(ids: Tensor, index: int | Tensor, state: S) -> Tensor:
         with folded_weights(ids.device):
-            return self._step(ids, torch.as_tensor(index, device=ids.device).view(1), caches)
+            return compiled(ids, torch.as_tensor(index, device=ids.device).view(1), state)
+
+    return run
 
 
 def generate(

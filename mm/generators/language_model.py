@@ -117,6 +117,13 @@ class WritingState:
             context_mask=_rows_of(self.context_mask, rows),
         )
 
+    def exchange(self, rows: Int64[Tensor, " b"], num_tokens: int) -> None:
+        """Let row i go on from the first ``num_tokens`` words of row ``rows[i]``, which must have the same prompt."""
+        written = slice(self.width, self.width + num_tokens)
+        for cache in self.caches:
+            for part in (cache.keys, cache.values):
+                part[:, :, written] = part[rows, :, written]
+
 
 class LanguageModel(nn.Module):
     """Predicts the next word.
