@@ -6,6 +6,7 @@ tanh of a trained number that starts at 0, so that at first the language model c
 Shapes: B texts, T positions, S positions of the context of width C, D width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from mm.nn.attention import KVCache, MultiHeadAttention
 from mm.nn.initialise import initialise_block
 from mm.nn.masks import EVERYTHING, Mask
-from mm.nn.transformer import Block, FeedForward, Transformer
+from mm.nn.transformer import Block, FeedForward
 
 
 class GatedCrossAttention(nn.Module):
@@ -25,16 +26,14 @@ class GatedCrossAttention(nn.Module):
         width: D.
         num_heads: Attention heads; divides ``width``.
         context_width: C.
-        num_layers: How many of these the network has, for the initial weights.
     """
 
-    def __init__(self, width: int, num_heads: int, context_width: int, num_layers: int) -> None:
+    def __init__(self, width: int, num_heads: int, context_width: int) -> None:
         super().__init__()
         self.attention_norm, self.feed_forward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = MultiHeadAttention(width, num_heads, context_width=context_width)
         self.feed_forward = FeedForward(width, 4 * width, nn.GELU())
         self.attention_gate, self.feed_forward_gate = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
-        initialise_block(self, num_layers)
 
     def forward(
         self,
@@ -91,24 +90,31 @@ class GatedBlock(Block):
         return super().forward(x, cache=cache, maps=maps, **options)
 
 
-def add_gates(transformer: Transformer, width: int, num_heads: int, context_width: int, every: int) -> nn.ModuleList:
-    """Put gated cross-attention before every so many blocks, the first one included.
+def gates(context_width: int, every: int) -> tuple[nn.ModuleList, Callable[[int, Block], Block]]:
+    """Gated cross-attention before every so many blocks, the first one included.
 
     Args:
-        transformer: Whose blocks are exchanged.
-        width: D.
-        num_heads: Attention heads of the new layers.
         context_width: C.
         every: 1 puts one before each block.
 
     Returns:
-        The new layers, which belong to the caller.
+        The new layers, none yet, which belong to the caller; and what puts them before the blocks of a language model while it
+        is built, see `mm.generators.language_model.build_language_model`. `initialise_gates` is to be called when it is.
     """
-    layers = range(0, len(transformer.blocks), every)
-    gates = nn.ModuleList(GatedCrossAttention(width, num_heads, context_width, len(layers)) for _ in layers)
-    for layer, gated in zip(layers, gates, strict=True):
-        block = transformer.blocks[layer]
-        assert isinstance(block, Block)
-        assert isinstance(gated, GatedCrossAttention)
-        transformer.blocks[layer] = GatedBlock(block, gated)
-    return gates
+    layers = nn.ModuleList()
+
+    def wrap(layer: int, block: Block) -> Block:
+        if layer % every:
+            return block
+        query = block.attention.query
+        gated = GatedCrossAttention(query.in_features, query.in_features // block.attention.head_width, context_width)
+        layers.append(gated)
+        return GatedBlock(block, gated)
+
+    return layers, wrap
+
+
+def initialise_gates(layers: nn.ModuleList) -> None:
+    """Draw the initial weights of all gated layers of a network."""
+    for layer in layers:
+        initialise_block(layer, len(layers))

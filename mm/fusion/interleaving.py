@@ -7,7 +7,7 @@ Shapes: B texts of T positions, M media in the order of rows, then of positions,
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,10 @@ NOTHING = -100
 """In place of a word where none is predicted."""
 
 
-@dataclass(frozen=True)
-class Spread:
+class Spread(NamedTuple):
     """Texts in which each vector of a medium has a position of its own.
 
-    Args:
+    Attributes:
         text: Ids, `MEDIUM` at every vector of a medium; what is behind a text means nothing.
         vectors: Of words and media, ``(B, T', D)``, zero behind a text.
     """

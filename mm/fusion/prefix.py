@@ -52,7 +52,7 @@ class TokenPrefix(nn.Module):
 
     def forward(self, media: Encoded) -> tuple[Float[Tensor, "b n d"], Int64[Tensor, " b"]]:
         """The vectors of each prefix, those that are real in front, and how many are."""
-        order = media.mask.long().argsort(1, descending=True, stable=True)
+        order = media.mask.long().argsort(dim=1, descending=True, stable=True)
         tokens = media.tokens.gather(1, order[..., None].expand_as(media.tokens))
         return self.linear(tokens), media.mask.sum(1)
 

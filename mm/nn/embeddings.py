@@ -3,6 +3,9 @@
 Shapes: B batch, T positions, D width, H heads, E width of a head.
 """
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -65,6 +68,13 @@ class Rotary(nn.Module):
     def __init__(self, head_width: int, base: float = 10_000.0) -> None:
         super().__init__()
         self.register_buffer("frequencies", _frequencies(head_width, base), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move, but keep the type: angles of far positions are wrong by much where frequencies are rounded."""
+        exact = self.frequencies
+        super()._apply(fn, recurse)
+        self.frequencies = exact.to(self.frequencies.device)
+        return self
 
     def forward(self, length: int, offset: int = 0) -> tuple[Float[Tensor, "t e"], Float[Tensor, "t e"]]:
         """Cosines and sines of the positions ``offset`` to ``offset + length``, for `rotate`."""

@@ -67,6 +67,8 @@ class Resampler(nn.Module):
         """Resample the tokens that the mask allows."""
         tokens = self.project(media.tokens)
         latents = self.latents.expand(len(tokens), -1, -1)
+        if not len(tokens):
+            return latents
         for layer in self.layers:
             latents = layer(latents, tokens, media.mask)
         return self.norm(latents)

@@ -10,6 +10,7 @@ import torch
 from mm.config import apply_overrides, merge, read_layers, read_yaml, to_dict, validate, write_yaml
 from mm.data.accounting import merge_states
 from mm.data.captions import Captioner, corpus
+from mm.data.episodes import Pool
 from mm.data.loader import Loader
 from mm.data.questions import check_questions, questions_of
 from mm.data.sources import open_source, open_training_source
@@ -19,6 +20,7 @@ from mm.hub import CONFIG_FILE, Model, embed_parts, load, load_parts, with_parts
 from mm.nn.lora import add_lora
 from mm.processor import Processor
 from mm.run.config import RunConfig
+from mm.run.episodes import EpisodePreparation
 from mm.run.preparation import TrainPreparation
 from mm.run.validation import Validator
 from mm.systems import build, read_system
@@ -143,11 +145,12 @@ def assemble(config: RunConfig, *, resume: Path | None = None) -> Assembled:
         config.train.seed,
         answers=config.system.learns_answers,
     )
+    prepare = _episodes(preparation, config, source, capabilities(system))
     sampling = config.data.sampling
     stream = Loader(
         source,
-        preparation,
-        preparation.collate,
+        prepare,
+        prepare.collate,
         batch_size=config.train.batch_size,
         seed=config.train.seed,
         policy=sampling.policy,
@@ -160,6 +163,20 @@ def assemble(config: RunConfig, *, resume: Path | None = None) -> Assembled:
         pin_memory=choose_device(config.train.device).type == "cuda",
     )
     return Assembled(config, system, processor, stream, _validator(config, processor, image_size, capabilities(system)))
+
+
+def _episodes(
+    preparation: TrainPreparation, config: RunConfig, source: Source, able: frozenset[str]
+) -> TrainPreparation | EpisodePreparation:
+    """The preparation that makes episodes of samples, where the configuration asks for them."""
+    episodes = config.data.episodes
+    if episodes is None:
+        return preparation
+    if "writes" not in able:
+        raise ConfigError(
+            f"data.episodes: '{config.system.name}' reads no texts with pictures in them; take frozen or flamingo"
+        )
+    return EpisodePreparation(preparation, Pool(source, episodes.concept, apart=episodes.apart), episodes)
 
 
 def _kept_processor(config: RunConfig, checkpoint: Path, image_size: int) -> Processor:

@@ -9,11 +9,26 @@ from pydantic import Field
 
 from mm.config import validate
 from mm.errors import ConfigError
-from mm.systems import albef, albef_vqa, clip, dalle, image_tower, language_model, muse, published_vq, vilt, vq
+from mm.systems import (
+    albef,
+    albef_vqa,
+    clip,
+    dalle,
+    flamingo,
+    frozen,
+    image_tower,
+    language_model,
+    muse,
+    published_vq,
+    vilt,
+    vq,
+)
 from mm.systems.albef import AlbefConfig
 from mm.systems.albef_vqa import AlbefVqaConfig
 from mm.systems.clip import ClipConfig
 from mm.systems.dalle import DalleConfig
+from mm.systems.flamingo import FlamingoConfig
+from mm.systems.frozen import FrozenConfig
 from mm.systems.image_tower import ImageTowerConfig
 from mm.systems.language_model import LanguageConfig
 from mm.systems.muse import MuseConfig
@@ -33,6 +48,8 @@ SystemConfig = (
     | AlbefConfig
     | AlbefVqaConfig
     | LanguageConfig
+    | FrozenConfig
+    | FlamingoConfig
 )
 """The union of all systems' configurations."""
 
@@ -50,6 +67,8 @@ MODULES: Mapping[str, ModuleType] = {
     "albef": albef,
     "albef-vqa": albef_vqa,
     "language-model": language_model,
+    "frozen": frozen,
+    "flamingo": flamingo,
 }
 """Name to the file that composes the system."""
 
@@ -64,6 +83,8 @@ CONFIGS: Mapping[str, type[SystemConfig]] = {
     "albef": AlbefConfig,
     "albef-vqa": AlbefVqaConfig,
     "language-model": LanguageConfig,
+    "frozen": FrozenConfig,
+    "flamingo": FlamingoConfig,
 }
 """Name to the configuration's class."""
 
