@@ -34,6 +34,7 @@ class EpisodeConfig(StrictConfig):
         shots: Smallest and largest number of examples of each; where a concept has fewer pictures, some come again.
         captions: Share of the samples that are a picture with its caption instead, so that the network learns real names, too.
         template: Text behind a picture, ``{}`` being the name.
+        remember: Number of decoded pictures that are kept in memory, in each process that loads data.
     """
 
     concept: str = "cls"
@@ -42,6 +43,7 @@ class EpisodeConfig(StrictConfig):
     shots: tuple[int, int] = (1, 4)
     captions: float = Field(default=0.2, ge=0, le=1)
     template: str = "{}"
+    remember: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

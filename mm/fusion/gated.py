@@ -31,7 +31,7 @@ class GatedCrossAttention(nn.Module):
     def __init__(self, width: int, num_heads: int, context_width: int) -> None:
         super().__init__()
         self.attention_norm, self.feed_forward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = MultiHeadAttention(width, num_heads, context_width=context_width)
+        self.attention = MultiHeadAttention(width, num_heads, context_width=context_width, bias=False)  # nothing adds nothing
         self.feed_forward = FeedForward(width, 4 * width, nn.GELU())
         self.attention_gate, self.feed_forward_gate = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
 

@@ -1,7 +1,7 @@
 """Episodes as batches: pictures and names in one sequence, for training and for prompts. Picklable, for loader workers."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,14 +15,21 @@ from mm.types import MEDIUM, Batch, Interleaved, Sample, TextBatch
 
 
 @dataclass(frozen=True)
+class Shown:
+    """One prepared picture: pixels uint8 ``(3 or 4, S, S)``, and whether its mirror image means the same."""
+
+    image: Tensor
+    flippable: bool
+
+
+@dataclass(frozen=True)
 class EpisodeItem:
-    """One prepared episode: pictures uint8 ``(3 or 4, S, S)``, the text behind each, and the seeds of their changes."""
+    """One prepared episode: its pictures, the text behind each, and the seeds of the pictures' changes."""
 
     id: str
-    images: tuple[Tensor, ...]
+    shown: tuple[Shown, ...]
     texts: tuple[str, ...]
     augment_seeds: tuple[int, ...]
-    flippable: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -34,49 +41,57 @@ class EpisodePreparation:
         base: Draws captions and prepares single pictures.
         pool: Where examples come from.
         config: How episodes are drawn.
+        remembered: Decoded pictures by their id, filled up to ``config.remember`` of them.
     """
 
     base: TrainPreparation
     pool: Pool
     config: EpisodeConfig
+    remembered: dict[str, Shown] = field(default_factory=dict)
 
     def __call__(self, sample: Sample, visit: int) -> EpisodeItem:
         config, seed = self.config, self.base.seed
         random = generator(seed, visit, sample.id, "episode")
+        query = self._show(sample.id, lambda: sample)
         if random.random() < config.captions:
-            caption = self.base.captioner(sample, generator(seed, visit, sample.id, "caption"))
-            return self._item(sample, visit, [sample], [caption])
+            return self._item(
+                sample.id, visit, [query], [self.base.captioner(sample, generator(seed, visit, sample.id, "caption"))]
+            )
         ways = int(random.integers(config.ways[0], config.ways[1] + 1))
         shots = int(random.integers(config.shots[0], config.shots[1] + 1))
         ways = max(2, min(ways, self.pool.ways(sample.fields)))
-        episode = self.pool.draw(random, sample.fields, ways=ways, shots=shots, query_id=sample.id)
-        shown = [self.pool.source.read(index) for index, _ in episode.support]
+        episode, source = self.pool.draw(random, sample.fields, ways=ways, shots=shots, query_id=sample.id), self.pool.source
+        examples = [self._show(source.key(index), lambda index=index: source.read(index)) for index, _ in episode.support]
         order = [*(way for _, way in episode.support), episode.answer]
-        return self._item(sample, visit, [*shown, sample], [config.template.format(episode.names[way]) for way in order])
+        return self._item(sample.id, visit, [*examples, query], [config.template.format(episode.names[way]) for way in order])
 
     def collate(self, items: Sequence[EpisodeItem], epoch: int) -> Batch:
         """Change all pictures of the batch at once; what becomes of each depends on its own seed alone."""
         base, spec = self.base, self.base.processor.image_spec
         image = augment(
-            [image for item in items for image in item.images],
+            [shown.image for item in items for shown in item.shown],
             [seed for item in items for seed in item.augment_seeds],
             base.augment.at(epoch),
             spec.size,
             background=spec.background,
-            flippable=[flag for item in items for flag in item.flippable],
+            flippable=[shown.flippable for item in items for shown in item.shown],
         )
         text = captioned(base.processor, [item.texts for item in items])
         return Batch(ids=tuple(item.id for item in items), interleaved=Interleaved(text, image))
 
-    def _item(self, query: Sample, visit: int, shown: Sequence[Sample], texts: Sequence[str]) -> EpisodeItem:
-        base = self.base
-        return EpisodeItem(
-            id=query.id,
-            images=tuple(pixels(sample, base.processor, keep_alpha=True) for sample in shown),
-            texts=tuple(texts),
-            augment_seeds=tuple(derive_seed(base.seed, visit, query.id, "augment", place) for place in range(len(shown))),
-            flippable=tuple(may_flip(sample, base.augment) for sample in shown),
-        )
+    def _item(self, id: str, visit: int, shown: Sequence[Shown], texts: Sequence[str]) -> EpisodeItem:
+        seeds = tuple(derive_seed(self.base.seed, visit, id, "augment", place) for place in range(len(shown)))
+        return EpisodeItem(id, tuple(shown), tuple(texts), seeds)
+
+    def _show(self, id: str, read: Callable[[], Sample]) -> Shown:
+        if id in self.remembered:
+            return self.remembered[id]
+        sample = read()
+        image = pixels(sample, self.base.processor, keep_alpha=True)
+        shown = Shown(image, may_flip(sample, self.base.augment))
+        if len(self.remembered) < self.config.remember:
+            self.remembered[id] = shown
+        return shown
 
 
 def captioned(processor: Processor, texts: Sequence[Sequence[str]], beginning: str | None = None) -> TextBatch:

@@ -74,7 +74,8 @@ class Flamingo(InterleavedSystem):
 
     def embed(self, ids: Int64[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
         """Vectors of words, and of the places of pictures."""
-        return torch.where((ids == MEDIUM)[..., None], self.medium, self.language.embed(ids.clamp(min=0)))
+        words = self.language.embed(ids.clamp(min=0))
+        return torch.where((ids == MEDIUM)[..., None], self.medium.to(words.dtype), words)
 
     def read(self, prompt: Interleaved) -> Reading:
         """See `InterleavedSystem.read`."""

@@ -76,8 +76,8 @@ class InterleavedSettings(SystemSettings):
     def _possible_parts(self) -> Self:
         if isinstance(self.language, str) and self.train_language:
             raise ValueError(
-                f"train_language: a MODEL, '{self.language}', is held fixed; give its configuration as 'language' and the MODEL "
-                "as 'init_from'"
+                f"train_language: a MODEL, '{self.language}', is held fixed; give its configuration as 'language' and the "
+                "MODEL as 'init_from'"
             )
         if self.remember_pictures and "image" not in self.lock:
             raise ValueError("remember_pictures needs lock: [image]; features of an encoder that learns do not stay the same")

@@ -65,7 +65,7 @@ def logits_of(system: InterleavedSystem, prompt: Interleaved) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_writing_is_greedy_search_one_text_at_a_time(kind: str) -> None:
-    """Together, from caches, with prompts of unequal lengths and numbers of pictures: as each alone, read anew for each word."""
+    """Together, from caches, with prompts of unequal lengths and numbers of pictures: as each alone, read anew for a word."""
     system, prompt = made(kind), prompts(PROMPTS)
     written = system.write(prompt, Decoding(max_tokens=5), [0, 1, 2])
     for row in range(len(PROMPTS)):
