@@ -63,7 +63,7 @@ class TrainPreparation:
             caption = self.captioner(sample, generator(self.seed, visit, sample.id, "caption"))
         return Item(
             id=sample.id,
-            image=pixels(sample, self.processor, keep_alpha=True),
+            image=_pixels(sample, self.processor, keep_alpha=True),
             texts=(caption,),
             fields=sample.fields,
             group=_group(sample, caption, self.positives) if self.processor.has_text else 0,
@@ -99,7 +99,7 @@ class EvalPreparation:
 
     def __call__(self, sample: Sample, visit: int) -> Item:
         texts = tuple(text for text in sample.texts if text.strip())
-        return Item(id=sample.id, image=pixels(sample, self.processor, keep_alpha=False), texts=texts, fields=sample.fields)
+        return Item(id=sample.id, image=_pixels(sample, self.processor, keep_alpha=False), texts=texts, fields=sample.fields)
 
     def collate(self, items: Sequence[Item], epoch: int) -> Batch:
         return Batch(
@@ -121,8 +121,7 @@ class QuestionPreparation:
         return self.base(sample, visit)
 
 
-def pixels(sample: Sample, processor: Processor, *, keep_alpha: bool) -> Tensor:
-    """The picture of a sample, uint8 ``(3 or 4, S, S)``; transparent ones keep their alpha if ``keep_alpha``."""
+def _pixels(sample: Sample, processor: Processor, *, keep_alpha: bool) -> Tensor:
     data = sample.media.get("image")
     if data is None:
         raise BadSample("no picture", sample.id)
