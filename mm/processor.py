@@ -48,7 +48,7 @@ class ProcessorConfig(StrictConfig):
 class SavedProcessor(StrictConfig):
     """The content of ``processor.json``."""
 
-    image: ImageSpec
+    image: ImageSpec | None = None
     context_length: int
     templates: tuple[str, ...]
 
@@ -57,7 +57,7 @@ class Processor:
     """Prepares raw pictures and texts for one model.
 
     Args:
-        image: Geometry of the pictures.
+        image: Geometry of the pictures; None for models without pictures.
         tokenizer: Text to ids; None for models without text.
         context_length: Longest text in tokens, start and end included; 0 for models without text.
         templates: Prompts for class names.
@@ -66,15 +66,27 @@ class Processor:
     def __init__(
         self,
         *,
-        image: ImageSpec,
+        image: ImageSpec | None = None,
         tokenizer: TextTokenizer | None = None,
         context_length: int = 0,
         templates: Sequence[str] = ("{}",),
     ) -> None:
-        self.image_spec = image
+        self._image_spec = image
         self._tokenizer = tokenizer
         self.context_length = context_length
         self.templates = tuple(templates)
+
+    @property
+    def has_image(self) -> bool:
+        """Whether the model takes pictures."""
+        return self._image_spec is not None
+
+    @property
+    def image_spec(self) -> ImageSpec:
+        """Geometry of the pictures. Raises `UserError` for models without pictures."""
+        if self._image_spec is None:
+            raise UserError("this model takes texts only, no pictures; choose another model")
+        return self._image_spec
 
     @property
     def has_text(self) -> bool:
@@ -108,13 +120,15 @@ class Processor:
 
     def stamp(self) -> dict[str, Any]:
         """What an evaluation's protocol stamp says of the preparation."""
+        if not self.has_image:
+            return {}
         spec = self.image_spec
         return {"resize": f"{spec.fit} to {spec.size} px, {spec.interpolation}, antialiased"}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the vocabulary, JSON ready: the content of ``processor.json``."""
-        saved = SavedProcessor(image=self.image_spec, context_length=self.context_length, templates=self.templates)
-        return saved.model_dump(mode="json")
+        saved = SavedProcessor(image=self._image_spec, context_length=self.context_length, templates=self.templates)
+        return saved.model_dump(mode="json", exclude=None if self.has_image else {"image"})
 
     def save(self, folder: Path) -> None:
         """Write ``processor.json`` and ``tokenizer.json`` into an existing folder."""

@@ -206,7 +206,7 @@ def search(
         gained, tokens = scores.topk(min(decoding.beams + 1, scores.shape[1]))  # enough, as one of them may be the end
         num_each = gained.shape[1]
         sums = (likelihood.view(-1, 1) + gained).view(num_texts, -1)
-        sums, order = sums.sort(1, descending=True, stable=True)
+        sums, order = sums.sort(dim=1, descending=True, stable=True)
         parents, tokens = order // num_each, tokens.view(num_texts, -1).gather(1, order)
         ids = torch.cat([ids.gather(1, parents[..., None].expand(-1, -1, index)), tokens[..., None]], 2)
         ended = tokens == stop

@@ -22,13 +22,14 @@ RGBA_CHANNELS = 4
 
 @dataclass(frozen=True)
 class Item:
-    """One prepared sample: pixels uint8 ``(3 or 4, S, S)``, captions, the group of its positives, the seed of its changes.
+    """One prepared sample: captions, the group of its positives, the seed of its changes.
 
-    ``answers`` are the right answers to its question and how right they are, where they are learned.
+    ``image`` is pixels uint8 ``(3 or 4, S, S)``, None for models without pictures. ``answers`` are the right answers to its
+    question and how right they are, where they are learned.
     """
 
     id: str
-    image: Tensor
+    image: Tensor | None
     texts: tuple[str, ...]
     fields: Mapping[str, Any]
     group: int = 0
@@ -74,20 +75,22 @@ class TrainPreparation:
 
     def collate(self, items: Sequence[Item], epoch: int) -> Batch:
         """Change all pictures of the batch at once; what becomes of each depends on its own seed alone."""
-        image = augment(
-            [item.image for item in items],
+        return Batch(
+            ids=tuple(item.id for item in items),
+            image=self._augmented(items, epoch) if self.processor.has_image else None,
+            text=self.processor.text([item.texts[0] for item in items]) if self.processor.has_text else None,
+            groups=torch.tensor([item.group for item in items], dtype=torch.int64) if self.processor.has_text else None,
+            answers=tuple(item.answers for item in items) if self.answers else (),
+        )
+
+    def _augmented(self, items: Sequence[Item], epoch: int) -> Tensor:
+        return augment(
+            [item.image for item in items if item.image is not None],
             [item.augment_seed for item in items],
             self.augment.at(epoch),
             self.processor.image_spec.size,
             background=self.processor.image_spec.background,
             flippable=[item.flippable for item in items],
-        )
-        return Batch(
-            ids=tuple(item.id for item in items),
-            image=image,
-            text=self.processor.text([item.texts[0] for item in items]) if self.processor.has_text else None,
-            groups=torch.tensor([item.group for item in items], dtype=torch.int64) if self.processor.has_text else None,
-            answers=tuple(item.answers for item in items) if self.answers else (),
         )
 
 
@@ -104,7 +107,7 @@ class EvalPreparation:
     def collate(self, items: Sequence[Item], epoch: int) -> Batch:
         return Batch(
             ids=tuple(item.id for item in items),
-            image=torch.stack([item.image for item in items]),
+            image=torch.stack([item.image for item in items if item.image is not None]) if self.processor.has_image else None,
             fields=tuple(item.fields for item in items),
             captions=tuple(item.texts for item in items),
         )
@@ -121,7 +124,9 @@ class QuestionPreparation:
         return self.base(sample, visit)
 
 
-def _pixels(sample: Sample, processor: Processor, *, keep_alpha: bool) -> Tensor:
+def _pixels(sample: Sample, processor: Processor, *, keep_alpha: bool) -> Tensor | None:
+    if not processor.has_image:
+        return None
     data = sample.media.get("image")
     if data is None:
         raise BadSample("no picture", sample.id)

@@ -10,6 +10,7 @@ import torch
 from mm.config import apply_overrides, merge, read_layers, read_yaml, to_dict, validate, write_yaml
 from mm.data.accounting import merge_states
 from mm.data.captions import Captioner, corpus
+from mm.data.emoji import MIN_SIZE
 from mm.data.episodes import Pool
 from mm.data.loader import Loader
 from mm.data.questions import check_questions, questions_of
@@ -121,7 +122,7 @@ def assemble(config: RunConfig, *, resume: Path | None = None) -> Assembled:
     """
     parts = load_parts(config.system.parts() | config.system.training_parts())
     image_size = with_parts(config.system, parts).picture_side
-    source = open_training_source(config.data, image_size=image_size)
+    source = open_training_source(config.data, image_size=image_size or MIN_SIZE)
     start = load(config.init_from, device="cpu", precision="fp32") if config.init_from else None
     if resume is not None:
         processor = _kept_processor(config, resume, image_size)
@@ -179,21 +180,23 @@ def _episodes(
     return EpisodePreparation(preparation, Pool(source, episodes.concept, apart=episodes.apart), episodes)
 
 
-def _kept_processor(config: RunConfig, checkpoint: Path, image_size: int) -> Processor:
+def _kept_processor(config: RunConfig, checkpoint: Path, image_size: int | None) -> Processor:
     """The preparation that a run began with. Raises `ConfigError` where the configuration asks for another by now."""
     kept = Processor.load(checkpoint)
-    spec = config.processor.image_spec(image_size)
-    if config.init_from is None and (kept.image_spec, kept.templates) != (spec, config.processor.templates):
+    same = kept.templates == config.processor.templates
+    if image_size is not None:
+        same = same and kept.image_spec == config.processor.image_spec(image_size)
+    if config.init_from is None and not same:
         raise ConfigError(
             f"{checkpoint}: this run began with another 'processor' section; put it back, or train into a new run folder"
         )
     return kept
 
 
-def _processor(config: RunConfig, source: Source, image_size: int) -> Processor:
+def _processor(config: RunConfig, source: Source, image_size: int | None) -> Processor:
     """The preparation of a new model."""
     settings = config.processor
-    image = settings.image_spec(image_size)
+    image = None if image_size is None else settings.image_spec(image_size)
     limits = config.system.text_limits
     if limits is None:
         return Processor(image=image, templates=settings.templates)
@@ -217,10 +220,11 @@ def _corpus(config: RunConfig, source: Source) -> Iterator[str]:
 
 
 def _with_vocabulary(config: RunConfig, processor: Processor) -> RunConfig:
-    """The configuration with the vocabulary's true size, which may be smaller than asked for."""
+    """The configuration with the vocabulary's true size, which may be smaller than asked for, and the end of its texts."""
     if not processor.has_text:
         return config
-    return config.model_copy(update={"system": config.system.with_vocabulary(processor.tokenizer.vocab_size)})
+    tokenizer = processor.tokenizer
+    return config.model_copy(update={"system": config.system.with_vocabulary(tokenizer.vocab_size).with_end(tokenizer.end)})
 
 
 def _with_answers(config: RunConfig, source: Source, resume: Path | None) -> RunConfig:
@@ -282,7 +286,7 @@ def _without(values: Mapping[str, Any], parts: tuple[str, ...]) -> dict[str, Any
     return {key: value for key, value in values.items() if key.partition(".")[0] not in parts}
 
 
-def _validator(config: RunConfig, processor: Processor, image_size: int, able: frozenset[str]) -> Validator | None:
+def _validator(config: RunConfig, processor: Processor, image_size: int | None, able: frozenset[str]) -> Validator | None:
     if config.data.validation is None:
         return None
     data = config.data
@@ -291,7 +295,7 @@ def _validator(config: RunConfig, processor: Processor, image_size: int, able: f
         text_field=data.text_field,
         label_field=data.label_field,
         image_field=data.image_field,
-        image_size=image_size,
+        image_size=image_size or MIN_SIZE,
     )
     validator = Validator(source, processor, config.system, able)
     if environment()[0] == 0:

@@ -27,8 +27,10 @@ BATCH_SIZE = 128
 
 @dataclass(frozen=True)
 class _Held:
-    """Validation pictures as the network takes them, with their captions and fields, and questions where they are asked."""
+    """Validation pictures as the network takes them, a batch each, with their captions and fields, and questions where they are
+    asked. There are no pictures for networks that see none."""
 
+    sizes: tuple[int, ...]
     pixels: tuple[Tensor, ...]
     captions: tuple[tuple[str, ...], ...]
     fields: tuple[Any, ...]
@@ -97,8 +99,9 @@ class Validator:
             if sum(map(len, batches)) >= MAX_SAMPLES:
                 break
         if not batches:
-            raise UserError(f"{self._source.name}: no picture can be used: {loader.accounting.describe()}")
+            raise UserError(f"{self._source.name}: no sample can be used: {loader.accounting.describe()}")
         return _Held(
+            tuple(map(len, batches)),
             tuple(batch.image for batch in batches if batch.image is not None),
             tuple(captions for batch in batches for captions in batch.captions),
             tuple(fields for batch in batches for fields in batch.fields),
@@ -130,18 +133,19 @@ class Validator:
         sums: dict[str, float] = {}
         captions, count = iter(held.captions), 0
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            for number, pixels in enumerate(held.pixels):
+            for number, size in enumerate(held.sizes):
                 torch.manual_seed(number)
-                rows = slice(count, count + len(pixels))
+                rows = slice(count, count + size)
+                pixels = held.pixels[number] if held.pixels else None
                 asked = held.questions[rows]
-                texts = [question.text for question in asked] or [(next(captions) or ("",))[0] for _ in pixels]
+                texts = [question.text for question in asked] or [(next(captions) or ("",))[0] for _ in range(size)]
                 text = self._processor.text(texts) if self._processor.has_text else None
                 answers = tuple(accepted(question.answers) for question in asked)
                 batch = Batch(tuple(map(str, range(rows.start, rows.stop))), pixels, text, answers=answers)
                 losses = system.loss(batch.to(device), 0)
                 for name, value in {"loss": losses.total, **losses.parts}.items():
-                    sums[name] = sums.get(name, 0.0) + float(value) * len(pixels)
-                count += len(pixels)
+                    sums[name] = sums.get(name, 0.0) + float(value) * size
+                count += size
         return {name: value / count for name, value in sums.items()}
 
     def _accuracy(self, model: Model, held: _Held) -> dict[str, float]:

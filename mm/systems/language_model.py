@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import torch.nn.functional as F
 from pydantic import Discriminator, Field, Tag
-from torch import Tensor, nn
+from torch import nn
 
 from mm.config import TAG_PREFIX
 from mm.errors import ConfigError

@@ -16,11 +16,11 @@ END = 0
 
 @functools.cache
 def model(vocabulary=12, seed=0, **changes):
-    torch.manual_seed(seed)
     sizes = {"vocab_size": vocabulary, "context_length": 40, "width": 16, "layers": 2, "heads": 4, "tied": False} | changes
     built = build_language_model(LanguageModelConfig(**sizes)).eval().requires_grad_(False)
+    torch.manual_seed(seed)
     for parameter in built.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
+        torch.nn.init.normal_(parameter, std=0.7)
     return built
 
 
