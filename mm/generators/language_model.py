@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from mm.nn.attention import KVCache, MultiHeadAttention
 from mm.nn.embeddings import LearnedPositions, Rotary, TokenEmbedding
 from mm.nn.ends import end
 from mm.nn.initialise import initialise
-from mm.nn.linear import Linear
+from mm.nn.linear import Linear, linear
 from mm.nn.masks import EVERYTHING, Mask, attention_mask
 from mm.nn.transformer import Block, FeedForward, GatedFeedForward, Transformer
 
@@ -171,7 +170,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
         """Of the next word."""
-        return F.linear(hidden, self.embedding.tokens.weight) if self.head is None else self.head(hidden)
+        return linear(hidden, self.embedding.tokens.weight) if self.head is None else self.head(hidden)
 
     def prefill(
         self,

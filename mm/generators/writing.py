@@ -236,5 +236,5 @@ def search(
             state = state[rows.flatten()]
         else:
             state.exchange(rows.flatten(), index)
-        logits = model.step(ids[..., -1].flatten(), index, state)
+        logits = model.step(ids[..., -1].flatten().contiguous(), index, state)  # of one layout, for what is compiled
     return [[written for _, written in found.best] for found in results]
