@@ -9,7 +9,7 @@ from torch import Tensor
 from mm.data.augment import augment, may_flip
 from mm.data.episodes import EpisodeConfig, Pool
 from mm.processor import Processor
-from mm.run.preparation import TrainPreparation, pixels
+from mm.run.preparation import TrainPreparation, picture
 from mm.seeding import derive_seed, generator
 from mm.types import MEDIUM, Batch, Interleaved, Sample, TextBatch
 
@@ -87,7 +87,7 @@ class EpisodePreparation:
         if id in self.remembered:
             return self.remembered[id]
         sample = read()
-        image = pixels(sample, self.base.processor, keep_alpha=True)
+        image = picture(sample, self.base.processor, keep_alpha=True)
         shown = Shown(image, may_flip(sample, self.base.augment))
         if len(self.remembered) < self.config.remember:
             self.remembered[id] = shown
@@ -123,8 +123,3 @@ def _begun(processor: Processor, text: str) -> list[int]:
     """Ids of the beginning of a text, with its start."""
     tokenizer = processor.tokenizer
     return [*([] if tokenizer.start is None else [tokenizer.start]), *tokenizer.encode(text.rstrip())]
-
-
-def prepared(processor: Processor, sample: Sample) -> Tensor:
-    """The picture of a sample as the model takes it, uint8 ``(3, S, S)``. Raises `mm.errors.BadSample`."""
-    return pixels(sample, processor, keep_alpha=False)

@@ -16,8 +16,9 @@ from mm.evaluation.few_shot import chosen_right, few_shot
 from mm.evaluation.metrics import Result
 from mm.evaluation.reranking import nearest
 from mm.hub import Model
-from mm.run.episodes import captioned, endings, prepared
+from mm.run.episodes import captioned, endings
 from mm.run.evaluation import encode, loaded, opened, stamp
+from mm.run.preparation import picture
 from mm.seeding import generator
 from mm.types import Decoding, Interleaved, Source, Writes
 
@@ -57,7 +58,7 @@ class _Pictures:
 
     def __call__(self, index: int) -> Tensor:
         if index not in self.known:
-            self.known[index] = prepared(self.model.processor, self.source.read(index))
+            self.known[index] = picture(self.source.read(index), self.model.processor, keep_alpha=False)
         return self.known[index]
 
 

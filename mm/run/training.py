@@ -127,7 +127,8 @@ def assemble(config: RunConfig, *, resume: Path | None = None) -> Assembled:
     if resume is not None:
         processor = _kept_processor(config, resume, image_size)
     else:
-        processor = _processor(config, source, image_size) if start is None else start.processor
+        processor = _processor(config, source, image_size, parts) if start is None else start.processor
+        processor = _with_words_of(parts.get("language"), processor)
     config = _with_answers(_with_vocabulary(config, processor), source, resume)
     config = config.model_copy(update={"system": embed_parts(config.system, parts)})
     known = {"answer_text": processor.text(config.system.known_answers)} if config.system.learns_answers else {}
@@ -193,15 +194,29 @@ def _kept_processor(config: RunConfig, checkpoint: Path, image_size: int | None)
     return kept
 
 
-def _processor(config: RunConfig, source: Source, image_size: int | None) -> Processor:
+def _with_words_of(language: Model | None, processor: Processor) -> Processor:
+    """The preparation with the tokens that a language model which is part of the network knows."""
+    if language is None:
+        return processor
+    return Processor(
+        image=processor.image_spec,
+        tokenizer=language.processor.tokenizer,
+        context_length=processor.context_length,
+        templates=processor.templates,
+    )
+
+
+def _processor(config: RunConfig, source: Source, image_size: int | None, parts: Mapping[str, Model]) -> Processor:
     """The preparation of a new model."""
     settings = config.processor
     image = None if image_size is None else settings.image_spec(image_size)
-    limits = config.system.text_limits
+    limits = with_parts(config.system, parts).text_limits
     if limits is None:
         return Processor(image=image, templates=settings.templates)
     vocab_size, context_length = limits
-    if settings.tokenizer == "clip":
+    if "language" in parts:
+        tokenizer = parts["language"].processor.tokenizer
+    elif settings.tokenizer == "clip":
         tokenizer = TextTokenizer.clip_bpe()
     else:
         tokenizer = TextTokenizer.train_bpe(_corpus(config, source), vocab_size)

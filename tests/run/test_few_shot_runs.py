@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ class LooksUp(System):
     def write(self, prompt: Interleaved, decoding: Decoding, seeds: Sequence[int], *, on_tokens=None) -> list[Written]:
         ids = prompt.text.ids[0].tolist()
         starts = [place for place, token in enumerate(ids) if token == MEDIUM]
-        chunks = [ids[a + 2 : b] for a, b in zip(starts, starts[1:], strict=False)]
+        chunks = [ids[a + 2 : b] for a, b in pairwise(starts)]
         if not chunks:
             return [Written((), 0.0, True)]
         vectors = self.clip.embed_image(prompt.image)  # pyright: ignore[reportCallIssue]

@@ -8,7 +8,20 @@ import torch
 from mm.errors import ConfigError
 from mm.run.catalogue import catalogue
 from mm.systems import CONFIGS, MODULES, SystemConfig, build, read_system
-from mm.types import CAPABILITIES, Answers, Candidates, Matches, Paints, Sampling, System, TextBatch, capabilities
+from mm.types import (
+    CAPABILITIES,
+    MEDIUM,
+    Answers,
+    Candidates,
+    Interleaved,
+    Matches,
+    Paints,
+    Sampling,
+    System,
+    TextBatch,
+    Writes,
+    capabilities,
+)
 
 PUBLISHED_VQ = {"tokenizer": {"kind": "dvae", "image_size": 16, "width": 8, "vocab_size": 16, "code_width": 8, "num_blocks": 1}}
 VQ = {"tokenizer": {"name": "vq", "tokenizer": {"image_size": 16, "patch": 2, "widths": [8, 16]}}}
@@ -28,6 +41,8 @@ ABLE = {
     "vilt": {"matches"},
     "albef": {"embeds", "matches", "grounds"},
     "albef-vqa": {"answers"},
+    "frozen": {"captions", "writes"},
+    "flamingo": {"captions", "writes"},
 }
 
 
@@ -97,6 +112,10 @@ def _what_it_gives(system: System, image: torch.Tensor) -> torch.Tensor:
         words = Candidates(("a", "b", "c"), TextBatch(torch.tensor([[1, 5, 2], [1, 6, 2], [1, 7, 2]]), torch.tensor([3, 3, 3])))
         found = system.answer(image, TextBatch(torch.ones(2, 5, dtype=torch.int64), torch.tensor([5, 3])), words, k=3)
         return torch.tensor([[dict(zip(one.answers, one.scores, strict=True))[word] for word in words.words] for one in found])
+    if isinstance(system, Writes):
+        prompt = TextBatch(torch.tensor([[MEDIUM, 1, 5], [MEDIUM, 1, 0]]), torch.tensor([3, 2]))
+        names = TextBatch(torch.tensor([[5, 2], [6, 2], [7, 2]]), torch.tensor([2, 2, 2]))
+        return system.continuation_likelihoods(Interleaved(prompt, image), names)
     tokenizer = system.tokenizer if "paints" in able else system
     return tokenizer.encode(image)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
 
