@@ -14,11 +14,13 @@ from mm.data.emoji import open_emoji
 from mm.data.episodes import EpisodeConfig, Pool
 from mm.data.loader import Loader
 from mm.data.sources import Subset
-from mm.errors import UserError
+from mm.errors import ConfigError, UserError
 from mm.hub import Model, load
+from mm.run.config import CONFIGS
 from mm.run.episodes import EpisodePreparation, captioned, endings
 from mm.run.few_shot import evaluate_few_shot
 from mm.run.preparation import TrainPreparation
+from mm.run.training import assemble, load_run_config, train
 from mm.systems.frozen import FrozenConfig
 from mm.types import MEDIUM, Batch, Decoding, Interleaved, System, TextBatch, Written
 
@@ -172,3 +174,24 @@ def test_options_that_mean_nothing_are_refused(looker: Model, options, message: 
 def test_a_model_that_reads_no_pictures_among_words_is_refused(clip: Model) -> None:
     with pytest.raises(UserError, match="reads no texts in which pictures stand"):
         evaluate_few_shot(clip, "emoji:validation/core/novel")
+
+
+@pytest.mark.parametrize("config", ["frozen", "flamingo"])
+def test_a_run_learns_from_episodes_and_is_measured(config: str, tmp_path, source) -> None:
+    changes = ["train.steps=2", "train.batch_size=2", "system.remember_pictures=0", "data.train=emoji:train/core/noto"]
+    changes += [
+        "data.validation=null",
+        "data.episodes.apart=null",
+        "data.episodes.shots=[1, 2]",
+        "system.language.network.layers=1",
+    ]
+    result = train(CONFIGS / f"{config}.yaml", changes, out=tmp_path)
+    assert result.step == 2
+    figures = evaluate_few_shot(tmp_path, "emoji:validation/core/novel", limit=2, shots=(1,), precision="fp32")
+    assert {"accuracy_1shot", "blind_exact_1shot"} <= figures.metrics.keys()
+
+
+def test_episodes_need_a_system_that_reads_them() -> None:
+    config = load_run_config(CONFIGS / "clip.yaml", ["data.episodes={concept: key}", "data.validation=null"])
+    with pytest.raises(ConfigError, match="take frozen or flamingo"):
+        assemble(config)
