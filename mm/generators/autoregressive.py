@@ -41,7 +41,7 @@ class NextToken(Protocol):
         """
         ...
 
-    def step(self, ids: Int64[Tensor, " r"], index: int | Tensor, caches: list[KVCache]) -> Float[Tensor, "r v"]:
+    def step(self, ids: Int64[Tensor, " r"], index: int | Tensor, caches: list[KVCache], /) -> Float[Tensor, "r v"]:
         """Read token number ``index``, counted from 0 behind the prompt, and return the logits of the next one.
 
         The index is a number, or where the step is compiled an int64 tensor ``(1,)``. Either may be added to, select a row of

@@ -11,6 +11,7 @@ Shapes: B texts, T positions, S positions of the context, D width, V vocabulary.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -29,6 +30,10 @@ from mm.nn.initialise import initialise
 from mm.nn.linear import Linear, linear
 from mm.nn.masks import EVERYTHING, Mask, attention_mask
 from mm.nn.transformer import Block, FeedForward, GatedFeedForward, Transformer
+from mm.types import TextBatch
+
+MAX_CANDIDATE_ROWS = 256
+"""Candidates, times prompts, whose likelihoods are computed together."""
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "swiglu"]
 ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
@@ -36,6 +41,34 @@ ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
     "relu": nn.ReLU,
 }
+
+
+class RotaryScaling(StrictConfig):
+    """LLaMA 3.1's rotary positions for longer texts than it was trained on first (https://arxiv.org/abs/2407.21783).
+
+    Args:
+        factor: Wavelengths longer than ``trained_length / low`` become so many times longer.
+        low: See above.
+        high: Wavelengths shorter than ``trained_length / high`` stay; those between are stretched by less.
+        trained_length: Positions of the first training.
+    """
+
+    factor: float = Field(gt=0)
+    low: float = Field(gt=0)
+    high: float = Field(gt=0)
+    trained_length: int = Field(ge=1)
+
+    def __call__(self, frequencies: Tensor) -> Tensor:
+        """The frequencies of the stretched wavelengths."""
+        turns = self.trained_length * frequencies / (2 * math.pi)
+        kept = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
+        return frequencies * (kept + (1 - kept) / self.factor)
+
+    @model_validator(mode="after")
+    def _possible(self) -> "RotaryScaling":
+        if self.high <= self.low:
+            raise ValueError(f"high {self.high} must be above low {self.low}")
+        return self
 
 
 class LanguageModelConfig(StrictConfig):
@@ -54,7 +87,8 @@ class LanguageModelConfig(StrictConfig):
         norm_eps: Added to the variance in the norms.
         positions: ``learned`` or ``rotary``; rotary ones are relative, so that pictures may stand where training had none.
         rotary_base: Ratio of the longest to the shortest wavelength of rotary positions.
-        bias: Whether the linear layers have a bias.
+        rotary_scaling: Stretches long wavelengths of rotary positions.
+        bias: Whether the linear layers have a bias; the gated feed-forward has none.
         tied: The vectors that words come in with are those that they are predicted by.
         dropout: Of each block's branches and of the words, in training.
         gradient_checkpointing: Recompute activations in the backward pass.
@@ -72,6 +106,7 @@ class LanguageModelConfig(StrictConfig):
     norm_eps: float = Field(default=1e-5, gt=0)
     positions: Literal["learned", "rotary"] = "learned"
     rotary_base: float = Field(default=10_000.0, gt=0)
+    rotary_scaling: RotaryScaling | None = None
     bias: bool = True
     tied: bool = True
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -242,6 +277,38 @@ class LanguageModel(nn.Module):
             )
 
 
+@torch.no_grad()
+def continuation_likelihoods(
+    model: LanguageModel, logits: Float[Tensor, "b v"], state: WritingState, candidates: TextBatch
+) -> Float[Tensor, "b a"]:
+    """Log-likelihood in nats, fp32, of each of A candidates behind each prompt.
+
+    Args:
+        model: Which read the prompts.
+        logits: Of the first word behind each, with ``state`` from a prefill with room for the longest candidate.
+        state: Left as it was.
+        candidates: Texts of at least one token, the same for all prompts.
+    """
+    many = max(1, MAX_CANDIDATE_ROWS // len(logits))
+    starts = range(0, len(candidates), many)
+    return torch.cat([_likelihoods(model, logits, state, candidates[start : start + many]) for start in starts], 1)
+
+
+def _likelihoods(model: LanguageModel, logits: Tensor, state: WritingState, candidates: TextBatch) -> Tensor:
+    prompts, count = len(logits), len(candidates)
+    ids = candidates.ids.repeat(prompts, 1)
+    lengths = candidates.lengths.repeat(prompts)
+    rows = torch.arange(prompts, device=logits.device).repeat_interleave(count)
+    state, logits = state[rows], logits[rows]
+    total = torch.zeros(len(rows), device=logits.device)
+    for index in range(int(lengths.max())):
+        gained = logits.float().log_softmax(-1).gather(1, ids[:, index, None])[:, 0]
+        total += gained.masked_fill(index >= lengths, 0.0)
+        if index + 1 < int(lengths.max()):
+            logits = model.step(ids[:, index], index, state)
+    return total.view(prompts, count)
+
+
 def _rows_of(mask: Mask, rows: Tensor) -> Mask:
     """The mask of some rows; parts that all rows share stay as they are."""
 
@@ -294,7 +361,7 @@ def build_language_model(config: LanguageModelConfig, wrap: Callable[[int, Block
             make_block,  # pyright: ignore[reportArgumentType]
             config.layers,
             final_norm=norm(),
-            rotary=Rotary(config.width // config.heads, config.rotary_base) if rotary else None,
+            rotary=Rotary(config.width // config.heads, config.rotary_base, config.rotary_scaling) if rotary else None,
             gradient_checkpointing=config.gradient_checkpointing,
         ),
         head=None if config.tied else end(Linear(config.width, config.vocab_size, bias=False)),

@@ -30,7 +30,7 @@ from mm.types import Decoding, OnTokens, Sampling, Written
 class Continues(Protocol):
     """What a model offers to be written with, such as `mm.generators.language_model.LanguageModel`."""
 
-    def step(self, ids: Int64[Tensor, " r"], index: int | Tensor, state: WritingState) -> Float[Tensor, "r v"]:
+    def step(self, ids: Int64[Tensor, " r"], index: int | Tensor, state: WritingState, /) -> Float[Tensor, "r v"]:
         """Read word number ``index`` behind the prompts, counted from 0, and return the logits of the next one."""
         ...
 

@@ -61,13 +61,15 @@ class Rotary(nn.Module):
     Args:
         head_width: E, even.
         base: Ratio of the longest to the shortest wavelength.
+        change: Of the frequencies, for models that stretch some wavelengths.
     """
 
     frequencies: Tensor
 
-    def __init__(self, head_width: int, base: float = 10_000.0) -> None:
+    def __init__(self, head_width: int, base: float = 10_000.0, change: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
-        self.register_buffer("frequencies", _frequencies(head_width, base), persistent=False)
+        frequencies = _frequencies(head_width, base)
+        self.register_buffer("frequencies", frequencies if change is None else change(frequencies), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move, but keep the type: angles of far positions are wrong by much where frequencies are rounded."""
@@ -80,6 +82,13 @@ class Rotary(nn.Module):
         """Cosines and sines of the positions ``offset`` to ``offset + length``, for `rotate`."""
         angles = _angles(self.frequencies, length, offset).repeat(1, 2)
         return angles.cos(), angles.sin()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
+        """Frequencies stay in fp32 where the network is cast: rounded ones would turn far positions by wrong angles."""
+        exact = self.frequencies
+        super()._apply(fn, recurse)
+        self.frequencies = exact.to(self.frequencies.device)
+        return self
 
 
 def rotate(x: Float[Tensor, "b h t e"], rotation: tuple[Tensor, Tensor]) -> Float[Tensor, "b h t e"]:

@@ -43,6 +43,15 @@ ARCHITECTURES = {
 }
 """The dual tower of each ``model_type``."""
 
+LANGUAGE_MODELS = {
+    "gpt2": "GPT2Config",
+    "llama": "LlamaConfig",
+    "mistral": "MistralConfig",
+    "opt": "OPTConfig",
+    "qwen2": "Qwen2Config",
+}
+"""The configuration of each ``model_type`` that `mm.published.language_models` reads."""
+
 LATER = {
     "bert": "BERT reads no pictures; mm convert FOLDER --image MODEL -o DIR joins it with a picture encoder",
     "clap": "CLAP needs an audio tower",
@@ -181,7 +190,9 @@ def _architecture(values: Mapping[str, Any], folder: Path) -> str:
             )
         return BLIP_RETRIEVAL
     if kind not in ARCHITECTURES:
-        raise CheckpointError(f"{folder}: model_type '{kind}' is not supported; there are {', '.join(ARCHITECTURES)}")
+        raise CheckpointError(
+            f"{folder}: model_type '{kind}' is not supported; there are {', '.join([*ARCHITECTURES, *LANGUAGE_MODELS])}"
+        )
     return ARCHITECTURES[kind]
 
 

@@ -14,6 +14,7 @@ from mm.config import read_json
 from mm.encoders.library_towers import quiet_transformers
 from mm.errors import CheckpointError
 from mm.media.geometry import ImageSpec
+from mm.processor import TOKENIZER_FILE
 from mm.published.imported import one_line, reason, token_id, triple
 from mm.tokenizers.text import CLIP_VOCAB_SIZE, MAX_FILE_BYTES, Cleaning, TextTokenizer
 
@@ -128,14 +129,12 @@ def read_tokenizer(folder: Path, *, siglip: bool) -> tuple[TextTokenizer, int]:
         limit = min(int(settings.get("model_max_length") or UNLIMITED), UNLIMITED)
     if _is_clips(folder):
         return TextTokenizer.clip_bpe(), limit
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER_FILE
     if path.is_file():
         return _from_file(path, settings, siglip), limit
-    if not any((folder / name).is_file() for name in VOCABULARIES):  # transformers would make up an empty one
-        raise CheckpointError(f"{folder}: no tokenizer.json; its texts cannot be split without it, download it too")
     with tempfile.TemporaryDirectory() as place:
-        converted = Path(place) / "tokenizer.json"
-        _convert(folder, converted)
+        converted = Path(place) / TOKENIZER_FILE
+        write_tokenizer(folder, converted)
         return _from_file(converted, settings, siglip), limit
 
 
@@ -166,7 +165,7 @@ def _pad_id(path: Path, settings: Mapping[str, Any]) -> int:
 
 def _is_clips(folder: Path) -> bool:
     """Whether the vocabulary is that of OpenAI's CLIP; only the spelling of its two special tokens varies."""
-    tokenizer, vocabulary = folder / "tokenizer.json", folder / "vocab.json"
+    tokenizer, vocabulary = folder / TOKENIZER_FILE, folder / "vocab.json"
     if tokenizer.is_file():
         model = read_json(tokenizer, MAX_FILE_BYTES).get("model")
         found = model.get("vocab") if isinstance(model, dict) else None
@@ -178,8 +177,16 @@ def _is_clips(folder: Path) -> bool:
     return {token for token, i in own.items() if found.get(token) != i} == {"<start_of_text>", "<end_of_text>"}
 
 
-def _convert(folder: Path, path: Path) -> None:
-    """Write the ``tokenizer.json`` that an older checkpoint lacks."""
+def write_tokenizer(folder: Path, path: Path) -> None:
+    """Write what transformers makes of a folder's vocabulary as a ``tokenizer.json``, which older checkpoints lack.
+
+    Raises:
+        CheckpointError: There is no vocabulary, or none that can be read.
+    """
+    if not any(
+        (folder / name).is_file() for name in (TOKENIZER_FILE, *VOCABULARIES)
+    ):  # transformers would make up an empty one
+        raise CheckpointError(f"{folder}: no {TOKENIZER_FILE}; its texts cannot be split without it, download it too")
     from transformers import AutoTokenizer
 
     try:
@@ -188,5 +195,5 @@ def _convert(folder: Path, path: Path) -> None:
         tokenizer.backend_tokenizer.save(str(path))
     except Exception as error:  # each of its tokenizers raises its own
         raise CheckpointError(
-            f"{folder}: no tokenizer.json, and none can be made from its other files: {reason(error)}"
+            f"{folder}: no tokenizer.json that can be read, and none can be made from its other files: {reason(error)}"
         ) from None

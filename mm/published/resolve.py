@@ -12,6 +12,7 @@ from mm.errors import CheckpointError
 from mm.published import huggingface, open_clip
 from mm.published.image_tokenizers import import_tokenizer_folder
 from mm.published.imported import Imported, read_safetensors
+from mm.published.language_models import import_language_model, is_language_model
 from mm.published.openai import import_openai
 from mm.published.timm_folder import import_timm
 
@@ -66,6 +67,8 @@ def import_folder(folder: Path, state: Mapping[str, Tensor] | None = None) -> Im
         return open_clip.import_folder(folder, state)
     if state is None and (found := import_tokenizer_folder(folder) or import_timm(folder)) is not None:
         return found
+    if is_language_model(folder):
+        return import_language_model(folder, state)
     if (folder / huggingface.CONFIG_FILE).is_file():
         return huggingface.import_huggingface(folder, state)
     return None

@@ -129,7 +129,7 @@ def assemble(config: RunConfig, *, resume: Path | None = None) -> Assembled:
     else:
         processor = _processor(config, source, image_size, parts) if start is None else start.processor
         processor = _with_words_of(parts.get("language"), processor)
-    config = _with_answers(_with_vocabulary(config, processor), source, resume)
+    config = _with_answers(_with_vocabulary(config, processor, start), source, resume)
     config = config.model_copy(update={"system": embed_parts(config.system, parts)})
     known = {"answer_text": processor.text(config.system.known_answers)} if config.system.learns_answers else {}
     system = _system(config, start, {name: part.system for name, part in parts.items()} | known)
@@ -174,7 +174,7 @@ def _episodes(
     episodes = config.data.episodes
     if episodes is None:
         return preparation
-    if "writes" not in able:
+    if "writes" not in able or not preparation.processor.has_image:
         raise ConfigError(
             f"data.episodes: '{config.system.name}' reads no texts with pictures in them; take frozen or flamingo"
         )
@@ -234,12 +234,17 @@ def _corpus(config: RunConfig, source: Source) -> Iterator[str]:
             continue
 
 
-def _with_vocabulary(config: RunConfig, processor: Processor) -> RunConfig:
-    """The configuration with the vocabulary's true size, which may be smaller than asked for, and the end of its texts."""
+def _with_vocabulary(config: RunConfig, processor: Processor, start: Model | None) -> RunConfig:
+    """The configuration with the vocabulary's true size, which may be smaller than asked for, and the end of its texts.
+
+    Published networks may have room for more words than their tokenizer has; what starts with one keeps that room.
+    """
     if not processor.has_text:
         return config
-    tokenizer = processor.tokenizer
-    return config.model_copy(update={"system": config.system.with_vocabulary(tokenizer.vocab_size).with_end(tokenizer.end)})
+    tokenizer, size = processor.tokenizer, processor.tokenizer.vocab_size
+    if start is not None and start.config.name == config.system.name and start.config.text_limits is not None:
+        size = start.config.text_limits[0]
+    return config.model_copy(update={"system": config.system.with_vocabulary(size).with_end(tokenizer.end)})
 
 
 def _with_answers(config: RunConfig, source: Source, resume: Path | None) -> RunConfig:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mm.encoders.image import ImageEncoder, ImageEncoderConfig
 from mm.fusion.dual_tower import DualTower, unit
 from mm.fusion.interleaving import NOTHING, behind_last_medium, following, in_front
-from mm.generators.language_model import LanguageModel
+from mm.generators.language_model import LanguageModel, continuation_likelihoods
 from mm.generators.writing import write
 from mm.nn.freeze import freeze
 from mm.nn.masks import EVERYTHING, Mask
@@ -27,9 +27,6 @@ from mm.systems.language_model import Language, LanguageConfig, LanguagePart
 from mm.systems.settings import SystemSettings
 from mm.tokenizers.memory import TokenMemory
 from mm.types import Batch, Decoding, Encoded, Interleaved, Losses, OnTokens, System, TextBatch, Written
-
-ROWS_AT_ONCE = 512
-"""Pairs of a text and a candidate whose likelihood is computed together, for the sake of memory."""
 
 
 class InterleavedSettings(SystemSettings):
@@ -186,27 +183,16 @@ class InterleavedSystem(System):
     @torch.no_grad()
     def continuation_likelihoods(self, prompt: Interleaved, candidates: TextBatch) -> Float[Tensor, "b a"]:
         """See `mm.types.Writes`. Each text is read once, whatever the number of candidates."""
-        reading, length, count = self.read(prompt), int(candidates.lengths.max()), len(candidates)
+        reading = self.read(prompt)
         logits, state = self.language.prefill(
             reading.vectors,
             reading.text.lengths,
-            length,
+            candidates.ids.shape[1],
             reading.context,
             context_mask=reading.context_mask,
             last_context_mask=reading.last_context_mask,
         )
-        found = []
-        for pairs in torch.arange(len(logits) * count, device=logits.device).split(ROWS_AT_ONCE):
-            rows, text = pairs // count, candidates[pairs % count]
-            own, scores = state[rows], logits[rows]
-            total = torch.zeros(len(pairs), device=logits.device)
-            for index in range(length):
-                gained = scores.float().log_softmax(1).gather(1, text.ids[:, index : index + 1])[:, 0]
-                total += gained.masked_fill(text.lengths <= index, 0.0)
-                if index + 1 < length:
-                    scores = self.language.step(text.ids[:, index], index, own)
-            found.append(total)
-        return torch.cat(found).view(-1, count)
+        return continuation_likelihoods(self.language, logits, state, candidates)
 
     def caption(
         self,

@@ -8,19 +8,26 @@ Deviation from all of them, who average over the words of a batch: each text's w
 texts, so that a batch may be cut into slices.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Discriminator, Field, Tag
-from torch import nn
+from torch import Tensor, nn
 
 from mm.config import TAG_PREFIX
-from mm.errors import ConfigError
-from mm.generators.language_model import LanguageModel, LanguageModelConfig, build_language_model
+from mm.errors import ConfigError, UserError
+from mm.generators.language_model import (
+    LanguageModel,
+    LanguageModelConfig,
+    build_language_model,
+    continuation_likelihoods,
+)
+from mm.generators.writing import CompiledSteps, check_decoding, write
 from mm.nn.transformer import Block
 from mm.systems.settings import SystemSettings
-from mm.types import Batch, Losses, System
+from mm.types import MEDIUM, Batch, Decoding, Interleaved, Losses, OnTokens, System, TextBatch, Written
 
 
 class LanguageConfig(SystemSettings):
@@ -62,6 +69,7 @@ class Language(System):
         super().__init__()
         self.network = network
         self.config = config
+        self._compiled: CompiledSteps | None = None
 
     def loss(self, batch: Batch, step: int) -> Losses:
         """Cross-entropy of the next token in nats, the mean over each text's, then over texts.
@@ -69,14 +77,42 @@ class Language(System):
         The part ``perplexity`` is the exponential of the mean over all tokens of the batch.
         """
         assert batch.text is not None
-        ids = batch.text.ids
-        logits = self.network.logits(self.network(self.network.embed(ids[:, :-1])))
-        wanted = ids[:, 1:].masked_fill(~batch.text.valid()[:, 1:], -100)
-        losses = F.cross_entropy(logits.float().transpose(1, 2), wanted, ignore_index=-100, reduction="none")
-        counts = (wanted >= 0).sum(1)
-        total = (losses.sum(1) / counts.clamp(min=1)).mean()
-        perplexity = (losses.detach().sum() / counts.sum().clamp(min=1)).exp()
+        ids, real = batch.text.ids, batch.text.valid()[:, 1:]
+        hidden = self.network(self.network.embed(ids[:, :-1]))
+        losses = F.cross_entropy(self.network.logits(hidden[real]).float(), ids[:, 1:][real], reduction="none")
+        weights = (real / real.sum(1, keepdim=True).clamp(min=1))[real]
+        total = (losses * weights).sum() / len(batch)
+        perplexity = losses.detach().mean().exp()
         return Losses(total, {"perplexity": perplexity})
+
+    def compile_decoding(self) -> None:
+        """See `mm.types.CompilesDecoding`."""
+        self._compiled = CompiledSteps(self.network)
+
+    @torch.no_grad()
+    def write(
+        self, prompt: Interleaved, decoding: Decoding, seeds: Sequence[int], *, on_tokens: OnTokens | None = None
+    ) -> list[Written]:
+        """See `mm.types.Writes`. Raises `UserError` for prompts with pictures, and for empty or too long ones."""
+        check_decoding(decoding)
+        logits, state = self.network.prefill(self._vectors(prompt), prompt.text.lengths, decoding.max_tokens)
+        model = self._compiled or self.network
+        return write(model, logits, state, decoding, seeds, end=self.config.end_id, on_tokens=on_tokens)
+
+    @torch.no_grad()
+    def continuation_likelihoods(self, prompt: Interleaved, candidates: TextBatch) -> Tensor:
+        """See `mm.types.Writes`; errors as for `write`."""
+        logits, state = self.network.prefill(self._vectors(prompt), prompt.text.lengths, candidates.ids.shape[1])
+        return continuation_likelihoods(self.network, logits, state, candidates)
+
+    def _vectors(self, prompt: Interleaved) -> Tensor:
+        """Of the words of prompts."""
+        text = prompt.text
+        if len(prompt.image) or (text.ids == MEDIUM).any():
+            raise UserError("this model reads no pictures; leave them out of the prompt, or take a model that does")
+        if not text.lengths.all():
+            raise UserError("an empty prompt: this model needs a word to go on from")
+        return self.network.embed(text.ids)
 
 
 REFERENCE = TAG_PREFIX + "reference"

@@ -105,6 +105,8 @@ class TextTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The cleaned text that has these ids, up to the first end token; spaces at its ends are not kept."""
         ids = list(ids)
+        if ids and ids[0] == self.start:  # which may be the token that ends a text, too
+            ids = ids[1:]
         if self.end is not None and self.end in ids:
             ids = ids[: ids.index(self.end)]
         return self._tokenizer.decode([i for i in ids if i != self.start], skip_special_tokens=False).strip()

@@ -41,6 +41,7 @@ ABLE = {
     "vilt": {"matches"},
     "albef": {"embeds", "matches", "grounds"},
     "albef-vqa": {"answers"},
+    "language-model": {"writes"},
     "frozen": {"captions", "writes"},
     "flamingo": {"captions", "writes"},
 }
@@ -72,7 +73,7 @@ def test_a_system_is_what_its_configuration_says(name: str) -> None:
     assert config.name == name
     assert capabilities(system) == ABLE[name]
     assert ABLE[name] <= CAPABILITIES.keys()
-    assert config.picture_side > 0
+    assert (config.picture_side is None) == (name == "language-model")
     limits = config.text_limits
     if limits is not None:
         assert config.with_vocabulary(limits[0] + 5).text_limits == (limits[0] + 5, limits[1])
@@ -86,7 +87,8 @@ def test_casting_for_inference_keeps_a_system_usable(name: str) -> None:
     """In bf16 a system gives nearly what it gives in fp32; tokens stay exactly the same."""
     config, system = small(name)
     system.eval()
-    image = torch.randint(0, 256, (2, 3, config.picture_side, config.picture_side), dtype=torch.uint8)
+    side = config.picture_side or 1
+    image = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
     with torch.no_grad():
         before = _what_it_gives(system, image)
         system.cast_(torch.bfloat16)
@@ -113,9 +115,12 @@ def _what_it_gives(system: System, image: torch.Tensor) -> torch.Tensor:
         found = system.answer(image, TextBatch(torch.ones(2, 5, dtype=torch.int64), torch.tensor([5, 3])), words, k=3)
         return torch.tensor([[dict(zip(one.answers, one.scores, strict=True))[word] for word in words.words] for one in found])
     if isinstance(system, Writes):
-        prompt = TextBatch(torch.tensor([[MEDIUM, 1, 5], [MEDIUM, 1, 0]]), torch.tensor([3, 2]))
-        names = TextBatch(torch.tensor([[5, 2], [6, 2], [7, 2]]), torch.tensor([2, 2, 2]))
-        return system.continuation_likelihoods(Interleaved(prompt, image), names)
+        prompts = TextBatch(torch.tensor([[MEDIUM, 1, 5, 6], [MEDIUM, 1, 7, 0]]), torch.tensor([4, 3]))
+        if "captions" not in able:  # no picture is read
+            prompts, image = TextBatch(prompts.ids[:, 1:], prompts.lengths - 1), image[:0]
+        return system.continuation_likelihoods(
+            Interleaved(prompts, image), TextBatch(torch.arange(8)[:, None], torch.ones(8).long())
+        )
     tokenizer = system.tokenizer if "paints" in able else system
     return tokenizer.encode(image)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
 

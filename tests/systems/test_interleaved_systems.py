@@ -83,7 +83,7 @@ def test_writing_is_greedy_search_one_text_at_a_time(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_likelihoods_of_candidates_are_those_of_whole_texts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mm.systems.interleaved.ROWS_AT_ONCE", 4)
+    monkeypatch.setattr("mm.generators.language_model.MAX_CANDIDATE_ROWS", 4)
     system, prompt = made(kind), prompts(PROMPTS)
     candidates = TextBatch(torch.tensor([[5, 6, 2], [7, 2, 0]]), torch.tensor([3, 2]))
     found = system.continuation_likelihoods(prompt, candidates)
