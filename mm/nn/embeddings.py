@@ -4,7 +4,6 @@ Shapes: B batch, T positions, D width, H heads, E width of a head.
 """
 
 from collections.abc import Callable
-from typing import Self
 
 import torch
 from jaxtyping import Float, Int
@@ -70,13 +69,6 @@ class Rotary(nn.Module):
         super().__init__()
         frequencies = _frequencies(head_width, base)
         self.register_buffer("frequencies", frequencies if change is None else change(frequencies), persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move, but keep the type: angles of far positions are wrong by much where frequencies are rounded."""
-        exact = self.frequencies
-        super()._apply(fn, recurse)
-        self.frequencies = exact.to(self.frequencies.device)
-        return self
 
     def forward(self, length: int, offset: int = 0) -> tuple[Float[Tensor, "t e"], Float[Tensor, "t e"]]:
         """Cosines and sines of the positions ``offset`` to ``offset + length``, for `rotate`."""
