@@ -15,13 +15,17 @@ from mm.data.episodes import EpisodeConfig, Pool
 from mm.data.loader import Loader
 from mm.data.sources import Subset
 from mm.errors import ConfigError, UserError
-from mm.hub import Model, load
+from mm.hub import Model, load, save
+from mm.processor import Processor
 from mm.run.config import CONFIGS
 from mm.run.episodes import EpisodePreparation, captioned, endings
 from mm.run.few_shot import evaluate_few_shot
 from mm.run.preparation import TrainPreparation
 from mm.run.training import assemble, load_run_config, train
+from mm.systems import build
 from mm.systems.frozen import FrozenConfig
+from mm.systems.language_model import LanguageConfig
+from mm.tokenizers.text import TextTokenizer
 from mm.types import MEDIUM, Batch, Decoding, Interleaved, System, TextBatch, Written
 
 
@@ -195,3 +199,16 @@ def test_episodes_need_a_system_that_reads_them() -> None:
     config = load_run_config(CONFIGS / "clip.yaml", ["data.episodes={concept: key}", "data.validation=null"])
     with pytest.raises(ConfigError, match="take frozen or flamingo"):
         assemble(config)
+
+
+def test_a_language_model_that_is_part_brings_its_tokens(clip: Model, tmp_path) -> None:
+    tokenizer = TextTokenizer.train_bpe(["a few words"], 300)
+    network = {"vocab_size": tokenizer.vocab_size, "context_length": 64, "width": 16, "layers": 1, "positions": "rotary"}
+    config = LanguageConfig.model_validate({"network": network, "end_id": tokenizer.end})
+    words = Model(build(config), Processor(tokenizer=tokenizer, context_length=16), config, "words")
+    save(words, tmp_path / "words")
+    changes = [f"system.language={tmp_path / 'words'}", "system.train_language=false", "data.validation=null"]
+    run = assemble(load_run_config(CONFIGS / "frozen.yaml", [*changes, "data.train=emoji:train/core/noto"]))
+    assert run.processor.tokenizer.to_json() == tokenizer.to_json()
+    assert run.processor.image_spec == clip.processor.image_spec
+    assert not any(p.requires_grad for p in run.system.get_submodule("language").parameters())
