@@ -373,6 +373,63 @@ def eval_captioning(
     show.result(result, f"captioning: {model} on {data}", json_file)
 
 
+@eval_app.command("few-shot")
+def eval_few_shot(
+    model: ModelArgument,
+    data: DataOption,
+    pool: Annotated[str | None, typer.Option("--pool", metavar="SRC", help="Where the examples come from.")] = None,
+    ways: Annotated[int, typer.Option("--ways", help="Concepts of an episode.")] = 2,
+    shots: Annotated[str, typer.Option("--shots", help="Numbers of examples of each concept.")] = "0,1,2,4",
+    repeats: Annotated[int, typer.Option("--repeats", help="How often all examples are shown.")] = 1,
+    draws: Annotated[int, typer.Option("--draws", help="Episodes of each query picture.")] = 1,
+    real_names: Annotated[
+        bool, typer.Option("--real-names", help="Call concepts by their names, not by made-up ones.")
+    ] = False,
+    rices: Annotated[
+        str | None, typer.Option("--rices", metavar="MODEL", help="Show the pictures most similar to the query, by this model.")
+    ] = None,
+    template: Annotated[str, typer.Option("--template", help="Text behind a picture, {} being the name.")] = "{}",
+    label: Annotated[str | None, typer.Option("--label", metavar="FIELD", help="Field with the name.")] = None,
+    apart: Annotated[
+        str | None, typer.Option("--apart", metavar="FIELD", help="Field in which examples differ from the query.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many queries, drawn at random.")] = None,
+    image_field: ImageFieldOption = None,
+    json_file: JsonOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+) -> None:
+    """Naming a picture after examples in the prompt, by number of shots, beside the same prompts without their pictures."""
+    from mm import show
+    from mm.run.few_shot import evaluate_few_shot
+
+    try:
+        numbers = [int(number) for number in shots.split(",")]
+    except ValueError:
+        raise UserError(f"--shots {shots}: give numbers with commas between, such as 0,1,2,4") from None
+    with show.progress_bar("asking") as progress:
+        result = evaluate_few_shot(
+            model,
+            data,
+            pool=pool,
+            ways=ways,
+            shots=numbers,
+            repeats=repeats,
+            draws=draws,
+            real_names=real_names,
+            rices=rices,
+            template=template,
+            label=label,
+            apart=apart,
+            limit=limit,
+            image_field=image_field,
+            device=device,
+            precision=precision,
+            progress=progress,
+        )
+    show.result(result, f"few-shot: {model} on {data}", json_file)
+
+
 @eval_app.command("generation")
 def eval_generation(
     model: ModelArgument,

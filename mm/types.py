@@ -84,6 +84,35 @@ class TextBatch:
         return TextBatch(self.ids.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True), words)
 
 
+MEDIUM = -1
+"""Stands in the ids of a text for a medium, such as a picture."""
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """Texts with pictures between the words.
+
+    Args:
+        text: Ids, `MEDIUM` where a picture stands; without an end where they are to be continued.
+        image: Pixels uint8 ``(M, 3, H, W)``, of all pictures in the order of rows, then of positions.
+    """
+
+    text: TextBatch
+    image: Tensor
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def __getitem__(self, rows: slice) -> "Interleaved":
+        ends = ((self.text.ids == MEDIUM) & self.text.valid()).sum(1).cumsum(0).tolist()
+        first, last, _ = rows.indices(len(ends))
+        pictures = slice(ends[first - 1] if first else 0, ends[last - 1] if last else 0)
+        return Interleaved(self.text[rows], self.image[pictures])
+
+    def to(self, device: torch.device) -> "Interleaved":
+        return Interleaved(self.text.to(device), self.image.to(device, non_blocking=True))
+
+
 @dataclass(frozen=True)
 class Batch:
     """Decoded samples of one step, modalities that are absent being None.
@@ -96,6 +125,7 @@ class Batch:
         fields: Metadata of each sample.
         captions: All captions of each sample, where an evaluation needs them.
         answers: Right answers to each text, which is a question, and how right they are in 0..1, where a system learns them.
+        interleaved: Texts in which pictures stand, where these are what is learned from instead of ``image`` and ``text``.
     """
 
     ids: tuple[str, ...]
@@ -105,6 +135,7 @@ class Batch:
     fields: tuple[Mapping[str, Any], ...] = ()
     captions: tuple[tuple[str, ...], ...] = ()
     answers: tuple[Mapping[str, float], ...] = ()
+    interleaved: Interleaved | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -118,6 +149,7 @@ class Batch:
             fields=self.fields[rows],
             captions=self.captions[rows],
             answers=self.answers[rows],
+            interleaved=None if self.interleaved is None else self.interleaved[rows],
         )
 
     def to(self, device: torch.device) -> "Batch":
@@ -126,6 +158,7 @@ class Batch:
             image=None if self.image is None else self.image.to(device, non_blocking=True),
             text=None if self.text is None else self.text.to(device),
             groups=None if self.groups is None else self.groups.to(device, non_blocking=True),
+            interleaved=None if self.interleaved is None else self.interleaved.to(device),
         )
 
 
@@ -466,23 +499,6 @@ class Captions(Protocol):
     def caption_likelihoods(self, image: Tensor, text: TextBatch) -> Tensor:
         """Log-likelihood in nats ``(B,)``, fp32, of text i, given whole, start and end included, as a caption of picture i."""
         ...
-
-
-MEDIUM = -1
-"""Stands in the ids of a text for a medium, such as a picture."""
-
-
-@dataclass(frozen=True)
-class Interleaved:
-    """Texts with pictures between the words.
-
-    Args:
-        text: Ids, `MEDIUM` where a picture stands; without an end where they are to be continued.
-        image: Pixels uint8 ``(M, 3, H, W)``, of all pictures in the order of rows, then of positions.
-    """
-
-    text: TextBatch
-    image: Tensor
 
 
 @runtime_checkable

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from mm.config import StrictConfig
 from mm.data.augment import AugmentConfig
 from mm.data.captions import CaptionTemplate
+from mm.data.episodes import EpisodeConfig
 
 
 class MixturePart(StrictConfig):
@@ -57,6 +58,8 @@ class DataConfig(StrictConfig):
         sampling: Which samples may meet in a batch.
         positives: Which samples of a batch show the same thing: those with equal captions (``text``), none, or those with equal
             values of the named field.
+        episodes: Make of each sample the query of an episode with examples from the same source; for systems that read texts in
+            which pictures stand.
         workers: Processes that load data beside the training process; 0 loads in it. Batches do not depend on it.
         max_bad_fraction: Share of unusable samples above which a run stops.
     """
@@ -71,6 +74,7 @@ class DataConfig(StrictConfig):
     augment: AugmentConfig = AugmentConfig()
     sampling: SamplingConfig = SamplingConfig()
     positives: str = "text"
+    episodes: EpisodeConfig | None = None
     workers: int = Field(default=0, ge=0, le=256)
     max_bad_fraction: float = Field(default=0.2, ge=0, le=1)
 

@@ -29,10 +29,11 @@ def initialise(module: nn.Module) -> None:
             nn.init.normal_(part.tokens.weight, std=0.02)
         elif isinstance(part, Transformer):
             for block in part.blocks:
-                _initialise_block(block, num_layers=len(part.blocks))
+                initialise_block(block, num_layers=len(part.blocks))
 
 
-def _initialise_block(block: nn.Module, num_layers: int) -> None:
+def initialise_block(block: nn.Module, num_layers: int) -> None:
+    """Draw the weights of one block, or of anything else that is made of attention and feed-forward, of ``num_layers``."""
     for part in block.modules():
         if isinstance(part, MultiHeadAttention):
             _normal(part.query, part.query.in_features**-0.5)

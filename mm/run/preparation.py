@@ -127,8 +127,17 @@ class QuestionPreparation:
 
 
 def _pixels(sample: Sample, processor: Processor, *, keep_alpha: bool) -> Tensor | None:
-    if not processor.has_image:
-        return None
+    return picture(sample, processor, keep_alpha=keep_alpha) if processor.has_image else None
+
+
+def picture(sample: Sample, processor: Processor, *, keep_alpha: bool) -> Tensor:
+    """The picture of a sample, uint8 ``(3 or 4, S, S)``. Raises `BadSample` where there is none that can be decoded.
+
+    Args:
+        sample: Holds its bytes.
+        processor: Says how large.
+        keep_alpha: Keep transparency, for what is changed at random; else the background shows through.
+    """
     data = sample.media.get("image")
     if data is None:
         raise BadSample("no picture", sample.id)

@@ -12,6 +12,7 @@ from mm.config import apply_overrides, merge, read_layers, read_yaml, to_dict, v
 from mm.data.accounting import merge_states
 from mm.data.captions import Captioner, corpus
 from mm.data.emoji import MIN_SIZE
+from mm.data.episodes import Pool
 from mm.data.loader import Loader
 from mm.data.questions import check_questions, questions_of
 from mm.data.sources import open_source, open_training_source
@@ -21,6 +22,7 @@ from mm.hub import CONFIG_FILE, Model, embed_parts, load, load_parts, with_parts
 from mm.nn.tuning import tune
 from mm.processor import Processor
 from mm.run.config import RunConfig
+from mm.run.episodes import EpisodePreparation
 from mm.run.preparation import TrainPreparation
 from mm.run.validation import Validator
 from mm.systems import build, read_system
@@ -126,7 +128,8 @@ def assemble(config: RunConfig, *, resume: Path | None = None) -> Assembled:
     if resume is not None:
         processor = _kept_processor(config, resume, image_size)
     else:
-        processor = _processor(config, source, image_size) if start is None else start.processor
+        processor = _processor(config, source, image_size, parts) if start is None else start.processor
+        processor = _with_words_of(parts.get("language"), processor)
     config = _with_answers(_with_vocabulary(config, processor, start), source, resume)
     config = config.model_copy(update={"system": embed_parts(config.system, parts)})
     known = {"answer_text": processor.text(config.system.known_answers)} if config.system.learns_answers else {}
@@ -146,11 +149,12 @@ def assemble(config: RunConfig, *, resume: Path | None = None) -> Assembled:
         answers=config.system.learns_answers,
         words=config.system.learns_whole_words,
     )
+    prepare = _episodes(preparation, config, source, capabilities(system))
     sampling = config.data.sampling
     stream = Loader(
         source,
-        preparation,
-        preparation.collate,
+        prepare,
+        prepare.collate,
         batch_size=config.train.batch_size,
         seed=config.train.seed,
         policy=sampling.policy,
@@ -163,6 +167,20 @@ def assemble(config: RunConfig, *, resume: Path | None = None) -> Assembled:
         pin_memory=choose_device(config.train.device).type == "cuda",
     )
     return Assembled(config, system, processor, stream, _validator(config, processor, image_size, capabilities(system)))
+
+
+def _episodes(
+    preparation: TrainPreparation, config: RunConfig, source: Source, able: frozenset[str]
+) -> TrainPreparation | EpisodePreparation:
+    """The preparation that makes episodes of samples, where the configuration asks for them."""
+    episodes = config.data.episodes
+    if episodes is None:
+        return preparation
+    if "writes" not in able or not preparation.processor.has_image:
+        raise ConfigError(
+            f"data.episodes: '{config.system.name}' reads no texts with pictures in them; take frozen or flamingo"
+        )
+    return EpisodePreparation(preparation, Pool(source, episodes.concept, apart=episodes.apart), episodes)
 
 
 def _kept_processor(config: RunConfig, checkpoint: Path, image_size: int | None) -> Processor:
@@ -178,15 +196,29 @@ def _kept_processor(config: RunConfig, checkpoint: Path, image_size: int | None)
     return kept
 
 
-def _processor(config: RunConfig, source: Source, image_size: int | None) -> Processor:
+def _with_words_of(language: Model | None, processor: Processor) -> Processor:
+    """The preparation with the tokens that a language model which is part of the network knows."""
+    if language is None:
+        return processor
+    return Processor(
+        image=processor.image_spec,
+        tokenizer=language.processor.tokenizer,
+        context_length=processor.context_length,
+        templates=processor.templates,
+    )
+
+
+def _processor(config: RunConfig, source: Source, image_size: int | None, parts: Mapping[str, Model]) -> Processor:
     """The preparation of a new model."""
     settings = config.processor
     image = None if image_size is None else settings.image_spec(image_size)
-    limits = config.system.text_limits
+    limits = with_parts(config.system, parts).text_limits
     if limits is None:
         return Processor(image=image, templates=settings.templates)
     vocab_size, context_length = limits
-    if settings.tokenizer == "clip":
+    if "language" in parts:
+        tokenizer = parts["language"].processor.tokenizer
+    elif settings.tokenizer == "clip":
         tokenizer = TextTokenizer.clip_bpe()
     else:
         tokenizer = TextTokenizer.train_bpe(_corpus(config, source), vocab_size)

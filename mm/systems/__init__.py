@@ -9,13 +9,30 @@ from pydantic import Field
 
 from mm.config import validate
 from mm.errors import ConfigError
-from mm.systems import albef, albef_vqa, captioner, clip, coca, dalle, image_tower, language_model, muse, published_vq, vilt, vq
+from mm.systems import (
+    albef,
+    albef_vqa,
+    captioner,
+    clip,
+    coca,
+    dalle,
+    flamingo,
+    frozen,
+    image_tower,
+    language_model,
+    muse,
+    published_vq,
+    vilt,
+    vq,
+)
 from mm.systems.albef import AlbefConfig
 from mm.systems.albef_vqa import AlbefVqaConfig
 from mm.systems.captioner import CaptionerConfig
 from mm.systems.clip import ClipConfig
 from mm.systems.coca import CocaConfig
 from mm.systems.dalle import DalleConfig
+from mm.systems.flamingo import FlamingoConfig
+from mm.systems.frozen import FrozenConfig
 from mm.systems.image_tower import ImageTowerConfig
 from mm.systems.language_model import LanguageConfig
 from mm.systems.muse import MuseConfig
@@ -37,6 +54,8 @@ SystemConfig = (
     | CaptionerConfig
     | CocaConfig
     | LanguageConfig
+    | FrozenConfig
+    | FlamingoConfig
 )
 """The union of all systems' configurations."""
 
@@ -56,6 +75,8 @@ MODULES: Mapping[str, ModuleType] = {
     "captioner": captioner,
     "coca": coca,
     "language-model": language_model,
+    "frozen": frozen,
+    "flamingo": flamingo,
 }
 """Name to the file that composes the system."""
 
@@ -72,6 +93,8 @@ CONFIGS: Mapping[str, type[SystemConfig]] = {
     "captioner": CaptionerConfig,
     "coca": CocaConfig,
     "language-model": LanguageConfig,
+    "frozen": FrozenConfig,
+    "flamingo": FlamingoConfig,
 }
 """Name to the configuration's class."""
 

@@ -174,8 +174,7 @@ def _wrapped(given: Language, wrap: Callable[[int, Block], nn.Module]) -> Langua
     for block, trained in zip(own, given.network.transformer.blocks, strict=True):
         unfit = block.load_state_dict(trained.state_dict(), strict=False)  # what was added into a block starts fresh
         assert not unfit.unexpected_keys, "a block is wrapped, or added to, with its layers under their own names"
-    network.embedding.load_state_dict(given.network.embedding.state_dict())
-    network.transformer.final_norm.load_state_dict(given.network.transformer.final_norm.state_dict())
-    if isinstance(network.head, nn.Module) and isinstance(given.network.head, nn.Module):
-        network.head.load_state_dict(given.network.head.state_dict())
+    others = {name: value for name, value in given.network.state_dict().items() if ".blocks." not in name}
+    unfit = network.load_state_dict(others, strict=False)
+    assert not unfit.unexpected_keys, "both have the same configuration"
     return network

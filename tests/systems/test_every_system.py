@@ -10,6 +10,7 @@ from mm.run.catalogue import catalogue
 from mm.systems import CONFIGS, MODULES, SystemConfig, build, read_system
 from mm.types import (
     CAPABILITIES,
+    MEDIUM,
     Answers,
     Candidates,
     Interleaved,
@@ -41,6 +42,8 @@ ABLE = {
     "albef": {"embeds", "matches", "grounds"},
     "albef-vqa": {"answers"},
     "language-model": {"writes"},
+    "frozen": {"captions", "writes"},
+    "flamingo": {"captions", "writes"},
 }
 
 
@@ -112,9 +115,11 @@ def _what_it_gives(system: System, image: torch.Tensor) -> torch.Tensor:
         found = system.answer(image, TextBatch(torch.ones(2, 5, dtype=torch.int64), torch.tensor([5, 3])), words, k=3)
         return torch.tensor([[dict(zip(one.answers, one.scores, strict=True))[word] for word in words.words] for one in found])
     if isinstance(system, Writes):
-        prompts = TextBatch(torch.tensor([[1, 5, 6], [1, 7, 0]]), torch.tensor([3, 2]))
+        prompts = TextBatch(torch.tensor([[MEDIUM, 1, 5, 6], [MEDIUM, 1, 7, 0]]), torch.tensor([4, 3]))
+        if "captions" not in able:  # no picture is read
+            prompts, image = TextBatch(prompts.ids[:, 1:], prompts.lengths - 1), image[:0]
         return system.continuation_likelihoods(
-            Interleaved(prompts, image[:0]), TextBatch(torch.arange(8)[:, None], torch.ones(8).long())
+            Interleaved(prompts, image), TextBatch(torch.arange(8)[:, None], torch.ones(8).long())
         )
     tokenizer = system.tokenizer if "paints" in able else system
     return tokenizer.encode(image)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
