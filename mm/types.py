@@ -95,10 +95,12 @@ class Interleaved:
     Args:
         text: Ids, `MEDIUM` where a picture stands; without an end where they are to be continued.
         image: Pixels uint8 ``(M, 3, H, W)``, of all pictures in the order of rows, then of positions.
+        learned: True for the words that training predicts, ``(B, T)``; None for all that stand behind a picture.
     """
 
     text: TextBatch
     image: Tensor
+    learned: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.text)
@@ -107,10 +109,11 @@ class Interleaved:
         ends = ((self.text.ids == MEDIUM) & self.text.valid()).sum(1).cumsum(0).tolist()
         first, last, _ = rows.indices(len(ends))
         pictures = slice(ends[first - 1] if first else 0, ends[last - 1] if last else 0)
-        return Interleaved(self.text[rows], self.image[pictures])
+        return Interleaved(self.text[rows], self.image[pictures], None if self.learned is None else self.learned[rows])
 
     def to(self, device: torch.device) -> "Interleaved":
-        return Interleaved(self.text.to(device), self.image.to(device, non_blocking=True))
+        learned = None if self.learned is None else self.learned.to(device, non_blocking=True)
+        return Interleaved(self.text.to(device), self.image.to(device, non_blocking=True), learned)
 
 
 @dataclass(frozen=True)

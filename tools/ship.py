@@ -30,7 +30,7 @@ from mm.hub import ASSETS, Model
 from mm.run.captioning import caption
 from mm.run.generation import generate
 from mm.show import save_picture
-from mm.types import Decoding, Tokenizes
+from mm.types import Tokenizes
 
 LICENCES = """The weights learned from art under Apache-2.0 (Noto), CC-BY-4.0 (Twemoji), MIT (Fluent Emoji, flat) and
 CC-BY-SA-4.0 (OpenMoji), and from names under Unicode-3.0 (CLDR); credits in ATTRIBUTION.md. The weights are given under
@@ -253,7 +253,7 @@ SHIPMENTS |= {
     ),
 }
 
-CAPTIONED: dict[str, Any] = {"decoding": Decoding(beams=8), "best_of": 8, "ranker": "emoji-clip"}
+CAPTIONED: dict[str, Any] = {"best_of": 8, "ranker": "emoji-clip"}
 
 SHIPMENTS |= {
     "emoji-captioner": Shipment(

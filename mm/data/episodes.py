@@ -18,10 +18,28 @@ from mm.data.captions import look_up
 from mm.errors import BadSample, UserError
 from mm.types import Source
 
-ONSETS = (*"bdfgjklmnprstvwz", "bl", "br", "dr", "fl", "gr", "kl", "pl", "tr", "st", "sn")
-VOWELS = tuple("aeiou")
-CODAS = ("", "", "", "n", "x", "k", "t", "p", "m")
-MAX_SYLLABLES = 3
+NAMES = (
+    *("bilo", "blicket", "bosa", "dax", "dobu", "fep", "fimo", "gazzer", "glip", "gopi", "hux", "jarn", "kiki", "koba", "kreb"),
+    *(
+        "lorp",
+        "manu",
+        "mib",
+        "nark",
+        "nulo",
+        "oodle",
+        "pimwit",
+        "plonk",
+        "quab",
+        "rell",
+        "rudo",
+        "sefa",
+        "snorp",
+        "spog",
+        "tiv",
+    ),
+    *("toma", "tulver", "ubo", "vash", "vexi", "wug", "yalp", "yoz", "zib", "zorch"),
+)
+"""Words that mean nothing. Each episode gives them to its concepts anew, so that none of them can be remembered."""
 
 
 class EpisodeConfig(StrictConfig):
@@ -190,11 +208,7 @@ class Pool:
 
 
 def made_up_names(random: np.random.Generator, count: int) -> tuple[str, ...]:
-    """Different names of two or three syllables that say nothing, such as "toma" or "blikexu"."""
-    names: dict[str, None] = {}
-    while len(names) < count:
-        syllables = random.integers(2, MAX_SYLLABLES + 1)
-        parts = (ONSETS, VOWELS, CODAS)
-        drawn = (values[random.integers(len(values))] for _ in range(syllables) for values in parts)
-        names["".join(drawn)] = None
-    return tuple(names)
+    """Different ones of `NAMES`. Raises `UserError` where there are not so many."""
+    if count > len(NAMES):
+        raise UserError(f"{count} ways: there are {len(NAMES)} made-up names; take fewer ways, or --real-names")
+    return tuple(NAMES[place] for place in random.choice(len(NAMES), count, replace=False))

@@ -39,6 +39,11 @@ def stands(text: TextBatch) -> Bool[Tensor, "b t"]:
     return (text.ids == MEDIUM) & text.valid()
 
 
+def words_of(text: TextBatch) -> Bool[Tensor, "b t"]:
+    """Where words stand; they keep their order when media are spread."""
+    return (text.ids != MEDIUM) & text.valid()
+
+
 def spread(
     text: TextBatch,
     embed: Callable[[Int64[Tensor, "b t"]], Float[Tensor, "b t d"]],

@@ -9,6 +9,7 @@ Shapes: B media, N tokens of width C, n vectors of a prefix, D width of the word
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
@@ -21,6 +22,9 @@ PrefixSource = Literal["pooled", "tokens", "resampled"]
 class PooledPrefix(nn.Module):
     """All vectors by one linear layer from the pooled one.
 
+    That is brought to mean 0 and variance 1 before, by batch normalisation without parameters: vectors of a dual tower lie in a
+    cone, and what they have in common would drown what tells them apart in the norms of the language model.
+
     Args:
         pooled_width: Of what is pooled.
         width: D.
@@ -30,11 +34,16 @@ class PooledPrefix(nn.Module):
     def __init__(self, pooled_width: int, width: int, length: int) -> None:
         super().__init__()
         self.length = length
+        self.norm = nn.BatchNorm1d(pooled_width, affine=False)
         self.linear = nn.Linear(pooled_width, length * width)
 
     def forward(self, media: Encoded) -> tuple[Float[Tensor, "b n d"], Int64[Tensor, " b"]]:
         """The vectors of each prefix, and how many there are."""
-        vectors = self.linear(media.pooled.to(self.linear.weight.dtype)).unflatten(1, (self.length, -1))
+        pooled = media.pooled.to(self.linear.weight.dtype)
+        mean, var = self.norm.running_mean, self.norm.running_var
+        several = self.training and len(pooled) > 1  # one alone has no variance
+        pooled = F.batch_norm(pooled, mean, var, training=several, momentum=self.norm.momentum or 0.0, eps=self.norm.eps)
+        vectors = self.linear(pooled).unflatten(1, (self.length, -1))
         return vectors, torch.full((len(vectors),), self.length, device=vectors.device)
 
 

@@ -24,11 +24,15 @@ class Shown:
 
 @dataclass(frozen=True)
 class EpisodeItem:
-    """One prepared episode: its pictures, the text behind each, and the seeds of the pictures' changes."""
+    """One prepared episode: its pictures, the text behind each, whether it is learned, and the seeds of the pictures' changes.
+
+    The first example of a concept has a name that nothing before it tells, so it is not learned.
+    """
 
     id: str
     shown: tuple[Shown, ...]
     texts: tuple[str, ...]
+    learned: tuple[bool, ...]
     augment_seeds: tuple[int, ...]
 
 
@@ -54,16 +58,17 @@ class EpisodePreparation:
         random = generator(seed, visit, sample.id, "episode")
         query = self._show(sample.id, lambda: sample)
         if random.random() < config.captions:
-            return self._item(
-                sample.id, visit, [query], [self.base.captioner(sample, generator(seed, visit, sample.id, "caption"))]
-            )
+            caption = self.base.captioner(sample, generator(seed, visit, sample.id, "caption"))
+            return self._item(sample.id, visit, [query], [caption], [True])
         ways = int(random.integers(config.ways[0], config.ways[1] + 1))
         shots = int(random.integers(config.shots[0], config.shots[1] + 1))
         ways = max(2, min(ways, self.pool.ways(sample.fields)))
         episode, source = self.pool.draw(random, sample.fields, ways=ways, shots=shots, query_id=sample.id), self.pool.source
         examples = [self._show(source.key(index), lambda index=index: source.read(index)) for index, _ in episode.support]
         order = [*(way for _, way in episode.support), episode.answer]
-        return self._item(sample.id, visit, [*examples, query], [config.template.format(episode.names[way]) for way in order])
+        texts = [config.template.format(episode.names[way]) for way in order]
+        told = [way in order[:place] for place, way in enumerate(order)]
+        return self._item(sample.id, visit, [*examples, query], texts, told)
 
     def collate(self, items: Sequence[EpisodeItem], epoch: int) -> Batch:
         """Change all pictures of the batch at once; what becomes of each depends on its own seed alone."""
@@ -77,11 +82,14 @@ class EpisodePreparation:
             flippable=[shown.flippable for item in items for shown in item.shown],
         )
         text = captioned(base.processor, [item.texts for item in items])
-        return Batch(ids=tuple(item.id for item in items), interleaved=Interleaved(text, image))
+        count = (text.ids == MEDIUM).cumsum(1)  # of the pictures up to each position
+        flags = [torch.tensor([False, *item.learned]) for item in items]
+        learned = torch.stack([flag[row] for flag, row in zip(flags, count, strict=True)])
+        return Batch(ids=tuple(item.id for item in items), interleaved=Interleaved(text, image, learned))
 
-    def _item(self, id: str, visit: int, shown: Sequence[Shown], texts: Sequence[str]) -> EpisodeItem:
+    def _item(self, id: str, visit: int, shown: Sequence[Shown], texts: Sequence[str], learned: Sequence[bool]) -> EpisodeItem:
         seeds = tuple(derive_seed(self.base.seed, visit, id, "augment", place) for place in range(len(shown)))
-        return EpisodeItem(id, tuple(shown), tuple(texts), seeds)
+        return EpisodeItem(id, tuple(shown), tuple(texts), tuple(learned), seeds)
 
     def _show(self, id: str, read: Callable[[], Sample]) -> Shown:
         if id in self.remembered:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mm.encoders.image import ImageEncoder, ImageEncoderConfig
 from mm.fusion.dual_tower import DualTower, unit
-from mm.fusion.interleaving import NOTHING, behind_last_medium, following, in_front
+from mm.fusion.interleaving import NOTHING, behind_last_medium, following, in_front, words_of
 from mm.generators.language_model import LanguageModel, continuation_likelihoods
 from mm.generators.writing import write
 from mm.nn.freeze import freeze
@@ -142,7 +142,7 @@ class InterleavedSystem(System):
         return Encoded(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device), tokens[:, 0])
 
     def loss(self, batch: Batch, step: int) -> Losses:
-        """Cross-entropy in nats of the words behind pictures, mean over those of a text, then over the texts.
+        """Cross-entropy in nats of the words behind pictures that are learned, mean over those of a text, then over the texts.
 
         Without interleaved texts each text of the batch is the caption of its picture. ``answer_accuracy`` is of the words
         behind the last picture.
@@ -154,6 +154,10 @@ class InterleavedSystem(System):
             prompt = Interleaved(in_front(len(batch.image), batch.text), batch.image)
         reading = self.read(prompt)
         wanted = following(reading.text)
+        if prompt.learned is not None:
+            learned = torch.zeros_like(reading.text.ids, dtype=torch.bool)
+            learned[words_of(reading.text)] = prompt.learned[words_of(prompt.text)]
+            wanted = wanted.where(learned[:, 1:], NOTHING)
         chosen = wanted != NOTHING
         logits = self._logits(reading, chosen)
         each = torch.zeros_like(wanted, dtype=torch.float32)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from mm.data.episodes import EpisodeConfig, Pool, made_up_names
+from mm.data.episodes import NAMES, EpisodeConfig, Pool, made_up_names
 from mm.errors import BadSample, UserError
 from mm.types import Sample
 
@@ -112,11 +112,14 @@ def test_real_names_are_those_of_the_concepts() -> None:
     assert episode.names[episode.answer] == "thing 0"
 
 
-def test_made_up_names_differ_and_hardly_come_again() -> None:
-    names = [name for seed in range(300) for name in made_up_names(random(seed), 5)]
-    assert all(len(set(names[start : start + 5])) == 5 for start in range(0, len(names), 5))
-    assert len(set(names)) > 0.97 * len(names)
-    assert all(name.isalpha() and name.islower() for name in names)
+def test_made_up_names_differ_and_are_given_out_anew() -> None:
+    drawn = [made_up_names(random(seed), 5) for seed in range(300)]
+    assert all(len(set(names)) == 5 for names in drawn)
+    assert len(set(drawn)) == 300
+    assert {name for names in drawn for name in names} == set(NAMES)
+    assert len(set(NAMES)) == len(NAMES)
+    with pytest.raises(UserError, match="take fewer ways"):
+        made_up_names(random(), len(NAMES) + 1)
 
 
 @pytest.mark.parametrize("values", [{"ways": (1, 3)}, {"ways": (3, 2)}, {"shots": (0, 2)}, {"template": "a name"}])
