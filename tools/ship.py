@@ -21,6 +21,7 @@ from PIL import Image
 
 import mm
 from mm.data.emoji import open_emoji
+from mm.data.sources import open_source
 from mm.evaluation.captioning import normalised
 from mm.evaluation.charts import read_metrics
 from mm.evaluation.heat import heat_over

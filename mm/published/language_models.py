@@ -107,7 +107,7 @@ def _import_language_model(folder: Path, state: Mapping[str, Tensor] | None) -> 
             f"{folder}: tokenizer ({tokenizer.vocab_size} ids) and network ({network.vocab_size}) do not belong together"
         )
     return Imported(
-        config=LanguageConfig(network=network, end_id=tokenizer.end),
+        config=LanguageConfig(network=network),
         state=put(weights, "network."),
         processor=Processor(tokenizer=tokenizer, context_length=network.context_length),
         card={

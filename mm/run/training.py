@@ -237,16 +237,16 @@ def _corpus(config: RunConfig, source: Source) -> Iterator[str]:
 
 
 def _with_vocabulary(config: RunConfig, processor: Processor, start: Model | None) -> RunConfig:
-    """The configuration with the vocabulary's true size, which may be smaller than asked for, and the end of its texts.
+    """The configuration with the vocabulary's true size, which may be smaller than asked for.
 
     Published networks may have room for more words than their tokenizer has; what starts with one keeps that room.
     """
     if not processor.has_text:
         return config
-    tokenizer, size = processor.tokenizer, processor.tokenizer.vocab_size
+    size = processor.tokenizer.vocab_size
     if start is not None and start.config.name == config.system.name and start.config.text_limits is not None:
         size = start.config.text_limits[0]
-    return config.model_copy(update={"system": config.system.with_vocabulary(size).with_end(tokenizer.end)})
+    return config.model_copy(update={"system": config.system.with_vocabulary(size)})
 
 
 def _with_answers(config: RunConfig, source: Source, resume: Path | None) -> RunConfig:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Tag
 from torch import Tensor, nn
 
 from mm.config import TAG_PREFIX
@@ -35,12 +35,10 @@ class LanguageConfig(SystemSettings):
 
     Args:
         network: Sizes and parts.
-        end_id: Id of the token that ends a text, which a run takes from its tokenizer; None where texts do not end.
     """
 
     name: Literal["language-model"] = "language-model"
     network: LanguageModelConfig = LanguageModelConfig()
-    end_id: int | None = Field(default=None, ge=0)
 
     @property
     def picture_side(self) -> None:
@@ -52,9 +50,6 @@ class LanguageConfig(SystemSettings):
 
     def with_vocabulary(self, size: int) -> "LanguageConfig":
         return self.model_copy(update={"network": self.network.model_copy(update={"vocab_size": size})})
-
-    def with_end(self, end_id: int | None) -> "LanguageConfig":
-        return self.model_copy(update={"end_id": end_id})
 
 
 class Language(System):
@@ -97,7 +92,7 @@ class Language(System):
         check_decoding(decoding)
         logits, state = self.network.prefill(self._vectors(prompt), prompt.text.lengths, decoding.max_tokens)
         model = self._compiled or self.network
-        return write(model, logits, state, decoding, seeds, end=self.config.end_id, on_tokens=on_tokens)
+        return write(model, logits, state, decoding, seeds, end=decoding.end, on_tokens=on_tokens)
 
     @torch.no_grad()
     def continuation_likelihoods(self, prompt: Interleaved, candidates: TextBatch) -> Tensor:

@@ -24,10 +24,6 @@ class SystemSettings(StrictConfig):
         """The configuration for a vocabulary of ``size``."""
         raise NotImplementedError
 
-    def with_end(self, end_id: int | None) -> Self:
-        """The configuration that knows by which token texts end, for systems that write."""
-        return self
-
     @property
     def answer_limit(self) -> int:
         """Number of answers to take from the training questions; 0 for systems that learn none or know theirs already."""

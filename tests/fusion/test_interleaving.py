@@ -133,6 +133,7 @@ def sound(lengths: list[int]) -> Encoded:
 )
 def test_any_encoders_result_becomes_a_prefix(prefix: nn.Module) -> None:
     """Recordings of unequal length stand among words as they do alone, and what pads them changes nothing."""
+    prefix.eval()
     heard, words = sound([4, 2, 3]), nn.Embedding(VOCABULARY, WIDTH)
     rows = [[MEDIUM, 7], [8, MEDIUM, 9, MEDIUM]]
     together = spread(text(rows), words, *prefix(heard))

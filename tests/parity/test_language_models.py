@@ -130,7 +130,7 @@ def test_greedy_writing_is_that_of_generate(name: str, tmp_path: Path) -> None:
     reference = checkpoint(tmp_path, name)
     _, language = own(tmp_path)
     ids, lengths = prompts()
-    written = language.write(_prompt(ids, lengths), Decoding(max_tokens=20), [0, 1, 2])
+    written = language.write(_prompt(ids, lengths), Decoding(max_tokens=20, end=2), [0, 1, 2])
     for row, length, found in zip(ids, lengths, written, strict=True):
         mask = torch.ones(1, int(length), dtype=torch.int64)
         made = reference.generate(row[None, :length], attention_mask=mask, max_new_tokens=20, do_sample=False)
@@ -184,7 +184,7 @@ def test_shards_and_a_saved_copy_give_the_same(tmp_path: Path) -> None:
     with torch.no_grad():
         found = copy.network.logits(copy.network(copy.network.embed(ids)))
         torch.testing.assert_close(found, reference(input_ids=ids).logits, atol=TOLERANCE, rtol=0)
-    assert copy.config.end_id == 2
+    assert again.processor.tokenizer.end == 2
     assert language.config == copy.config
 
 

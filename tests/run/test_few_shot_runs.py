@@ -204,7 +204,7 @@ def test_episodes_need_a_system_that_reads_them() -> None:
 def test_a_language_model_that_is_part_brings_its_tokens(clip: Model, tmp_path) -> None:
     tokenizer = TextTokenizer.train_bpe(["a few words"], 300)
     network = {"vocab_size": tokenizer.vocab_size, "context_length": 64, "width": 16, "layers": 1, "positions": "rotary"}
-    config = LanguageConfig.model_validate({"network": network, "end_id": tokenizer.end})
+    config = LanguageConfig.model_validate({"network": network})
     words = Model(build(config), Processor(tokenizer=tokenizer, context_length=16), config, "words")
     save(words, tmp_path / "words")
     changes = [f"system.language={tmp_path / 'words'}", "system.train_language=false", "data.validation=null"]

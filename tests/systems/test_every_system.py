@@ -13,6 +13,8 @@ from mm.types import (
     MEDIUM,
     Answers,
     Candidates,
+    Captions,
+    Decoding,
     Interleaved,
     Matches,
     Paints,
@@ -41,6 +43,8 @@ ABLE = {
     "vilt": {"matches"},
     "albef": {"embeds", "matches", "grounds"},
     "albef-vqa": {"answers"},
+    "captioner": {"captions"},
+    "coca": {"embeds", "captions"},
     "language-model": {"writes"},
     "frozen": {"captions", "writes"},
     "flamingo": {"captions", "writes"},
@@ -96,6 +100,9 @@ def test_casting_for_inference_keeps_a_system_usable(name: str) -> None:
         text = TextBatch(torch.ones(2, 5, dtype=torch.int64), torch.tensor([5, 3]))
         if isinstance(system, Paints):
             assert system.paint(text, [0, 1], Sampling(steps=3)).shape == image.shape
+        if "captions" in capabilities(system):
+            assert isinstance(system, Captions)
+            assert len(system.caption(image, text, Decoding(max_tokens=2, beams=2), [0, 1])) == 2
         if isinstance(system, Matches):
             assert system.match(system.encode_image(image), system.encode_text(text)).dtype == torch.float32
     if before.is_floating_point():
@@ -121,6 +128,9 @@ def _what_it_gives(system: System, image: torch.Tensor) -> torch.Tensor:
         return system.continuation_likelihoods(
             Interleaved(prompts, image), TextBatch(torch.arange(8)[:, None], torch.ones(8).long())
         )
+    if isinstance(system, Captions):
+        texts = TextBatch(torch.tensor([[1, 5, 6, 7], [1, 7, 2, 0]]), torch.tensor([4, 3]))
+        return torch.stack([system.caption_likelihoods(image, texts) for image in (image, 255 - image)])
     tokenizer = system.tokenizer if "paints" in able else system
     return tokenizer.encode(image)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
 

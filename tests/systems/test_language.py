@@ -24,7 +24,7 @@ NETWORK = {"vocab_size": 50, "context_length": 16, "width": 32, "layers": 2, "he
 
 def language(**changes: object) -> Language:
     torch.manual_seed(0)
-    config = LanguageConfig.model_validate({"network": NETWORK | changes, "end_id": 2})
+    config = LanguageConfig.model_validate({"network": NETWORK | changes})
     system = build(config)
     assert isinstance(system, Language)
     return system.eval()
@@ -111,9 +111,8 @@ def test_a_run_on_captions_learns_without_pictures_and_is_loaded_again(tmp_path:
     model = load(tmp_path / "run", device="cpu", precision="fp32")
     assert not model.processor.has_image
     assert isinstance(model.system, Language)
-    assert model.system.config.end_id == model.processor.tokenizer.end
     start = model.processor.text(["a red"])
     prompt = Interleaved(TextBatch(start.ids, start.lengths - 1), torch.empty(0, 3, 1, 1, dtype=torch.uint8))
-    (written,) = model.system.write(prompt, Decoding(max_tokens=12), [0])
+    (written,) = model.system.write(prompt, Decoding(max_tokens=12, end=model.processor.tokenizer.end), [0])
     assert written.finished
     assert model.processor.tokenizer.decode(written.ids) in ("cat", "dog", "tree", "house")
