@@ -191,7 +191,7 @@ def _caption(pictures: Source, console: Console) -> Section:
     for row, image, en, zh in zip(rows, images, english, chinese, strict=True):
         truth = pictures.fields(row)["name"]
         console.print(f"  {truth:28} {en.text}, {zh.text}")
-        shots.append(Shot(image, en.text, [zh.text, f"it is: {truth}"], right=en.text == normalised(truth)))
+        shots.append(Shot(image, en.text, [zh.text, f"it is: {truth}"], right=normalised(en.text) == normalised(truth)))
     labels = {"exact": "the captioner", "neighbour_exact": "nearest training picture by vectors", "baseline_exact": "by pixels"}
     bars = [
         Bar(label, figure.value, figure.low, figure.high, strong=name == "exact")

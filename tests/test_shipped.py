@@ -10,11 +10,14 @@ from mm.hub import ASSETS
 FEW = {"limit": 24, "best_of": 4}
 """Prompts and candidates, fewer than the card's, so that a painter's figure is only roughly the same."""
 
+CHOSEN = {"best_of": 8, "ranker": "emoji-clip", "neighbour": "none", "judge": "none"}
+
 MEASURED = {
     "matches": ("retrieval", "emoji:validation/core", {}, "image_to_text_r1", "image_to_text_r1", 0.01),
     "embeds": ("zero-shot", "emoji:validation", {"baseline": "none"}, "top1", "top1", 0.01),
     "tokenizes": ("reconstruction", "emoji:validation/core", {}, "psnr", "psnr", 0.05),
     "paints": ("generation", "emoji:validation/core/seen", FEW, "clip_rank5", "clip_rank5", 0.3),
+    "captions": ("captioning", "emoji:validation/core", CHOSEN, "exact", "exact", 0.01),
     "answers": ("vqa", "emoji-vqa:validation/compositional", {}, "accuracy", "accuracy_compositional", 0.01),
 }
 """By the first capability that a model has: what is measured, which figure of it, and which of the card's it should be."""
