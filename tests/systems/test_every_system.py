@@ -27,7 +27,7 @@ ABLE = {
     "muse": {"paints"},
     "vilt": {"matches"},
     "albef": {"embeds", "matches", "grounds"},
-    "albef-vqa": {"answers"},
+    "albef-vqa": {"answers", "answers_freely"},
 }
 
 
