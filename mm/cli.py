@@ -67,6 +67,7 @@ BeamsOption = Annotated[
     int | None,
     typer.Option("--beams", min=1, help="Continuations kept at each step; default: 1, or all candidates.", show_default=False),
 ]
+FreeOption = Annotated[bool, typer.Option("--free", help="Write answers, which need not be among the known ones.")]
 MaxTokensOption = Annotated[int, typer.Option("--max-tokens", min=1, help="Longest caption.")]
 CaptionBestOfOption = Annotated[
     int, typer.Option("--best-of", min=1, help="Candidates of each caption; the best by likelihood and ranker is taken.")
@@ -287,6 +288,7 @@ def eval_vqa(
         str | None, typer.Option("--train", metavar="SRC", help="Questions that blind guesses learn from, or 'none'.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")] = None,
+    free: FreeOption = False,
     image_field: ImageFieldOption = None,
     json_file: JsonOption = None,
     device: DeviceOption = "auto",
@@ -302,6 +304,7 @@ def eval_vqa(
             data,
             train=train,
             limit=limit,
+            free=free,
             image_field=image_field,
             device=device,
             precision=precision,
@@ -536,6 +539,7 @@ def answer(
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="A picture file.")],
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="About the picture.")],
     k: Annotated[int, typer.Option("-k", min=1, help="How many answers to show.")] = 5,
+    free: FreeOption = False,
     json_file: JsonOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
@@ -545,7 +549,7 @@ def answer(
     from mm.hub import load
 
     loaded = load(model, device=device, precision=precision)
-    show.answers(loaded.answer(image, question, k=k), image, question, json_file)
+    show.answers(loaded.answer(image, question, k=k, free=free), image, question, json_file)
 
 
 @app.command()

@@ -7,6 +7,7 @@ A model folder holds ``config.yaml`` (of which ``system:`` builds the network), 
 import difflib
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,7 +34,19 @@ from mm.published.resolve import import_model
 from mm.systems import SystemConfig, build, read_system
 from mm.training.checkpoint import STATE_FILE, find_checkpoint
 from mm.training.devices import choose_device, inference_dtype
-from mm.types import Answers, Candidates, CompilesDecoding, Embeds, Grounds, RankedAnswers, System, TextBatch, capabilities
+from mm.types import (
+    Answers,
+    AnswersFreely,
+    Candidates,
+    CompilesDecoding,
+    Decoding,
+    Embeds,
+    Grounds,
+    RankedAnswers,
+    System,
+    TextBatch,
+    capabilities,
+)
 
 ASSETS = Path(__file__).parent / "assets"
 CONFIG_FILE = "config.yaml"
@@ -45,6 +58,9 @@ MAX_STATE_BYTES = 64 << 20
 
 LENGTH_STEP = 8
 """Compiled text encoders see lengths that are multiples of it."""
+
+FREE_BEAMS = 5
+"""Beams that answers are written freely with, at least."""
 
 Progress = Callable[[int, int], None]
 
@@ -157,7 +173,9 @@ class Model:
         with torch.no_grad():
             return self._embedding_system().scores(queries.to(self.device), items.to(self.device)).float().cpu()
 
-    def answer(self, image: Any, question: str, *, k: int = 5, candidates: Sequence[str] | None = None) -> RankedAnswers:
+    def answer(
+        self, image: Any, question: str, *, k: int = 5, candidates: Sequence[str] | None = None, free: bool = False
+    ) -> RankedAnswers:
         """The ``k`` best answers to a question about one raw picture (path, bytes, PIL image, array).
 
         Args:
@@ -165,17 +183,29 @@ class Model:
             question: In words.
             k: Answers wanted.
             candidates: Answers to choose among; default: those that the model knows.
+            free: Write answers that need not be in any list, by a search with `FREE_BEAMS` beams, or ``k``.
 
         Raises:
-            UserError: This model does not answer questions, or cannot give one of the candidates; no picture there.
+            UserError: This model does not answer questions, not freely, or cannot give one of the candidates; no picture there.
         """
         self.answering_system()
-        return self.answer_pixels(self.processor.image(image)[None], [question], k=k, candidates=candidates)[0]
+        pixels = self.processor.image(image)[None]
+        return self.answer_pixels(pixels, [question], k=k, candidates=candidates, free=free)[0]
 
     def answer_pixels(
-        self, pixels: Tensor, questions: Sequence[str], *, k: int = 1, candidates: Sequence[str] | None = None
+        self,
+        pixels: Tensor,
+        questions: Sequence[str],
+        *,
+        k: int = 1,
+        candidates: Sequence[str] | None = None,
+        free: bool = False,
     ) -> list[RankedAnswers]:
         """As `answer`, of prepared pictures uint8 ``(B, 3, S, S)`` with a question each."""
+        if free:
+            if candidates is not None:
+                raise UserError("free and candidates: what is written freely is not chosen among candidates; give one of them")
+            return self._written_answers(pixels, questions, k)
         system, among = self.answering_system(), None
         if candidates is not None:
             if not candidates:
@@ -184,6 +214,21 @@ class Model:
         text = self.processor.text(questions).to(self.device)
         with torch.no_grad():
             return system.answer(pixels.to(self.device), text, among, k=k)
+
+    def _written_answers(self, pixels: Tensor, questions: Sequence[str], k: int) -> list[RankedAnswers]:
+        """The ``k`` likeliest answers that a search finds, each text once, with the likelihood of writing it."""
+        system = self.free_answering_system()
+        text = self.processor.text(questions).to(self.device)
+        decoding = Decoding(beams=max(k, FREE_BEAMS), length_penalty=0.0, end=self.processor.tokenizer.end)
+        with torch.no_grad():
+            found = system.write_answer(pixels.to(self.device), text, decoding, [0] * len(text))
+        ranked = []
+        for best in found:
+            scores: dict[str, float] = {}
+            for one in (best, *best.others):
+                scores.setdefault(self.processor.tokenizer.decode(one.ids), math.exp(one.log_likelihood))
+            ranked.append(RankedAnswers(tuple(scores)[:k], tuple(scores.values())[:k]))
+        return ranked
 
     def ground(self, image: Any, text: str, *, layers: Sequence[int] | None = None) -> Grounding:
         """Where in one raw picture (path, bytes, PIL image, array) the words of a text are.
@@ -237,6 +282,13 @@ class Model:
         """The system, where it answers questions. Raises `UserError` where it does not."""
         if "answers" not in self.capabilities or not isinstance(self.system, Answers):
             raise self._unable("cannot answer questions", "take a model that learned to, such as emoji-vqa")
+        return self.system
+
+    def free_answering_system(self) -> AnswersFreely:
+        """The system, where it writes answers that are in no list. Raises `UserError` where it does not."""
+        if "answers_freely" not in self.capabilities or not isinstance(self.system, AnswersFreely):
+            remedy = "take one with a decoder, such as emoji-vqa, or its known answers"
+            raise self._unable("cannot write answers freely", remedy)
         return self.system
 
     def _grounding_system(self) -> Grounds:

@@ -345,11 +345,11 @@ class RankedAnswers:
 
 @runtime_checkable
 class Answers(Protocol):
-    """Systems that answer questions about pictures: classifiers over a list, or decoders that rank or write answers."""
+    """Systems that answer questions about pictures: classifiers over a list, or decoders that rank answers by writing them."""
 
     @property
     def known_answers(self) -> tuple[str, ...]:
-        """The answers among which it chooses by itself, normalised; empty where it needs candidates or writes freely."""
+        """The answers among which it chooses by itself, normalised; empty where it needs candidates."""
         ...
 
     def answer(
@@ -471,6 +471,22 @@ OnTokens = Callable[[Tensor], None]
 
 
 @runtime_checkable
+class AnswersFreely(Answers, Protocol):
+    """Systems that also write answers, word by word, which then need not be in any list."""
+
+    def write_answer(self, image: Tensor, question: TextBatch, decoding: Decoding, seeds: Sequence[int]) -> list[Written]:
+        """An answer to question i about picture i.
+
+        Args:
+            image: Pixels uint8 ``(B, 3, H, W)``.
+            question: One a picture.
+            decoding: How to choose the words.
+            seeds: One a question; in fp32 what is drawn depends on it, not on the batch.
+        """
+        ...
+
+
+@runtime_checkable
 class Captions(Protocol):
     """Systems that describe pictures in words."""
 
@@ -539,6 +555,7 @@ CAPABILITIES: Mapping[str, type] = {
     "matches": Matches,
     "grounds": Grounds,
     "answers": Answers,
+    "answers_freely": AnswersFreely,
     "captions": Captions,
     "writes": Writes,
     "paints": Paints,

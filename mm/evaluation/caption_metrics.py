@@ -1,12 +1,14 @@
-"""How well captions say what people said: BLEU, ROUGE-L, CIDEr-D, exact match and word overlap, as pycocoevalcap has them.
+"""How well captions say what people said: BLEU, ROUGE-L and CIDEr-D as pycocoevalcap has them, METEOR of 2005 with
+exact matches alone, exact match and word overlap.
 
 Everything works on words (`mm.evaluation.words`): n hypotheses, one a picture, and at least one reference for each. Where the
 published formulas and the evaluation that everybody's figures come from differ, the evaluation is followed and it is said here.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import nsmallest
 from itertools import chain
 from typing import TypeAlias
 
@@ -24,6 +26,12 @@ BLEU_HIT, BLEU_TRIAL = 1e-15, 1e-9
 
 ROUGE_BETA = 1.2
 """Weight of recall in ROUGE-L."""
+
+METEOR_ALIGNMENTS = 1000
+"""Beginnings of alignments that are kept at each word; with no more than that the one that is found is the best."""
+
+NOWHERE = -2
+"""Place of a word that is aligned with none; no place is behind it."""
 
 CIDER_SIGMA, CIDER_SCALE = 6.0, 10.0
 """Width of CIDEr-D's penalty on lengths, and what all is multiplied by."""
@@ -93,6 +101,67 @@ def _common(first: Words, second: Words) -> int:
         matched = row & places.get(word, 0)
         row = ((row + matched) | (row - matched)) & whole
     return len(first) - row.bit_count()
+
+
+def meteor_exact(hypotheses: Sequence[Words], references: Sequence[Sequence[Words]]) -> np.ndarray:
+    """METEOR of 2005 with its exact-match module alone, of each caption, ``(n,)`` in 0..1, https://aclanthology.org/W05-0909.
+
+    This is not METEOR 1.5, which captions are usually published with: words match only where they are the same, not by their
+    stem, as synonyms or in a paraphrase, and no weight is tuned. A caption is aligned with each reference, each word with at
+    most one: with the most matches, of these with the fewest crossings, of these with the fewest chunks, which are matches that
+    stand one behind the other on both sides. Of m matches precision P and recall R give ``10 P R / (R + 9 P)``, of which
+    ``0.5 (chunks / m) ** 3`` is taken off as a share; the best reference counts.
+    """
+    pairs = zip(hypotheses, references, strict=True)
+    return np.array([max(_meteor(caption, one) for one in known) for caption, known in pairs])
+
+
+def _meteor(caption: Words, reference: Words) -> float:
+    shared = Counter(caption) & Counter(reference)
+    matches = shared.total()
+    if not matches:
+        return 0.0
+    precision, recall = matches / len(caption), matches / len(reference)
+    _, chunks = _aligned(caption, reference, shared)
+    return 10 * precision * recall / (recall + 9 * precision) * (1 - 0.5 * (chunks / matches) ** 3)
+
+
+def _aligned(caption: Words, reference: Words, shared: Mapping[str, int]) -> tuple[int, int]:
+    """Crossings and chunks of the best of the largest alignments, which match words as often as both sides share them.
+
+    Occurrences of a word never cross each other in an alignment with the fewest crossings, since exchanging two that do takes
+    crossings away. So each is aligned behind those before it, and where there are as many on both sides there is no choice.
+    """
+    places = {word: [place for place, other in enumerate(reference) if other == word] for word in shared}
+    bits = {word: sum(1 << place for place in known) for word, known in places.items()}
+    left = Counter(caption)
+    best = {(0, NOWHERE): (0, 0)}  # by the places of the reference that are taken, and that of the word before
+    for word in caption:
+        ways = []
+        for (taken, last), (crossings, chunks) in best.items():
+            own = taken & bits.get(word, 0)
+            missing = shared.get(word, 0) - own.bit_count()
+            if left[word] > missing:
+                ways.append(((taken, NOWHERE), (crossings, chunks)))
+            if missing:
+                for place in places[word][: len(places[word]) - missing + 1]:
+                    if not own >> place:
+                        crossed = crossings + (taken >> place).bit_count()
+                        ways.append(((taken | 1 << place, place), (crossed, chunks + (place != last + 1))))
+        left[word] -= 1
+        best = _least(ways)
+    return min(best.values())
+
+
+def _least(ways: Sequence[tuple[tuple[int, int], tuple[int, int]]]) -> dict[tuple[int, int], tuple[int, int]]:
+    """The least cost of each beginning of an alignment, of no more than `METEOR_ALIGNMENTS` beginnings."""
+    best: dict[tuple[int, int], tuple[int, int]] = {}
+    for state, cost in ways:
+        if state not in best or cost < best[state]:
+            best[state] = cost
+    if len(best) > METEOR_ALIGNMENTS:
+        best = dict(nsmallest(METEOR_ALIGNMENTS, best.items(), key=lambda way: way[1]))
+    return best
 
 
 def cider_d(hypotheses: Sequence[Words], references: Sequence[Sequence[Words]]) -> np.ndarray:

@@ -6,16 +6,17 @@ from typing import Any
 import numpy as np
 
 from mm.errors import UserError
-from mm.evaluation.caption_metrics import MAX_ORDER, Words, bleu, bleu_counts, cider_d, exact, rouge_l, token_f1
+from mm.evaluation.caption_metrics import MAX_ORDER, Words, bleu, bleu_counts, cider_d, exact, meteor_exact, rouge_l, token_f1
 from mm.evaluation.metrics import RESAMPLES, Interval, Result, Statistic, bootstrap, selections, share, subset_sizes
 from mm.evaluation.words import TOKENIZER, words
 
-OF_SUBSETS = ("exact", "token_f1", "bleu4", "rouge_l", "cider")
+OF_SUBSETS = ("exact", "token_f1", "bleu4", "rouge_l", "meteor_exact", "cider")
 OF_BASELINES = ("exact", "token_f1", "cider")
 """Figures that subsets and baselines get; the whole set has BLEU of all orders, too."""
 
 RULES = (
     "exact: same words as a reference; token_f1: likest reference; bleu1 to 4: of the set, closest length; rouge_l: beta 1.2; "
+    "meteor_exact: METEOR of 2005 with exact matches alone, not METEOR 1.5: no stems, synonyms, paraphrases or tuned weights; "
     "cider: CIDEr-D, 0 to 10, rarity by the references of all pictures evaluated, also in subsets and intervals"
 )
 
@@ -44,8 +45,8 @@ def captioning(
         resamples: Number of bootstrap resamples.
 
     Returns:
-        ``exact``, ``token_f1``, ``bleu1`` to ``bleu4``, ``rouge_l``, ``cider``, the rates, those of `OF_SUBSETS` for each
-        subset, and those of `OF_BASELINES` for each baseline.
+        ``exact``, ``token_f1``, ``bleu1`` to ``bleu4``, ``rouge_l``, ``meteor_exact``, ``cider``, the rates, those of
+        `OF_SUBSETS` for each subset, and those of `OF_BASELINES` for each baseline.
 
     Raises:
         UserError: No picture, one without a reference, lists of different lengths, a rate that is not in 0..1, an empty subset.
@@ -86,13 +87,13 @@ def normalised(caption: str) -> str:
 
 def _values(captions: Sequence[Words], accepted: Sequence[Sequence[Words]]) -> dict[str, np.ndarray]:
     """The figures that are means over pictures, of each picture."""
-    scores = {"exact": exact, "token_f1": token_f1, "rouge_l": rouge_l, "cider": cider_d}
+    scores = {"exact": exact, "token_f1": token_f1, "rouge_l": rouge_l, "meteor_exact": meteor_exact, "cider": cider_d}
     return {name: score(captions, accepted) for name, score in scores.items()}
 
 
 def _order(given: Mapping[str, Any], rates: Mapping[str, Any], *, subset: bool) -> list[str]:
     """Names of the figures as they are shown: the captions' own with their rates, then each baseline's with its."""
-    whole = ("exact", "token_f1", *(f"bleu{order}" for order in range(1, MAX_ORDER + 1)), "rouge_l", "cider")
+    whole = ("exact", "token_f1", *(f"bleu{order}" for order in range(1, MAX_ORDER + 1)), "rouge_l", "meteor_exact", "cider")
     own = OF_SUBSETS if subset else whole
     names = []
     for prefix in given:

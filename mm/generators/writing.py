@@ -24,6 +24,7 @@ from mm.errors import UserError
 from mm.generators.autoregressive import compiled_step
 from mm.generators.language_model import LanguageModel, WritingState
 from mm.generators.sampling import check_sampling, draw, sample_generators
+from mm.nn.masks import EVERYTHING, Mask
 from mm.types import Decoding, OnTokens, Sampling, TextBatch, Written
 
 
@@ -110,10 +111,16 @@ def describe(
     decoding: Decoding,
     seeds: Sequence[int],
     on_tokens: OnTokens | None = None,
+    *,
+    context_mask: Mask = EVERYTHING,
 ) -> list[Written]:
-    """Continue text i, whose words attend to row i of the context; arguments and errors as in `mm.types.Captions.caption`."""
+    """Continue text i, whose words attend to row i of the context; arguments and errors as in `mm.types.Captions.caption`.
+
+    What they may see of the context is the same for all words of a row.
+    """
     decoding = fitted(decoding, model, beginning.ids.shape[1])
-    logits, state = model.prefill(model.embed(beginning.ids), beginning.lengths, decoding.max_tokens, seen)
+    vectors = model.embed(beginning.ids)
+    logits, state = model.prefill(vectors, beginning.lengths, decoding.max_tokens, seen, context_mask=context_mask)
     return write(model, logits, state, decoding, seeds, end=decoding.end, on_tokens=on_tokens)
 
 

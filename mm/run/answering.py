@@ -11,8 +11,8 @@ from mm.data.loader import Loader
 from mm.data.questions import Question, check_questions, question_of, questions_of
 from mm.data.sources import Subset
 from mm.evaluation.metrics import Result
-from mm.evaluation.vqa import BlindGuess, accepted, vqa
-from mm.hub import Model
+from mm.evaluation.vqa import BlindGuess, accepted, normalise, vqa
+from mm.hub import FREE_BEAMS, Model
 from mm.run.evaluation import BATCH_SIZE, decoding_workers, loaded, opened, refuse_incomplete, stamp
 from mm.run.preparation import EvalPreparation, QuestionPreparation
 from mm.types import Source
@@ -26,6 +26,7 @@ def evaluate_vqa(
     *,
     train: str | Source | None = None,
     limit: int | None = None,
+    free: bool = False,
     image_field: str | None = None,
     device: str = "auto",
     precision: str = "auto",
@@ -39,16 +40,18 @@ def evaluate_vqa(
         train: Questions to guess from: ``blind_accuracy`` is of the usual answer to a question of the same words,
             ``majority_accuracy`` of the most usual answer of all. Default: the source's own; ``none`` leaves both out.
         limit: Take only so many questions, the first ones.
+        free: Have answers written that need not be in the model's list, see `mm.hub.Model.answer`.
         image_field: Column of a table that holds the picture files, where its name is not a usual one.
         device: Where to compute; ``auto`` chooses.
         precision: See `mm.hub.load`.
         progress: Called with (questions done, in all).
 
     Raises:
-        UserError: The model does not answer questions, a source asks none, or too many of its samples cannot be used.
+        UserError: The model does not answer questions, or not freely; a source asks none, or too many of its samples cannot be
+            used.
     """
     model = loaded(model, device, precision)
-    known = frozenset(model.answering_system().known_answers)
+    known = frozenset((model.free_answering_system() if free else model.answering_system()).known_answers)
     source = opened(data, model, image_field=image_field)
     check_questions(source)
     training = train if train is not None else getattr(source, "reference", None)
@@ -56,10 +59,13 @@ def evaluate_vqa(
     if limit is not None:
         source = Subset(source, range(min(limit, len(source))))
     guess = None if training in (None, "none") else _guesser(opened(training, model, image_field=image_field))
-    asked, accounting = answer_all(model, source, progress)
+    asked, accounting = answer_all(model, source, progress, free=free)
     refuse_incomplete(source, accounting)
     facts = stamp(model, source, accounting.describe())
-    if known:
+    if free:
+        listed = sum(normalise(one.answer) in known for one in asked) / len(asked)
+        facts["answers"] = f"written freely by {FREE_BEAMS} beams, {listed:.1%} of them among the {len(known)} known"
+    elif known:
         reach = [max((s for a, s in accepted(one.question.answers).items() if a in known), default=0.0) for one in asked]
         facts["answers"] = f"{len(known)} known, at best {sum(reach) / len(reach):.1%} right"
     guesses = {}
@@ -87,7 +93,9 @@ class Answered:
     answer: str
 
 
-def answer_all(model: Model, source: Source, progress: Progress | None = None) -> tuple[list[Answered], Accounting]:
+def answer_all(
+    model: Model, source: Source, progress: Progress | None = None, *, free: bool = False
+) -> tuple[list[Answered], Accounting]:
     """The model's best answer to every question of a source that can be used, in order, and the counts of those that cannot."""
     preparation = EvalPreparation(model.processor)
     loader = Loader(
@@ -106,7 +114,7 @@ def answer_all(model: Model, source: Source, progress: Progress | None = None) -
     for batch in loader.one_epoch():
         assert batch.image is not None
         questions = [question_of(fields, where) for fields, where in zip(batch.fields, batch.ids, strict=True)]
-        ranked = model.answer_pixels(batch.image, [question.text for question in questions])
+        ranked = model.answer_pixels(batch.image, [question.text for question in questions], free=free)
         best = (one.answers[0] for one in ranked)
         found += [Answered(*entry) for entry in zip(questions, batch.fields, best, strict=True)]
         if progress:

@@ -2,7 +2,7 @@
 
 Paper: ALBEF https://arxiv.org/abs/2107.07651, section 4 (questions: a decoder like the fusion, begun with its weights, that
 attends to the fused question; answers of a list are ranked by their likelihood, of a long list those that a first stage picks
-by their first token; visual entailment: a classifier over the first fused token).
+by their first token, and others are written freely; visual entailment: a classifier over the first fused token).
 
 Deviations: every token of a ranked answer counts once, its end too (the reference counts the first token twice); the decoder
 has the word vectors, positions and word logits of the network instead of copies; an answer weighs by how right it is as a share
@@ -20,16 +20,20 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from mm.encoders.text import TextEncoder
 from mm.errors import ConfigError
 from mm.fusion.align_before_fuse import AlignBeforeFuse
 from mm.fusion.cross_attention import CrossAttention
+from mm.generators.language_model import LanguageModel
+from mm.generators.writing import describe
 from mm.losses.answers import answer_shares, answer_targets
 from mm.nn.freeze import freeze
 from mm.nn.initialise import initialise
+from mm.nn.masks import attention_mask
 from mm.systems.albef import Albef, AlbefSizes, build_fusion, build_network, given_by_towers
 from mm.systems.answer_list import AnswerList, grey, ranked
 from mm.systems.settings import AnswerSettings
-from mm.types import Batch, Candidates, Encoded, Losses, RankedAnswers, System, TextBatch
+from mm.types import Batch, Candidates, Decoding, Encoded, Losses, RankedAnswers, System, TextBatch, Written
 
 ROWS_AT_ONCE = 2048
 """Pairs of a question and an answer whose likelihood is computed together, for the sake of memory."""
@@ -99,6 +103,10 @@ class AlbefVqa(System):
         self.register_buffer("answer_lengths", text.lengths)
 
     @property
+    def lacks(self) -> frozenset[str]:
+        return frozenset() if self.config.head == "decoder" else frozenset({"answers_freely"})
+
+    @property
     def known_answers(self) -> tuple[str, ...]:
         return self.config.known_answers
 
@@ -121,6 +129,27 @@ class AlbefVqa(System):
             return self.answer_list.rank(fused.pooled, candidates, k)
         among = self._own_list() if candidates is None else candidates
         return ranked(among.words, self.log_likelihoods(fused, among.text, max(k, self.config.shortlist)), k, torch.exp)
+
+    @property
+    def writer(self) -> LanguageModel:
+        """The decoder, with the words of the network; all of its weights are theirs."""
+        text = self.network.towers.encoders["text"]
+        assert isinstance(text, TextEncoder)
+        assert self.decoder is not None
+        return LanguageModel(
+            embedding=text.embedding,
+            transformer=self.decoder.transformer,
+            head=self.network.words,
+            context_length=text.context_length,
+        )
+
+    def write_answer(self, image: Tensor, question: TextBatch, decoding: Decoding, seeds: Sequence[int]) -> list[Written]:
+        """See `mm.types.AnswersFreely`; the start is that of the known answers."""
+        fused = self.read(image, question)
+        count = len(question)
+        start = TextBatch(self.answer_ids[:1, :1].expand(count, 1), self.answer_lengths.new_ones(count))
+        seen = attention_mask(1, fused.tokens.shape[1], keys=fused.mask)
+        return describe(self.writer, fused.tokens, start, decoding, seeds, context_mask=seen)
 
     def log_likelihoods(self, fused: Encoded, answers: TextBatch, shortlist: int) -> Float[Tensor, "b a"]:
         """Of each answer to each question, fp32; of a longer list than ``shortlist`` those of the answers with the likeliest

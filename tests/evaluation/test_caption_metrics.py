@@ -1,5 +1,6 @@
 """Caption metrics: what pycocoevalcap 1.2 gives (run once, with its Java tokenizer), what the papers say, corner cases."""
 
+import itertools
 import math
 import random
 from collections import Counter
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mm.errors import UserError
-from mm.evaluation.caption_metrics import bleu, bleu_counts, cider_d, exact, rouge_l, token_f1
+from mm.evaluation.caption_metrics import bleu, bleu_counts, cider_d, exact, meteor_exact, rouge_l, token_f1
 from mm.evaluation.captioning import captioning, normalised
 from mm.evaluation.words import PUNCTUATION, words
 
@@ -210,12 +211,47 @@ def test_values_by_hand() -> None:
     assert cider_d([["a"], ["b"]], [[["a"]], [["c"]]]) == pytest.approx([10 / 4, 0])
 
 
+def brute_meteor(caption: Caption, reference: Caption) -> float:
+    """Banerjee and Lavie, over every alignment there is."""
+    found = []
+    for chosen in itertools.product(*([None, *(p for p, other in enumerate(reference) if other == word)] for word in caption)):
+        links = [(row, place) for row, place in enumerate(chosen) if place is not None]
+        if len({place for _, place in links}) == len(links):
+            crossings = sum((i - k) * (j - m) < 0 for (i, j), (k, m) in itertools.combinations(links, 2))
+            found.append((-len(links), crossings, sum((row - 1, place - 1) not in links for row, place in links)))
+    matches, _, chunks = min(found)
+    if not matches:
+        return 0.0
+    precision, recall = -matches / len(caption), -matches / len(reference)
+    return 10 * precision * recall / (recall + 9 * precision) * (1 - 0.5 * (chunks / -matches) ** 3)
+
+
+def test_meteor_takes_the_best_of_all_alignments() -> None:
+    chance = random.Random(1)
+    for number in range(300):
+        caption, one, other = ([chance.choice("abcd"[: 1 + number % 4]) for _ in range(chance.randint(0, 6))] for _ in range(3))
+        expected = max(brute_meteor(caption, one), brute_meteor(caption, other))
+        assert meteor_exact([caption], [[one, other]]) == pytest.approx([expected]), (caption, one, other)
+
+
+def test_meteor_by_hand() -> None:
+    """Six matches in two chunks, of seven words; all in one chunk; crossed; what babble costs."""
+    caption = ["the", "president", "spoke", "to", "the", "audience"]
+    reference = [*caption[:2], "then", *caption[2:]]
+    expected = 10 * 6 / 7 / (6 / 7 + 9) * (1 - 0.5 * (2 / 6) ** 3)
+    assert meteor_exact([caption], [[reference]]) == pytest.approx([expected])
+    assert meteor_exact([caption], [[caption, ["x"]]]) == pytest.approx([1 - 0.5 / 6**3])
+    assert meteor_exact([["a", "b"]], [[["b", "a"]]]) == pytest.approx([0.5])
+    babble, plain = ["the", "dog"] * 40, ["the", "dog", "and", "the", "dog"]
+    assert meteor_exact([babble], [[plain]])[0] < meteor_exact([["the", "dog"]], [[plain]])[0]
+
+
 def test_corner_cases_are_numbers() -> None:
     same = [["a", "b", "c", "d", "e"]]
     assert cider_d(same, [same]) == pytest.approx([0])  # everything is in every picture
     assert cider_d(same * 2, [[["x"]], same])[0] == 0
     for captions, references in (([[]], [[["a"]]]), ([["a"]], [[[]]]), ([[]], [[[]]]), ([[], []], [[[]], [["a", "b"]]])):
-        for score in (rouge_l, cider_d, exact, token_f1):
+        for score in (rouge_l, meteor_exact, cider_d, exact, token_f1):
             assert score(captions, references).tolist() == [0.0] * len(captions)
         assert 0 <= whole_bleu(captions, references) < 0.1 or references == [[[]]]
     repeated, plain = [["a"] * 9, ["z"]], [["a"], ["z"]]

@@ -168,6 +168,29 @@ def test_a_decoder_writes_the_answers(workshop: Path, writer: Model, tmp_path: P
     assert json.loads((tmp_path / "out.json").read_text())["answers"][0]["answer"] == "blue"
 
 
+def test_a_decoder_writes_freely(workshop: Path, writer: Model, tmp_path: Path) -> None:
+    run, data, out = str(workshop / "writer"), str(workshop / "rows.jsonl"), tmp_path / "out.json"
+    asked = str(workshop / "2.png"), "which colour is it?"
+    listed, found = writer.answer(*asked, k=3), writer.answer(*asked, k=7, free=True)
+    assert found.answers[0] == listed.answers[0] == "blue"
+    assert found.scores[0] == pytest.approx(listed.scores[0], rel=1e-3)
+    assert len(set(found.answers)) == len(found.answers) <= 7
+    assert list(found.scores) == sorted(found.scores, reverse=True)
+    assert set(found.answers) - set(writer.config.known_answers), "the seventh beam has left the list"
+    with pytest.raises(UserError, match="free and candidates"):
+        writer.answer(*asked, candidates=["blue"], free=True)
+    done = CliRunner().invoke(app, ["answer", run, *asked, "--free", "-k", "2", "--device", "cpu", "--json", str(out)])
+    assert done.exit_code == 0, done.output
+    assert json.loads(out.read_text())["answers"][0]["answer"] == "blue"
+    done = CliRunner().invoke(
+        app, ["eval", "vqa", run, "--data", data, "--free", "--train", "none", "--device", "cpu", "--json", str(out)]
+    )
+    assert done.exit_code == 0, done.output
+    measured = json.loads(out.read_text())
+    assert measured["metrics"]["accuracy"]["value"] == 1
+    assert measured["protocol"]["answers"] == "written freely by 5 beams, 100.0% of them among the 7 known"
+
+
 def test_a_blind_decoder_guesses(workshop: Path, writer: Model) -> None:
     blind = mm.load(train(workshop, "blind-writer", steps=60, base=WRITER, system={"blind": True}), device="cpu")
     data = str(workshop / "rows.jsonl")
@@ -185,6 +208,8 @@ def test_pairs_can_be_classified(workshop: Path, aligned: str) -> None:
     found = model.answer(workshop / "0.png", "is it red?")
     assert found.answers == ("yes", "no")
     assert sum(found.scores) == pytest.approx(1)
+    with pytest.raises(UserError, match=r"classes cannot write answers freely \(it can: answers\); take one with a decoder"):
+        model.answer(workshop / "0.png", "is it red?", free=True)
 
 
 @pytest.mark.usefixtures("writer")
@@ -270,6 +295,8 @@ def test_bad_input_is_told_in_one_line(workshop: Path, model: Model, tmp_path: P
         (["eval", "vqa", run, "--data", data, "--train", str(tmp_path / "captions.csv")], "no field 'question'"),
         (["eval", "vqa", run, "--data", str(tmp_path / "broken.csv")], "too few samples can be used"),
         (["answer", run, str(tmp_path / "broken.png"), "what?"], "broken.png"),
+        (["answer", run, str(workshop / "1.png"), "what?", "--free"], "cannot write answers freely (it can: answers)"),
+        (["eval", "vqa", run, "--data", data, "--free"], "cannot write answers freely"),
         (["answer", run, str(tmp_path / "none.png"), "what?"], "none.png"),
         (["eval", "retrieval", run, "--data", data], "no shared embedding space (it can: answers)"),
     ]

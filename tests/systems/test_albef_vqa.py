@@ -18,7 +18,7 @@ from mm.systems import albef, albef_vqa, vilt
 from mm.systems.albef import AlbefConfig
 from mm.systems.albef_vqa import AlbefVqa, AlbefVqaConfig, build
 from mm.systems.vilt import ViltConfig
-from mm.types import Batch, Candidates, Encoded, Losses, System, TextBatch, capabilities
+from mm.types import Batch, Candidates, Decoding, Encoded, Losses, System, TextBatch, capabilities
 
 VIT = {"backbone": "vit_tiny_patch16_224", "image_size": 16, "patch_size": 8}
 VIT = VIT | {"options": {"embed_dim": 16, "depth": 1, "num_heads": 2}}
@@ -89,19 +89,22 @@ def inputs(data: Batch) -> tuple[Tensor, TextBatch]:
 
 
 @torch.no_grad()
-def written(model: AlbefVqa, fused: Encoded, row: int, ids: Sequence[int]) -> float:
-    """The log-likelihood of an answer, one token after the other, each from what stands before it alone."""
-    network, total, said = model.network, 0.0, [START]
-    words = network.towers.encoders["text"].get_submodule("embedding")
-    question = Encoded(fused.tokens[row : row + 1], fused.mask[row : row + 1], fused.pooled[row : row + 1])
+def following(model: AlbefVqa, fused: Encoded, row: int, ids: Sequence[int]) -> Tensor:
+    """Log-probabilities of the token behind the first ones of an answer, from these alone."""
+    words = model.network.towers.encoders["text"].get_submodule("embedding")(torch.tensor([[START, *ids]]))
     assert model.decoder is not None
-    for token in [*ids, END]:
-        vectors = words(torch.tensor([said]))
-        before = Encoded(vectors, torch.ones(1, len(said), dtype=torch.bool), vectors[:, 0])
-        logits = network.words(model.decoder(before, question, causal=True).tokens[:, -1])
-        total += float(logits.log_softmax(-1)[0, token])
-        said.append(token)
-    return total
+    before = Encoded(words, torch.ones(1, len(ids) + 1, dtype=torch.bool), words[:, 0])
+    return model.network.words(model.decoder(before, fused[row : row + 1], causal=True).tokens[0, -1]).log_softmax(-1)
+
+
+def prefix(model: AlbefVqa, fused: Encoded, row: int, ids: Sequence[int]) -> float:
+    """The log-likelihood of beginning with these tokens, one after the other."""
+    return sum(float(following(model, fused, row, ids[:place])[token]) for place, token in enumerate(ids))
+
+
+def written(model: AlbefVqa, fused: Encoded, row: int, ids: Sequence[int]) -> float:
+    """The log-likelihood of an answer, its end included."""
+    return prefix(model, fused, row, [*ids, END])
 
 
 @pytest.mark.parametrize("norm_place", ["post", "pre"])
@@ -128,17 +131,6 @@ def test_likelihoods_of_all_that_can_be_written_add_up_to_one() -> None:
         [sum(float(torch.tensor(prefix(model, fused, row, ids)).exp()) for ids in longer) for row in range(6)]
     )
     torch.testing.assert_close(ended + going_on, torch.ones(6), atol=1e-4, rtol=0)
-
-
-def prefix(model: AlbefVqa, fused: Encoded, row: int, ids: Sequence[int]) -> float:
-    """The log-likelihood of beginning with these tokens."""
-    whole = written(model, fused, row, ids)
-    words = model.network.towers.encoders["text"].get_submodule("embedding")(torch.tensor([[START, *ids]]))
-    assert model.decoder is not None
-    with torch.no_grad():
-        seen = Encoded(words, torch.ones(1, len(ids) + 1, dtype=torch.bool), words[:, 0])
-        last = model.network.words(model.decoder(seen, fused[row : row + 1], causal=True).tokens[:, -1])
-    return whole - float(last.log_softmax(-1)[0, END])
 
 
 def test_a_long_list_is_ranked_in_two_stages() -> None:
@@ -189,15 +181,62 @@ def test_the_order_outlasts_likelihoods_too_small_to_be_told_apart() -> None:
     assert [one.answers[0] for one in found] == [ANSWERS[place] for place in whole.argmax(1)]
 
 
-def test_answers_do_not_depend_on_the_batch() -> None:
+@pytest.mark.parametrize("norm_place", ["post", "pre"])
+def test_what_is_written_is_the_likeliest_token_each_time_and_as_likely_as_when_it_is_ranked(norm_place: str) -> None:
+    model = livelier(small(norm_place=norm_place))
+    with torch.no_grad():
+        model.network.word_bias[END] += 2.0
+    image, question = inputs(batch())
+    fused = model.read(image, question)
+    found = model.write_answer(image, question, Decoding(max_tokens=5, end=END), range(6))
+    assert {one.finished for one in found} == {True, False}
+    for row, one in enumerate(found):
+        said = [*one.ids, END] if one.finished else list(one.ids)
+        likeliest = [int(following(model, fused, row, said[:place]).argmax()) for place in range(len(said))]
+        assert said == likeliest
+        assert one.log_likelihood == pytest.approx(prefix(model, fused, row, said), abs=1e-4)
+        if one.finished:
+            ranked = model.log_likelihoods(fused, tokens([one.ids]), 1).detach()
+            assert one.log_likelihood == pytest.approx(float(ranked[row, 0]), abs=1e-4)
+
+
+def test_beams_find_the_likeliest_of_all_that_can_be_written() -> None:
+    model = livelier(small(vocab_size=4, answers=("a", "b")))
+    model.answer_ids.clamp_(max=3)
+    image, question = inputs(batch())
+    question = TextBatch(question.ids % 4, question.lengths)
+    fused = model.read(image, question)
+    ended = [ids for length in range(3) for ids in itertools.product((0, 1, 3), repeat=length)]
+    ranked = model.log_likelihoods(fused, tokens(ended), len(ended)).detach()
+    found = model.write_answer(image, question, Decoding(max_tokens=3, beams=60, length_penalty=0.0, end=END), range(6))
+    for row, best in enumerate(found):
+        every = {one.ids: one.log_likelihood for one in (best, *best.others) if one.finished and len(one.ids) < 3}
+        assert every == {ids: pytest.approx(float(ranked[row, place]), abs=1e-4) for place, ids in enumerate(ended)}
+        assert best.log_likelihood == max(one.log_likelihood for one in (best, *best.others))
+
+
+def test_a_network_in_another_floating_type_writes() -> None:
     model = livelier(small())
+    model.cast_(torch.bfloat16)
+    image, question = inputs(batch())
+    fused = model.read(image, question)
+    for row, one in enumerate(model.write_answer(image, question, Decoding(max_tokens=4, beams=3, end=END), range(6))):
+        said = [*one.ids, END] if one.finished else list(one.ids)
+        assert one.log_likelihood == pytest.approx(prefix(model, fused, row, said), abs=0.2)
+
+
+def test_answers_do_not_depend_on_the_batch() -> None:
+    model, freely = livelier(small()), Decoding(max_tokens=5, beams=2, end=END)
     image, text = inputs(batch())
-    together = model.answer(image, text, k=5)
+    together, written_together = model.answer(image, text, k=5), model.write_answer(image, text, freely, range(6))
     for row, length in enumerate(text.lengths.tolist()):
         alone = TextBatch(text.ids[row : row + 1, :length], text.lengths[row : row + 1])
         found = model.answer(image[row : row + 1], alone, k=5)[0]
         assert found.answers == together[row].answers
         assert found.scores == pytest.approx(together[row].scores, rel=1e-3)
+        one, among = model.write_answer(image[row : row + 1], alone, freely, [row])[0], written_together[row]
+        assert one.ids == among.ids
+        assert one.log_likelihood == pytest.approx(among.log_likelihood, abs=1e-4)
 
 
 def test_the_loss_is_its_definition() -> None:
@@ -275,6 +314,14 @@ def test_a_batch_is_learned_by_heart(head: str) -> None:
     assert [best.answers[0] for best in found] == ["yes", "no", "dog", "two", "dog house", "no"]
     assert found[0].scores[0] > 0.8
     assert found[2].answers[1] == "dog house"
+    if head == "decoder":
+        fewer = AlbefVqaConfig.model_validate(SMALL | {"answers": ("red", "blue")})
+        other = build(fewer, {"answer_text": tokens([[20], [21, 22]])}).eval()
+        _adopt(other, model, "start", fewer.fresh_parts)
+        for one in (model, other):  # whatever list it has
+            freely = one.write_answer(*inputs(data), Decoding(end=END), range(6))
+            assert [list(it.ids) for it in freely] == [WORDS[best.answers[0]] for best in found]
+            assert all(it.finished for it in freely)
 
 
 def test_the_blind_twin_learns_no_more_than_the_questions_say() -> None:
@@ -334,7 +381,8 @@ def test_a_run_goes_on_with_the_list_it_has_or_with_a_fresh_one() -> None:
 
 
 def test_capabilities_and_the_list() -> None:
-    assert capabilities(small()) == capabilities(small(head="list")) == {"answers"}
+    assert capabilities(small()) == {"answers", "answers_freely"}
+    assert capabilities(small(head="list")) == capabilities(small(head="classes")) == {"answers"}
     config = validate(AlbefVqaConfig, SMALL | {"num_answers": 100}, "test")
     assert (config.answer_limit, config.known_answers, config.learns_answers) == (100, (), True)
     filled = config.with_answers(ANSWERS)

@@ -42,7 +42,7 @@ ABLE = {
     "muse": {"paints"},
     "vilt": {"matches"},
     "albef": {"embeds", "matches", "grounds"},
-    "albef-vqa": {"answers"},
+    "albef-vqa": {"answers", "answers_freely"},
     "captioner": {"captions"},
     "coca": {"embeds", "captions"},
     "language-model": {"writes"},
