@@ -118,6 +118,15 @@ class Processor:
         """Texts to ids, trimmed to the longest of them, and on demand which of these make a word."""
         return self.tokenizer(texts, self.context_length, words=words)
 
+    def without_start(self) -> "Processor":
+        """The same, but nothing is put before a text."""
+        return Processor(
+            image=self._image_spec,
+            tokenizer=self.tokenizer.without_start(),
+            context_length=self.context_length,
+            templates=self.templates,
+        )
+
     def beginnings(self, texts: Sequence[str]) -> TextBatch:
         """Texts that are to be continued: as `text`, but without the end. Raises `UserError` where a text leaves no room."""
         batch = self.text(texts)

@@ -130,6 +130,8 @@ def assemble(config: RunConfig, *, resume: Path | None = None) -> Assembled:
     else:
         processor = _processor(config, source, image_size, parts) if start is None else start.processor
         processor = _with_words_of(parts.get("language"), processor)
+        if not config.system.begins_texts:
+            processor = processor.without_start()
     config = _with_answers(_with_vocabulary(config, processor, start), source, resume)
     config = config.model_copy(update={"system": embed_parts(config.system, parts)})
     known = {"answer_text": processor.text(config.system.known_answers)} if config.system.learns_answers else {}

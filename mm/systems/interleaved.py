@@ -61,6 +61,11 @@ class InterleavedSettings(SystemSettings):
         assert isinstance(self.language, LanguageConfig), "known once the language model is loaded"
         return self.language.text_limits[0], self.text_length
 
+    @property
+    def begins_texts(self) -> bool:
+        """A language model of its own predicts the first word from the picture itself; one that is given knows its start."""
+        return isinstance(self.language, str)
+
     def with_vocabulary(self, size: int) -> Self:
         if not isinstance(self.language, LanguageConfig):
             return self

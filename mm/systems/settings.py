@@ -20,6 +20,11 @@ class SystemSettings(StrictConfig):
         """Largest vocabulary and longest text in tokens; None for systems without text."""
         raise NotImplementedError
 
+    @property
+    def begins_texts(self) -> bool:
+        """Whether texts have the tokenizer's start before them; pictures may stand in its place."""
+        return True
+
     def with_vocabulary(self, size: int) -> Self:
         """The configuration for a vocabulary of ``size``."""
         raise NotImplementedError

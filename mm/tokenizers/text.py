@@ -153,6 +153,10 @@ class TextTokenizer:
                 pieces.setdefault(number, []).append(position)
         return [(text[slice(*spans[number])], tuple(places)) for number, places in sorted(pieces.items())]
 
+    def without_start(self) -> "TextTokenizer":
+        """The same, but nothing is put before a text."""
+        return TextTokenizer(self._tokenizer, cleaning=self.cleaning, start=None, end=self.end, pad=self.pad)
+
     def to_json(self) -> str:
         """Everything as JSON text; equal tokenizers give equal texts."""
         content = {

@@ -272,3 +272,13 @@ def test_word_pieces_make_words_and_names_of_special_tokens_are_ordinary() -> No
         [0, 1, 2, 3, 4, 4],
         [],
     ]
+
+
+def test_nothing_is_put_before_a_text_where_pictures_stand_there() -> None:
+    tokenizer = TextTokenizer.train_bpe(["red heart"] * 4, 300)
+    bare = tokenizer.without_start()
+    whole, rest = tokenizer(["red heart"], 16), bare(["red heart"], 16)
+    assert whole.ids[0, 1:].tolist() == rest.ids[0].tolist()
+    assert bare.decode(rest.ids[0].tolist()) == "red heart"
+    assert (bare.start, bare.end, bare.vocab_size) == (None, tokenizer.end, tokenizer.vocab_size)
+    assert tokenizer.start == 1
