@@ -19,27 +19,12 @@ from mm.errors import BadSample, UserError
 from mm.types import Source
 
 NAMES = (
-    *("bilo", "blicket", "bosa", "dax", "dobu", "fep", "fimo", "gazzer", "glip", "gopi", "hux", "jarn", "kiki", "koba", "kreb"),
-    *(
-        "lorp",
-        "manu",
-        "mib",
-        "nark",
-        "nulo",
-        "oodle",
-        "pimwit",
-        "plonk",
-        "quab",
-        "rell",
-        "rudo",
-        "sefa",
-        "snorp",
-        "spog",
-        "tiv",
-    ),
-    *("toma", "tulver", "ubo", "vash", "vexi", "wug", "yalp", "yoz", "zib", "zorch"),
+    *("bik", "bol", "bub", "dem", "des", "fal", "fem", "fer", "fil", "ges", "gib", "gor", "kam", "kik", "kip", "kuk", "kup"),
+    *("lun", "mel", "mik", "mir", "nar", "pap", "pol", "pom", "pul", "rel", "rom", "ros", "sab", "sig", "sil", "sos", "tam"),
+    *("tok", "tul", "tur", "vir", "vor", "vul"),
 )
-"""Words that mean nothing. Each episode gives them to its concepts anew, so that none of them can be remembered."""
+"""Syllables that mean nothing, short enough to be one token of most vocabularies, so that a network can learn to copy them from
+its context. Each episode gives them to its concepts anew, so that none of them can be remembered."""
 
 
 class EpisodeConfig(StrictConfig):
@@ -50,6 +35,8 @@ class EpisodeConfig(StrictConfig):
         apart: Dotted field in which examples differ from the query, such as the artist; None for no such field.
         ways: Smallest and largest number of concepts.
         shots: Smallest and largest number of examples of each; where a concept has fewer pictures, some come again.
+        again: Draw each example anew, so that a picture may come twice, the query too: what is equal is looked up first, and
+            from there what is only alike.
         captions: Share of the samples that are a picture with its caption instead, so that the network learns real names, too.
         template: Text behind a picture, ``{}`` being the name.
         remember: Number of decoded pictures that are kept in memory, in each process that loads data.
@@ -59,6 +46,7 @@ class EpisodeConfig(StrictConfig):
     apart: str | None = None
     ways: tuple[int, int] = (2, 5)
     shots: tuple[int, int] = (1, 4)
+    again: bool = False
     captions: float = Field(default=0.2, ge=0, le=1)
     template: str = "{}"
     remember: int = Field(default=0, ge=0)
@@ -166,6 +154,7 @@ class Pool:
         shots: int,
         query_id: str | None = None,
         label: str | None = None,
+        again: bool = False,
     ) -> Episode:
         """An episode about a picture.
 
@@ -176,6 +165,7 @@ class Pool:
             shots: Examples of each.
             query_id: Of the picture, which is no example of itself where it is in the pool, too.
             label: Field with the names of the concepts; default: names are made up.
+            again: See `EpisodeConfig`.
 
         Raises:
             BadSample: Cause ``missing concept`` or ``too few concepts``.
@@ -189,17 +179,21 @@ class Pool:
         chosen = [own, *(others[place] for place in random.choice(len(others), ways - 1, replace=False))]
         chosen = [chosen[place] for place in random.permutation(ways)]
         apart = look_up(query, self._apart) if self._apart else None
-        examples = [self._examples(random, value, shots, query_id, apart) for value in chosen]
+        examples = [self._examples(random, value, shots, None if again else query_id, apart, again) for value in chosen]
         support = [(row, way) for way, rows in enumerate(examples) for row in rows]
         support = [support[place] for place in random.permutation(len(support))]
         names = made_up_names(random, ways) if label is None else tuple(self._name(value, label) for value in chosen)
         return Episode(tuple(support), names, chosen.index(own))
 
-    def _examples(self, random: np.random.Generator, value: str, shots: int, query_id: str | None, apart: Any) -> Sequence[int]:
+    def _examples(
+        self, random: np.random.Generator, value: str, shots: int, query_id: str | None, apart: Any, again: bool
+    ) -> Sequence[int]:
         """Pictures of a concept, which come again where there are too few; the query itself is none as long as others are."""
         rows = [row for row in self._pictures[value] if self.source.key(row) != query_id] or list(self._pictures[value])
         if apart is not None:
             rows = [row for row in rows if self._parts[row] != apart] or rows
+        if again:
+            return [rows[place] for place in random.integers(len(rows), size=shots)]
         order = [rows[place] for place in random.permutation(len(rows))]
         return [order[place % len(order)] for place in range(shots)]
 

@@ -63,7 +63,8 @@ class EpisodePreparation:
         ways = int(random.integers(config.ways[0], config.ways[1] + 1))
         shots = int(random.integers(config.shots[0], config.shots[1] + 1))
         ways = max(2, min(ways, self.pool.ways(sample.fields)))
-        episode, source = self.pool.draw(random, sample.fields, ways=ways, shots=shots, query_id=sample.id), self.pool.source
+        source = self.pool.source
+        episode = self.pool.draw(random, sample.fields, ways=ways, shots=shots, query_id=sample.id, again=config.again)
         examples = [self._show(source.key(index), lambda index=index: source.read(index)) for index, _ in episode.support]
         order = [*(way for _, way in episode.support), episode.answer]
         texts = [config.template.format(episode.names[way]) for way in order]

@@ -126,3 +126,13 @@ def test_made_up_names_differ_and_are_given_out_anew() -> None:
 def test_impossible_settings_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         EpisodeConfig.model_validate(values)
+
+
+def test_examples_drawn_anew_come_again_and_hold_the_query() -> None:
+    source = Pictures()
+    pool, query = Pool(source, "concept"), source.key(0)
+    drawn = [pool.draw(random(seed), source.fields(0), ways=2, shots=3, query_id=query, again=True) for seed in range(60)]
+    own = [[source.key(row) for row, way in one.support if way == one.answer] for one in drawn]
+    assert any(query in keys for keys in own)
+    assert any(len(set(keys)) < len(keys) for keys in own)
+    assert all(len(keys) == 3 for keys in own)
