@@ -410,6 +410,7 @@ def eval_few_shot(
         numbers = [int(number) for number in shots.split(",")]
     except ValueError:
         raise UserError(f"--shots {shots}: give numbers with commas between, such as 0,1,2,4") from None
+    show.check_outputs(json_file=json_file)
     with show.progress_bar("asking") as progress:
         result = evaluate_few_shot(
             model,

@@ -113,9 +113,9 @@ def captions(written: Sequence[Caption], json_file: Path | None) -> None:
     table.add_column("picture")
     table.add_column("caption")
     table.add_column("log-likelihood", justify="right")
-    ranked = any(one.score is not None for one in written)
+    ranked = any(one.score is not None for one in written)  # log-likelihood and the ranker's logit together
     if ranked:
-        table.add_column("cosine", justify="right")
+        table.add_column("score", justify="right")
     for one in written:
         score = [_or_dash(one.score, ".3f")] if ranked else []
         table.add_row(Text(one.image), Text(one.text, style="bold"), f"{one.log_likelihood:.2f}", *score)

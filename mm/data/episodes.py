@@ -53,8 +53,8 @@ class EpisodeConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if not 2 <= self.ways[0] <= self.ways[1]:
-            raise ValueError("ways are the smallest and largest number of concepts, at least 2: write [2, 5]")
+        if not 2 <= self.ways[0] <= self.ways[1] <= len(NAMES):
+            raise ValueError(f"ways are the smallest and largest number of concepts, 2 to {len(NAMES)}: write [2, 5]")
         if not 1 <= self.shots[0] <= self.shots[1]:
             raise ValueError("shots are the smallest and largest number of examples of a concept, at least 1: write [1, 4]")
         check_template(self.template)
@@ -168,7 +168,8 @@ class Pool:
             again: See `EpisodeConfig`.
 
         Raises:
-            BadSample: Cause ``missing concept`` or ``too few concepts``.
+            BadSample: Cause ``missing concept``, ``too few concepts``, or ``no example left`` of a concept beside the query, or
+                by others than its own.
         """
         own = str(look_up(query, self._concept))
         if own not in self._pictures:
@@ -188,10 +189,12 @@ class Pool:
     def _examples(
         self, random: np.random.Generator, value: str, shots: int, query_id: str | None, apart: Any, again: bool
     ) -> Sequence[int]:
-        """Pictures of a concept, which come again where there are too few; the query itself is none as long as others are."""
-        rows = [row for row in self._pictures[value] if self.source.key(row) != query_id] or list(self._pictures[value])
+        """Pictures of a concept, which come again where there are too few; the query itself is none."""
+        rows = [row for row in self._pictures[value] if self.source.key(row) != query_id]
         if apart is not None:
-            rows = [row for row in rows if self._parts[row] != apart] or rows
+            rows = [row for row in rows if self._parts[row] != apart]
+        if not rows:
+            raise BadSample("no example left", value)
         if again:
             return [rows[place] for place in random.integers(len(rows), size=shots)]
         order = [rows[place] for place in random.permutation(len(rows))]
@@ -204,5 +207,5 @@ class Pool:
 def made_up_names(random: np.random.Generator, count: int) -> tuple[str, ...]:
     """Different ones of `NAMES`. Raises `UserError` where there are not so many."""
     if count > len(NAMES):
-        raise UserError(f"{count} ways: there are {len(NAMES)} made-up names; take fewer ways, or --real-names")
+        raise UserError(f"{count} ways: there are {len(NAMES)} made-up names; take fewer ways, or the concepts' own names")
     return tuple(NAMES[place] for place in random.choice(len(NAMES), count, replace=False))

@@ -187,9 +187,13 @@ class NextWords(NamedTuple):
         count = torch.bincount(self.texts, minlength=num_texts).clamp(min=1)
         return each.new_zeros(num_texts).index_add(0, self.texts, each).div(count).mean()
 
+    def perplexity(self) -> Float[Tensor, ""]:
+        """Exponential of the mean cross-entropy of all words."""
+        return F.cross_entropy(self.logits.float(), self.words).exp()
+
     def accuracy(self) -> Float[Tensor, ""]:
-        """Share of the words that were the likeliest ones."""
-        return (self.logits.argmax(1) == self.words).float().mean()
+        """Share of the words that were the likeliest ones; 0 where there are none."""
+        return (self.logits.argmax(1) == self.words).float().sum() / max(1, len(self.words))
 
 
 class LanguageModel(nn.Module):

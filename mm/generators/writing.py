@@ -171,6 +171,8 @@ def _written(ids: list[int], log_likelihood: float, stop: int) -> Written:
 def _checked(decoding: Decoding, end: int | None, logits: Tensor) -> int:
     """The token that ends a text, which may be one that there is not."""
     check_decoding(decoding)
+    if logits.isnan().any():
+        raise UserError("the model computes NaN for what it should go on from; its weights are damaged, or bf16 is too coarse")
     if end is None and decoding.no_repeat and decoding.max_tokens > logits.shape[1]:
         raise UserError(
             f"no_repeat {decoding.no_repeat} may leave none of {logits.shape[1]} words to go on with for "

@@ -141,18 +141,22 @@ class MultiHeadAttention(nn.Module):
         """
         query = self.query(x).view(*x.shape[:2], -1, self.head_width).transpose(1, 2)
         key, value = context if isinstance(context, tuple) else self.keys_and_values(x if context is None else context)
+        unrotated = query
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
         if cache is not None:
             key, value = cache.append(key.to(cache.keys.dtype), value.to(cache.values.dtype), position)
             query = query.to(key.dtype)
-        attended, weights = self.attend(query, key, value, mask, need_weights)
+        attended, weights = self.attend(query, key, value, mask, need_weights, unrotated)
         return self.output(attended.transpose(1, 2).flatten(2)), weights
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, need_weights: bool
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, need_weights: bool, unrotated: Tensor
     ) -> tuple[Float[Tensor, "b h t e"], Float[Tensor, "b h t s"] | None]:
-        """What queries ``(B, H, T, E)`` find among keys and values ``(B, G, S, E)``, head by head, and with which weights."""
+        """What queries ``(B, H, T, E)`` find among keys and values ``(B, G, S, E)``, head by head, and with which weights.
+
+        ``unrotated`` are the queries before rotary positions, for attention to what has no place in the sequence.
+        """
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:

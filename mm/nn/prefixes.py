@@ -77,11 +77,11 @@ class PrefixedAttention(MultiHeadAttention):
     prefix: Prefix
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, need_weights: bool
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, need_weights: bool, unrotated: Tensor
     ) -> tuple[Float[Tensor, "b h t e"], Float[Tensor, "b h t s"] | None]:
         """As that of any attention, and what is found in the prefix on top; weights are those of the sequence."""
-        attended, weights = super().attend(query, key, value, mask, need_weights)
-        return attended + self.prefix(query), weights
+        attended, weights = super().attend(query, key, value, mask, need_weights, unrotated)
+        return attended + self.prefix(unrotated.to(self.prefix.keys.dtype)).to(attended.dtype), weights
 
 
 def add_prefixes(module: nn.Module, config: PrefixConfig | PromptConfig) -> list[str]:

@@ -116,7 +116,7 @@ def evaluate_few_shot(
         UserError: The model reads no pictures among words, the sources give no episodes, or an option means nothing.
     """
     model = loaded(model, device, precision)
-    if not isinstance(model.system, Writes) or "writes" not in model.capabilities:
+    if not isinstance(model.system, Writes) or "writes" not in model.capabilities or not model.processor.has_image:
         raise UserError(f"{model.name}: reads no texts in which pictures stand; take a run of configs/frozen.yaml")
     _check(ways, shots, repeats, draws, template)
     source = opened(data, model, image_field=image_field)
@@ -135,11 +135,15 @@ def evaluate_few_shot(
         rows = _some(rows, limit, seed)
         retriever = loaded(rices, device, precision)
         questions = _similar(source, examples, rows, retriever, max(1, *shots), task.label, apart)
+        questions = [question for question in questions if len(question.examples(max(shots))) == max(shots)]
         facts |= {"names": "real", "shots_by": f"similarity of {retriever.name}, the most similar last"}
     if not rows:
         raise UserError(f"{source.name}: no picture has a concept with {max(shots)} examples in {examples.name}; see --pool")
     asking = _Asking(model, source, examples, template, repeats)
     asked = [question for question in questions if asking.usable(question, max(shots))]
+    if not asked:
+        raise UserError(f"{source.name}: no question is left with its examples; see --pool and --apart")
+    facts["examples"] = "never the query; a picture comes again where its concept has too few"
     right: dict[str, Sequence[bool] | Tensor] = {}
     total = 2 * len(shots) * len(asked)
     for prefix, blind in (("", False), ("blind_", True)):
@@ -245,7 +249,10 @@ def _episodes(
         for number in range(draws):
             random = generator(seed, number, source.key(row), "episode")
             fields, query = source.fields(row), source.key(row)
-            episode = pool.draw(random, fields, ways=ways, shots=shots, query_id=query, label=label)
+            try:
+                episode = pool.draw(random, fields, ways=ways, shots=shots, query_id=query, label=label)
+            except BadSample:  # a concept is left without an example: no question
+                continue
             yield Question(row, _ShownFirst(episode), episode.names, episode.names[episode.answer])
 
 

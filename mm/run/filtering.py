@@ -94,7 +94,7 @@ def filter_captions(
     writer = None if captioner is None else loaded(captioner, device)
     if count < 1:
         raise UserError(f"count is {count}; write at least 1 caption for each picture")
-    if writer is not None and not isinstance(writer.system, Captions):
+    if writer is not None and "captions" not in writer.capabilities:
         raise UserError(f"{writer.name} does not write captions; take a model such as emoji-captioner")
     check_decoding(decoding)
     result = Filtered()
@@ -149,9 +149,11 @@ def _fit(judge: Model, threshold: float | None) -> Fits:
         raise UserError(f"{judge.name} neither reads pictures with texts nor embeds both; take a model such as emoji-albef")
 
     def fits(pictures: Sequence[Tensor], texts: Sequence[str]) -> list[bool]:
-        parts = range(0, len(texts), BATCH_SIZE)
-        found = [score(pictures[start : start + BATCH_SIZE], texts[start : start + BATCH_SIZE]) >= least for start in parts]
-        return torch.cat(found).tolist() if found else []
+        parts = [slice(start, start + BATCH_SIZE) for start in range(0, len(texts), BATCH_SIZE)]
+        found = torch.cat([score(pictures[part], texts[part]).float().cpu() for part in parts]) if parts else torch.empty(0)
+        if found.isnan().any():
+            raise UserError(f"{judge.name} computes NaN; its weights are damaged, so nothing can be judged")
+        return (found >= least).tolist()
 
     return fits
 
@@ -188,7 +190,9 @@ def _write(
     found: list[dict[str, None]] = [{} for _ in pairs]
     for number in range(count):
         seeds = [derive_seed(seed, sample.id, number) for sample, _ in pairs]
-        for place, written in enumerate(system.caption(pixels, words, options, seeds)):
+        with torch.no_grad():
+            drawn = system.caption(pixels, words, options, seeds)
+        for place, written in enumerate(drawn):
             if text := tokenizer.decode(written.ids):
                 found[place][text] = None
     return [tuple(texts) for texts in found]

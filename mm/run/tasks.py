@@ -10,6 +10,7 @@ from mm.hub import Model
 from mm.run.answering import evaluate_vqa
 from mm.run.captioning import evaluate_captioning
 from mm.run.evaluation import evaluate_compositional, evaluate_retrieval, evaluate_zero_shot, loaded, opened
+from mm.run.few_shot import evaluate_few_shot
 from mm.run.matching import evaluate_matching
 from mm.run.picture_evaluation import evaluate_generation, evaluate_reconstruction
 from mm.run.reranking import evaluate_reranked, recommended
@@ -66,6 +67,7 @@ TASKS: Mapping[str, Callable[..., Result]] = {
     "generation": evaluate_generation,
     "vqa": evaluate_vqa,
     "captioning": evaluate_captioning,
+    "few-shot": evaluate_few_shot,
 }
 
 

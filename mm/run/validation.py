@@ -84,7 +84,7 @@ class Validator:
             found = self._losses(system, held, device)
         if "answers" in self._able:
             found |= self._accuracy(model, held)
-        if isinstance(system, Captions):
+        if "captions" in self._able and isinstance(system, Captions):
             found |= self._exact(system, held, device)
         return found
 
@@ -147,8 +147,8 @@ class Validator:
                 pixels = held.pixels[number] if held.pixels else None
                 asked = held.questions[rows]
                 texts = [question.text for question in asked] or [(next(captions) or ("",))[0] for _ in range(size)]
-                if isinstance(system, Captions):
-                    texts = [f"{_usual(system)} {text}" for text in texts]
+                if "captions" in self._able and isinstance(system, Captions):
+                    texts = [f"{_usual(system)} {text}".strip() for text in texts]
                 text = self._processor.text(texts) if self._processor.has_text else None
                 answers = tuple(accepted(question.answers) for question in asked)
                 batch = Batch(tuple(map(str, range(rows.start, rows.stop))), pixels, text, answers=answers)

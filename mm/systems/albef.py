@@ -279,6 +279,7 @@ class Albef(System):
             context_length=text.context_length,
         )
 
+    @torch.no_grad()
     def caption(
         self,
         image: Tensor,
@@ -291,6 +292,7 @@ class Albef(System):
         """See `mm.types.Captions`."""
         return describe(self.writer, self.encode_image(image).tokens, beginning, decoding, seeds, on_tokens)
 
+    @torch.no_grad()
     def caption_likelihoods(self, image: Tensor, text: TextBatch) -> Tensor:
         """See `mm.types.Captions`."""
         return self.writer.next_words(text, self.encode_image(image).tokens).log_likelihoods(len(text))

@@ -20,7 +20,7 @@ from mm.encoders.image import ImageEncoder, ImageEncoderConfig
 from mm.fusion.dual_tower import DualTower, unit
 from mm.fusion.interleaving import NOTHING, behind_last_medium, following, in_front, words_of
 from mm.generators.language_model import LanguageModel, continuation_likelihoods
-from mm.generators.writing import write
+from mm.generators.writing import check_decoding, fitted, write
 from mm.nn.freeze import freeze
 from mm.nn.masks import EVERYTHING, Mask
 from mm.systems.language_model import Language, LanguageConfig, LanguagePart
@@ -70,6 +70,9 @@ class InterleavedSettings(SystemSettings):
         if not isinstance(self.language, LanguageConfig):
             return self
         return self.model_copy(update={"language": self.language.with_vocabulary(size)})
+
+    def for_inference(self) -> Self:
+        return self.model_copy(update={"remember_pictures": 0})
 
     def parts(self) -> dict[str, str]:
         return {"language": self.language} if isinstance(self.language, str) else {}
@@ -178,7 +181,9 @@ class InterleavedSystem(System):
         self, prompt: Interleaved, decoding: Decoding, seeds: Sequence[int], *, on_tokens: OnTokens | None = None
     ) -> list[Written]:
         """See `mm.types.Writes`."""
+        check_decoding(decoding)
         reading = self.read(prompt)
+        decoding = fitted(decoding, self.language, reading.vectors.shape[1])
         logits, state = self.language.prefill(
             reading.vectors,
             reading.text.lengths,
@@ -217,10 +222,9 @@ class InterleavedSystem(System):
 
     @torch.no_grad()
     def caption_likelihoods(self, image: Tensor, text: TextBatch) -> Float[Tensor, " b"]:
-        """See `mm.types.Captions`; the start is given, not predicted."""
+        """See `mm.types.Captions`; a start, where the tokenizer has one, is predicted like any other token."""
         reading = self.read(Interleaved(in_front(len(image), text), image))
         wanted = following(reading.text)
-        wanted[torch.arange(len(wanted)), (wanted != NOTHING).long().argmax(1)] = NOTHING
         chosen = wanted != NOTHING
         each = torch.zeros_like(wanted, dtype=torch.float32)
         each[chosen] = -F.cross_entropy(self._logits(reading, chosen), wanted[chosen], reduction="none")

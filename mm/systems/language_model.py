@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Discriminator, Tag
 from torch import Tensor, nn
 
@@ -24,7 +23,7 @@ from mm.generators.language_model import (
     build_language_model,
     continuation_likelihoods,
 )
-from mm.generators.writing import CompiledSteps, check_decoding, write
+from mm.generators.writing import CompiledSteps, check_decoding, fitted, write
 from mm.nn.transformer import Block
 from mm.systems.settings import SystemSettings
 from mm.types import MEDIUM, Batch, Decoding, Interleaved, Losses, OnTokens, System, TextBatch, Written
@@ -72,13 +71,8 @@ class Language(System):
         The part ``perplexity`` is the exponential of the mean over all tokens of the batch.
         """
         assert batch.text is not None
-        ids, real = batch.text.ids, batch.text.valid()[:, 1:]
-        hidden = self.network(self.network.embed(ids[:, :-1]))
-        losses = F.cross_entropy(self.network.logits(hidden[real]).float(), ids[:, 1:][real], reduction="none")
-        weights = (real / real.sum(1, keepdim=True).clamp(min=1))[real]
-        total = (losses * weights).sum() / len(batch)
-        perplexity = losses.detach().mean().exp()
-        return Losses(total, {"perplexity": perplexity})
+        found = self.network.next_words(batch.text)
+        return Losses(found.loss(len(batch)), {"perplexity": found.perplexity().detach()})
 
     def compile_decoding(self) -> None:
         """See `mm.types.CompilesDecoding`."""
@@ -90,6 +84,7 @@ class Language(System):
     ) -> list[Written]:
         """See `mm.types.Writes`. Raises `UserError` for prompts with pictures, and for empty or too long ones."""
         check_decoding(decoding)
+        decoding = fitted(decoding, self.network, prompt.text.ids.shape[1])
         logits, state = self.network.prefill(self._vectors(prompt), prompt.text.lengths, decoding.max_tokens)
         model = self._compiled or self.network
         return write(model, logits, state, decoding, seeds, end=decoding.end, on_tokens=on_tokens)

@@ -108,7 +108,6 @@ def test_a_caption_is_what_its_likelihood_says(kind: str) -> None:
     given = system.caption_likelihoods(image, beginning)
     expected = torch.tensor([one.log_likelihood for one in written])
     torch.testing.assert_close(whole - given, expected, atol=1e-3, rtol=1e-4)
-    assert given[1] == 0  # a start is given, not predicted
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -216,7 +215,7 @@ def test_a_model_held_fixed_cannot_learn() -> None:
 
 def test_too_long_a_prompt_is_refused() -> None:
     with pytest.raises(UserError, match="do not fit its context of 64"):
-        made("pooled").write(prompts([[MEDIUM, 1] * 20]), Decoding(max_tokens=9), [0])
+        made("pooled").write(prompts([[MEDIUM, 1] * 40]), Decoding(max_tokens=9), [0])
 
 
 @pytest.mark.parametrize("kind", ["projected", "flamingo"])
