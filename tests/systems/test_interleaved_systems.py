@@ -214,7 +214,7 @@ def test_a_model_held_fixed_cannot_learn() -> None:
 
 
 def test_too_long_a_prompt_is_refused() -> None:
-    with pytest.raises(UserError, match="do not fit its context of 64"):
+    with pytest.raises(UserError, match="a prompt of 120 positions does not fit a context of 64"):
         made("pooled").write(prompts([[MEDIUM, 1] * 40]), Decoding(max_tokens=9), [0])
 
 
