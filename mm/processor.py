@@ -127,6 +127,10 @@ class Processor:
             templates=self.templates,
         )
 
+    def with_image(self, image: ImageSpec) -> "Processor":
+        """The same, but it prepares pictures like this."""
+        return Processor(image=image, tokenizer=self._tokenizer, context_length=self.context_length, templates=self.templates)
+
     def beginnings(self, texts: Sequence[str]) -> TextBatch:
         """Texts that are to be continued: as `text`, but without the end. Raises `UserError` where a text leaves no room."""
         batch = self.text(texts)

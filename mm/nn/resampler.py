@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mm.errors import ConfigError
 from mm.nn.attention import MultiHeadAttention
 from mm.nn.initialise import initialise_block
 from mm.nn.masks import attention_mask
@@ -54,6 +55,8 @@ class Resampler(nn.Module):
 
     def __init__(self, token_width: int, width: int, *, num_latents: int, num_layers: int, num_heads: int) -> None:
         super().__init__()
+        if width % num_heads:
+            raise ConfigError(f"resampler_heads {num_heads} must divide the width of the language model, {width}")
         self.project = nn.Linear(token_width, width)
         self.latents = nn.Parameter(torch.empty(num_latents, width))
         self.latents.no_decay = True  # pyright: ignore[reportAttributeAccessIssue]

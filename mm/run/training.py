@@ -12,7 +12,7 @@ from mm.config import apply_overrides, merge, read_layers, read_yaml, to_dict, v
 from mm.data.accounting import merge_states
 from mm.data.captions import Captioner, corpus
 from mm.data.emoji import MIN_SIZE
-from mm.data.episodes import Pool
+from mm.data.episodes import NAMES, Pool
 from mm.data.loader import Loader
 from mm.data.questions import check_questions, questions_of
 from mm.data.sources import open_source, open_training_source
@@ -26,6 +26,8 @@ from mm.run.episodes import EpisodePreparation
 from mm.run.preparation import TrainPreparation
 from mm.run.validation import Validator
 from mm.systems import build, read_system
+from mm.systems.interleaved import InterleavedSettings
+from mm.systems.language_model import LanguageConfig
 from mm.tokenizers.text import TextTokenizer
 from mm.training.checkpoint import find_checkpoint
 from mm.training.devices import choose_device, seed_everything
@@ -129,6 +131,8 @@ def assemble(config: RunConfig, *, resume: Path | None = None) -> Assembled:
         processor = _kept_processor(config, resume, image_size)
     else:
         processor = _processor(config, source, image_size, parts) if start is None else start.processor
+        if image_size is not None and not processor.has_image:  # begins as a language model
+            processor = processor.with_image(config.processor.image_spec(image_size))
         processor = _with_words_of(parts.get("language"), processor)
         if not config.system.begins_texts:
             processor = processor.without_start()
@@ -182,6 +186,15 @@ def _episodes(
         raise ConfigError(
             f"data.episodes: '{config.system.name}' reads no texts with pictures in them; take frozen or flamingo"
         )
+    if isinstance(config.system, InterleavedSettings) and isinstance(config.system.language, LanguageConfig):
+        names = preparation.processor.text([episodes.template.format(name) for name in NAMES])
+        longest = config.system.picture_positions + int(names.lengths.max())
+        needed, room = (episodes.ways[1] * episodes.shots[1] + 1) * longest, config.system.language.network.context_length
+        if needed > room:
+            raise ConfigError(
+                f"data.episodes: up to {needed} positions do not fit system.language.network.context_length {room}; "
+                "take a longer context, or fewer ways or shots"
+            )
     return EpisodePreparation(preparation, Pool(source, episodes.concept, apart=episodes.apart), episodes)
 
 

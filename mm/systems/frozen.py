@@ -41,6 +41,10 @@ class FrozenConfig(InterleavedSettings):
     resampler_layers: int = Field(default=2, ge=1)
     resampler_heads: int = Field(default=4, ge=1)
 
+    @property
+    def picture_positions(self) -> int:
+        return 1 if self.prefix == "tokens" else self.prefix_length
+
     @model_validator(mode="after")
     def _possible(self) -> "FrozenConfig":
         if self.embed_dim and self.prefix != "pooled":

@@ -62,6 +62,11 @@ class InterleavedSettings(SystemSettings):
         return self.language.text_limits[0], self.text_length
 
     @property
+    def picture_positions(self) -> int:
+        """Positions that a picture takes among the words, at least."""
+        return 1
+
+    @property
     def begins_texts(self) -> bool:
         """A language model of its own predicts the first word from the picture itself; one that is given knows its start."""
         return isinstance(self.language, str)

@@ -207,8 +207,26 @@ def test_a_language_model_that_is_part_brings_its_tokens(clip: Model, tmp_path) 
     config = LanguageConfig.model_validate({"network": network})
     words = Model(build(config), Processor(tokenizer=tokenizer, context_length=16), config, "words")
     save(words, tmp_path / "words")
-    changes = [f"system.language={tmp_path / 'words'}", "system.train_language=false", "data.validation=null"]
+    changes = [
+        f"system.language={tmp_path / 'words'}",
+        "system.train_language=false",
+        "data.validation=null",
+        "data.episodes.ways=[2,2]",
+    ]
     run = assemble(load_run_config(CONFIGS / "frozen.yaml", [*changes, "data.train=emoji:train/core/noto"]))
     assert run.processor.tokenizer.to_json() == tokenizer.to_json()
     assert run.processor.image_spec == clip.processor.image_spec
     assert not any(p.requires_grad for p in run.system.get_submodule("language").parameters())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["system.language.network.context_length=48"], "positions do not fit system.language.network.context_length 48"),
+        (["data.episodes.ways=[2,60]"], "2 to 40"),
+        (["system.prefix=resampled", "system.embed_dim=0", "system.resampler_heads=7"], "must divide the width"),
+    ],
+)
+def test_what_episodes_cannot_be_is_told_before_training(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        assemble(load_run_config(CONFIGS / "frozen.yaml", overrides))
