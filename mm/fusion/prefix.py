@@ -41,7 +41,7 @@ class PooledPrefix(nn.Module):
         """The vectors of each prefix, and how many there are."""
         pooled = media.pooled.to(self.linear.weight.dtype)
         mean, var = self.norm.running_mean, self.norm.running_var
-        several = self.training and len(pooled) > 1  # one alone has no variance
+        several = self.norm.training and len(pooled) > 1  # one alone has no variance
         pooled = F.batch_norm(pooled, mean, var, training=several, momentum=self.norm.momentum or 0.0, eps=self.norm.eps)
         vectors = self.linear(pooled).unflatten(1, (self.length, -1))
         return vectors, torch.full((len(vectors),), self.length, device=vectors.device)

@@ -32,6 +32,8 @@ CLIP: dict[str, Any] = {"name": "clip", "image": VIT, "text": TEXT, "embed_dim":
 VQ = {"tokenizer": {"image_size": 16, "patch": 2, "widths": [8, 16], "quantizer": {"kind": "fsq", "levels": [5, 5, 3]}}}
 ALBEF: dict[str, Any] = {"image": VIT, "width": 16, "heads": 2, "text_layers": 1, "fusion_layers": 2, "embed_dim": 8}
 ALBEF = ALBEF | {"vocab_size": 40, "context_length": 8}
+WORDS = {"width": 16, "layers": 2, "heads": 2, "context_length": 12, "vocab_size": 40}
+READER: dict[str, Any] = {"image": VIT, "language": {"network": WORDS}, "train_language": True}
 SYSTEMS: dict[str, dict[str, Any]] = {
     "clip": CLIP,
     "albef": ALBEF | {"queue_size": 8},
@@ -39,6 +41,11 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "vilt": {"image_size": 16, "patch_size": 8, "vocab_size": 40, "context_length": 8, "width": 16, "layers": 2, "heads": 2},
     "dalle": {"tokenizer": VQ, "width": 16, "layers": 2, "heads": 2, "text": {"vocab_size": 40, "context_length": 8}},
     "muse": {"tokenizer": VQ, "width": 16, "layers": 2, "heads": 2, "text": WHOLE},
+    "captioner": {"image": VIT, "embed_dim": 8, "text": WORDS},
+    "coca": {"image": VIT, "embed_dim": 8, "text": WORDS, "text_layers": 1},
+    "language-model": {"network": WORDS},
+    "frozen": READER,
+    "flamingo": READER | {"latents": 2, "resampler_layers": 1, "resampler_heads": 2},
 }
 WITHOUT_BLOCKS = {"vq", "published-vq", "image-tower"}
 METHODS: dict[str, Any] = {
@@ -54,7 +61,10 @@ OVER = pytest.mark.parametrize("name", SYSTEMS)
 def small(name: str) -> tuple[SystemConfig, System]:
     torch.manual_seed(0)
     config = read_system({"name": name} | SYSTEMS[name], "test")
-    return config, build(config)
+    system = build(config)
+    for parameter in (one for part, one in system.named_parameters() if part.startswith("gated.") and not one.any()):
+        torch.nn.init.constant_(parameter, 0.5)  # a closed gate lets no gradient through
+    return config, system
 
 
 def way(method: str) -> TuneConfig:
