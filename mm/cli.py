@@ -68,6 +68,12 @@ BeamsOption = Annotated[
     typer.Option("--beams", min=1, help="Continuations kept at each step; default: 1, or all candidates.", show_default=False),
 ]
 FreeOption = Annotated[bool, typer.Option("--free", help="Write answers, which need not be among the known ones.")]
+LengthPenaltyOption = Annotated[
+    float, typer.Option("--length-penalty", help="Beams are compared by log-likelihood over length to this power.")
+]
+NoRepeatOption = Annotated[
+    int, typer.Option("--no-repeat", min=0, help="No run of so many tokens is written twice; 0: no rule.")
+]
 MaxTokensOption = Annotated[int, typer.Option("--max-tokens", min=1, help="Longest caption.")]
 CaptionBestOfOption = Annotated[
     int, typer.Option("--best-of", min=1, help="Candidates of each caption; the best by likelihood and ranker is taken.")
@@ -336,6 +342,8 @@ def eval_captioning(
     temperature: CaptionTemperatureOption = None,
     top_p: TopPOption = 1.0,
     max_tokens: MaxTokensOption = 32,
+    length_penalty: LengthPenaltyOption = 1.0,
+    no_repeat: NoRepeatOption = 0,
     best_of: CaptionBestOfOption = 1,
     ranker: Annotated[str, typer.Option(metavar="MODEL", help="Has a say in the choice among candidates.")] = "emoji-clip",
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -362,7 +370,7 @@ def eval_captioning(
             neighbour=neighbour,
             train=train,
             limit=limit,
-            decoding=_decoding(1, best_of, beams, temperature, top_p, max_tokens),
+            decoding=_decoding(1, best_of, beams, temperature, top_p, max_tokens, length_penalty, no_repeat),
             best_of=best_of,
             ranker=ranker if best_of > 1 else None,
             seed=seed,
@@ -564,6 +572,8 @@ def caption(
     temperature: CaptionTemperatureOption = None,
     top_p: TopPOption = 1.0,
     max_tokens: MaxTokensOption = 32,
+    length_penalty: LengthPenaltyOption = 1.0,
+    no_repeat: NoRepeatOption = 0,
     best_of: CaptionBestOfOption = 1,
     ranker: Annotated[str, typer.Option(metavar="MODEL", help="Has a say in the choice among candidates.")] = "emoji-clip",
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds draw equal captions.")] = 0,
@@ -585,7 +595,7 @@ def caption(
             count=count,
             best_of=best_of,
             ranker=ranker if best_of > 1 else None,
-            decoding=_decoding(count, best_of, beams, temperature, top_p, max_tokens),
+            decoding=_decoding(count, best_of, beams, temperature, top_p, max_tokens, length_penalty, no_repeat),
             seed=seed,
             device=device,
             precision=precision,
@@ -594,7 +604,16 @@ def caption(
     show.captions(written, json_file)
 
 
-def _decoding(count: int, best_of: int, beams: int | None, temperature: float | None, top_p: float, max_tokens: int) -> Any:
+def _decoding(
+    count: int,
+    best_of: int,
+    beams: int | None,
+    temperature: float | None,
+    top_p: float,
+    max_tokens: int,
+    length_penalty: float,
+    no_repeat: int,
+) -> Any:
     """How to write (a `Decoding`): as is said, else as is usual for so many captions and candidates."""
     from mm.run.writing import DRAWN, usual_decoding
     from mm.types import Decoding
@@ -604,6 +623,7 @@ def _decoding(count: int, best_of: int, beams: int | None, temperature: float | 
     else:
         usual = DRAWN if temperature is not None or top_p < 1 else usual_decoding(count, best_of)
     chosen = usual.temperature if temperature is None else temperature
+    usual = replace(usual, length_penalty=length_penalty, no_repeat=no_repeat)
     return replace(usual, max_tokens=max_tokens, temperature=chosen, top_p=top_p)
 
 

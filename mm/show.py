@@ -109,11 +109,13 @@ def answers(found: RankedAnswers, image: str, question: str, json_file: Path | N
 
 def captions(written: Sequence[Caption], json_file: Path | None) -> None:
     """What was written about each picture."""
-    table = Table(caption="log-likelihood: of the words and their end, in nats", caption_justify="left")
+    ranked = any(one.score is not None for one in written)
+    words = "log-likelihood: of the words and their end, in nats"
+    words += "\nscore: that and the ranker's logit of picture and caption together" if ranked else ""
+    table = Table(caption=words, caption_justify="left")
     table.add_column("picture")
     table.add_column("caption")
     table.add_column("log-likelihood", justify="right")
-    ranked = any(one.score is not None for one in written)  # log-likelihood and the ranker's logit together
     if ranked:
         table.add_column("score", justify="right")
     for one in written:

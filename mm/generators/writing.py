@@ -96,7 +96,7 @@ def write(
 
 
 def fitted(decoding: Decoding, model: LanguageModel, length: int) -> Decoding:
-    """No more tokens than fit behind a prompt of ``length`` positions. Raises `UserError` where none does."""
+    """No more tokens than fit behind prompts of at most ``length`` positions. Raises `UserError` where none does."""
     room = model.context_length - length + 1
     if room < 1:
         raise UserError(f"a prompt of {length} positions does not fit a context of {model.context_length}; shorten it")

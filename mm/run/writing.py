@@ -18,7 +18,7 @@ from mm.seeding import derive_seed
 from mm.types import Captions, Decoding, TextBatch
 
 BATCH_SIZE = 64
-"""Captions that are written together."""
+"""Captions, or beams, that are written together."""
 
 DRAWN = Decoding(temperature=1.0)
 """How several captions of a picture are written, where nothing is said."""
@@ -91,8 +91,9 @@ class Writer:
         jobs = [(row, number) for row in range(len(names)) for number in range(1 if self._searches else self.each)]
         found: list[list[Caption]] = [[] for _ in names]
         decoding = replace(self.decoding, end=self.model.processor.tokenizer.end)
-        for start in range(0, len(jobs), BATCH_SIZE):
-            part = jobs[start : start + BATCH_SIZE]
+        together = max(1, BATCH_SIZE // self.decoding.beams)
+        for start in range(0, len(jobs), together):
+            part = jobs[start : start + together]
             rows = [row for row, _ in part]
             text = self._text[torch.zeros(len(rows), dtype=torch.int64)].to(self.model.device)
             seeds = [derive_seed(self._seed, names[row], number) for row, number in part]
