@@ -227,5 +227,9 @@ def test_prompts_that_cannot_be_read_are_told(tmp_path: Path) -> None:
         language.write(_prompt(ids, lengths), Decoding(max_tokens=2), [0, 1, 2])
     with pytest.raises(UserError, match="empty prompt"):
         language.write(_prompt(prompts()[0], lengths * 0), Decoding(max_tokens=2), [0, 1, 2])
-    with pytest.raises(UserError, match="do not fit its context"):
-        language.write(_prompt(*prompts()), Decoding(max_tokens=60), [0, 1, 2])
+    ids, lengths = prompts()
+    room = language.network.context_length
+    written = language.write(_prompt(ids, lengths), Decoding(max_tokens=10 * room), [0, 1, 2])
+    assert {len(one.ids) for one in written} == {room - ids.shape[1] + 1}
+    with pytest.raises(UserError, match="does not fit a context"):
+        language.write(_prompt(ids.repeat(1, room), lengths), Decoding(), [0, 1, 2])
