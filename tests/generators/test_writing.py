@@ -329,3 +329,14 @@ def test_compiled_writing_equals_eager_writing():
     for beams in (1, 2):
         decoding = Decoding(max_tokens=8, beams=beams, no_repeat=2)
         same(written(lm, ids, lengths, decoding, steps=CompiledSteps(lm)), written(lm, ids, lengths, decoding))
+
+
+@pytest.mark.parametrize("decoding", [Decoding(), Decoding(temperature=1.0), Decoding(beams=3)])
+def test_nan_is_told_and_not_written(decoding):
+    lm = build_language_model(LanguageModelConfig(vocab_size=12, context_length=8, width=8, layers=1, heads=2))
+    ids = torch.ones(2, 3, dtype=torch.int64)
+    with torch.no_grad():
+        logits, state = lm.prefill(lm.embed(ids), torch.tensor([3, 3]), 4)
+    logits[1, 5] = torch.nan
+    with pytest.raises(UserError, match="computes NaN"):
+        write(lm, logits, state, replace(decoding, max_tokens=4), [0, 1], end=2)

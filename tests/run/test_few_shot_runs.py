@@ -181,7 +181,7 @@ def test_a_model_that_reads_no_pictures_among_words_is_refused(clip: Model) -> N
 
 
 @pytest.mark.parametrize("config", ["frozen", "flamingo"])
-def test_a_run_learns_from_episodes_and_is_measured(config: str, tmp_path, source) -> None:
+def test_a_run_takes_steps_on_episodes_and_is_measured(config: str, tmp_path, source) -> None:
     changes = ["train.steps=2", "train.batch_size=2", "system.remember_pictures=0", "data.train=emoji:train/core/noto"]
     changes += [
         "data.validation=null",

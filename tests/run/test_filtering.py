@@ -130,6 +130,8 @@ def test_what_cannot_be_done_is_told(tmp_path) -> None:
         filter_captions(SOURCE, tmp_path / "a", judge, threshold=1.5)
     with pytest.raises(UserError, match="does not write captions"):
         filter_captions(SOURCE, tmp_path / "a", judge, captioner=judge)
+    with pytest.raises(UserError, match="emoji-albef does not write captions"):
+        filter_captions(SOURCE, tmp_path / "a", judge, captioner="emoji-albef")
     with pytest.raises(UserError, match="give one between -1 and 1"):
         filter_captions(SOURCE, tmp_path / "a", "emoji-clip")
     with pytest.raises(UserError, match="no caption fits"):

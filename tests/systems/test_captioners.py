@@ -3,10 +3,14 @@
 import pytest
 import torch
 
+from mm.data.sources import Subset, open_source
 from mm.encoders.image import ImageEncoderConfig
 from mm.errors import ConfigError
 from mm.generators.language_model import LanguageModelConfig
+from mm.media.image import ImageSpec
 from mm.nn.masks import attention_mask
+from mm.processor import Processor
+from mm.run.validation import Validator
 from mm.systems import build, read_system
 from mm.systems.albef import Albef, AlbefConfig
 from mm.systems.albef import build as build_albef
@@ -16,6 +20,7 @@ from mm.systems.clip import ClipConfig
 from mm.systems.clip import build as build_clip
 from mm.systems.coca import Coca, CocaConfig
 from mm.systems.coca import build as build_coca
+from mm.tokenizers.text import TextTokenizer
 from mm.types import Batch, Decoding, TextBatch, capabilities
 
 END = 2
@@ -232,3 +237,14 @@ def test_albef_learns_to_write_beside_its_other_tasks() -> None:
 def test_two_streams_cannot_write() -> None:
     with pytest.raises(ConfigError, match="two_streams cannot write"):
         read_system({"name": "albef", "two_streams": True, "caption_weight": 1}, "test")
+
+
+def test_validation_writes_only_with_networks_that_learn_to() -> None:
+    """The class of ALBEF could write; a network without that task is not asked to."""
+    source = Subset(open_source("emoji:validation/core", image_size=32), range(6))
+    tokenizer = TextTokenizer.train_bpe([source.read(row).texts[0] for row in range(6)], 300)
+    processor = Processor(image=ImageSpec(size=16, fit="squash"), tokenizer=tokenizer, context_length=12)
+    for weight in (0.0, 1.0):
+        system = writing_albef(caption_weight=weight, vocab_size=tokenizer.vocab_size).eval()
+        found = Validator(source, processor, system.config, capabilities(system))(system)
+        assert ("exact" in found) == bool(weight)
