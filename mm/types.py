@@ -5,7 +5,7 @@ Shapes: B batch, N tokens of a modality, T text positions, D width, H and W pixe
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -369,6 +369,10 @@ class Answers(Protocol):
         ...
 
 
+Solver = Literal["euler", "heun", "dpm++"]
+"""The suite's own ways from noise to data: of first order (DDIM), of second order with two looks at each step, and with one."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How a generator chooses; a system reads what applies to it.
@@ -381,7 +385,14 @@ class Sampling:
         temperature: Divides the logits; 0 takes the likeliest.
         top_k: Likeliest tokens that are drawn from; 0 for all.
         top_p: Smallest set of likeliest tokens with so much probability that is drawn from; 1 for all.
-        steps: Number of steps of generators that choose many tokens at once.
+        steps: Number of steps of generators that choose many tokens at once, or go from noise to data.
+        solver: How to go from noise to data: one of the suite's own (`Solver`), or a scheduler of diffusers by its class name,
+            such as "DDIM" or "UniPCMultistep".
+        rescale: How far the spread of guided predictions is brought back to that without guidance, 0..1
+            (https://arxiv.org/abs/2305.08891).
+        threshold: Share of the pixels that dynamic thresholds are taken from (Imagen: 0.995); 0 for none. For pixels only.
+        strength: Where a picture is changed: the share of the way from noise that is gone, above 0; 1 forgets the picture.
+        shift: More than 1 spends more of the steps on noise (https://arxiv.org/abs/2403.03206).
     """
 
     guidance: float = 3.0
@@ -391,6 +402,11 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     steps: int = 12
+    solver: str = "dpm++"
+    rescale: float = 0.0
+    threshold: float = 0.0
+    strength: float = 1.0
+    shift: float = 1.0
 
 
 OnPicture = Callable[[Tensor, float], None]
@@ -410,6 +426,7 @@ class Paints(Protocol):
         image: Tensor | None = None,
         keep: Tensor | None = None,
         on_picture: OnPicture | None = None,
+        negative: TextBatch | None = None,
     ) -> Tensor:
         """Pictures uint8 ``(B, 3, H, W)``, one a text; in fp32 equal seeds give equal pictures whatever the batch.
 
@@ -420,7 +437,45 @@ class Paints(Protocol):
             image: Pictures uint8 ``(B, 3, H, W)`` to be finished or changed.
             keep: True for the pixels of ``image`` that stay, ``(B, H, W)``, as far as tokens or latents allow.
             on_picture: Receives pictures in the making.
+            negative: What guidance leads away from, one a text; nothing in particular if None.
         """
+        ...
+
+
+@runtime_checkable
+class Varies(Protocol):
+    """Systems that make other pictures of what a picture shows."""
+
+    def vary(self, image: Tensor, seeds: Sequence[int], sampling: Sampling, *, on_picture: OnPicture | None = None) -> Tensor:
+        """Pictures uint8 ``(B, 3, H, W)``, one of each given.
+
+        Args:
+            image: Pixels uint8, of the size that the system's preparation for its own pictures gives.
+            seeds: One a picture, as in `Paints.paint`.
+            sampling: How to choose.
+            on_picture: Receives pictures in the making.
+
+        Raises:
+            UserError: The network was trained without vectors of pictures or texts.
+        """
+        ...
+
+
+@runtime_checkable
+class Compresses(Protocol):
+    """Systems that turn pictures into a small grid of numbers and back, for generators to work in."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, rows and columns of the latents of a picture."""
+        ...
+
+    def to_latents(self, image: Tensor) -> Tensor:
+        """Pixels uint8 ``(B, 3, H, W)`` to latents ``(B, C, h, w)``, fp32, about zero mean and unit spread; no gradients."""
+        ...
+
+    def from_latents(self, latents: Tensor) -> Tensor:
+        """Latents to pixels uint8, for any values."""
         ...
 
 
@@ -552,6 +607,7 @@ class CompilesDecoding(Protocol):
 CAPABILITIES: Mapping[str, type] = {
     "embeds": Embeds,
     "tokenizes": Tokenizes,
+    "compresses": Compresses,
     "matches": Matches,
     "grounds": Grounds,
     "answers": Answers,
@@ -559,6 +615,7 @@ CAPABILITIES: Mapping[str, type] = {
     "captions": Captions,
     "writes": Writes,
     "paints": Paints,
+    "varies": Varies,
 }
 """Every declared capability. Evaluation, command line and demos ask for one of these, never for a class or a name."""
 

@@ -71,6 +71,7 @@ class GatedBlock(Block):
         nn.Module.__init__(self)
         assert block.cross_attention is None, "the block attends to a context by itself"
         self.cross_attention = self.cross_attention_residual = None
+        self.modulation = block.modulation
         for name, part in block.named_children():
             self.add_module(name, part)
         self.__dict__["gated"] = gated

@@ -31,6 +31,7 @@ from mm.nn.ends import end
 from mm.nn.initialise import initialise
 from mm.nn.linear import Linear, linear
 from mm.nn.masks import EVERYTHING, Mask, attention_mask
+from mm.nn.norm import RMSNorm
 from mm.nn.transformer import Block, FeedForward, GatedFeedForward, Stack, Transformer
 from mm.types import Encoded, TextBatch
 
@@ -401,7 +402,7 @@ def build_language_model(
         context_width: Width of a context that blocks attend to between self-attention and feed-forward.
         context_from: The first layer that does.
     """
-    norm = functools.partial(nn.RMSNorm if config.norm == "rms" else nn.LayerNorm, config.width, eps=config.norm_eps)
+    norm = functools.partial(RMSNorm if config.norm == "rms" else nn.LayerNorm, config.width, eps=config.norm_eps)
     hidden_width = config.hidden_width or 4 * config.width
 
     def make_block(layer: int) -> nn.Module:

@@ -4,6 +4,7 @@ Shapes: B batch, T positions, D width, H heads, E width of a head.
 """
 
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from jaxtyping import Float, Int
@@ -53,7 +54,18 @@ class SinusoidalPositions(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], -1).to(self.frequencies.dtype)
 
 
-class Rotary(nn.Module):
+class _Exact(nn.Module):
+    """Its buffers stay in fp32 where the network is cast: rounded frequencies would turn far positions by wrong angles."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        exact = {name: buffer for name, buffer in self.named_buffers(recurse=False)}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
+
+class Rotary(_Exact):
     """Relative positions by rotating queries and keys (https://arxiv.org/abs/2104.09864); halves are rotated, as LLaMA's
     published weights expect, not neighbours.
 
@@ -75,12 +87,52 @@ class Rotary(nn.Module):
         angles = _angles(self.frequencies, length, offset).repeat(1, 2)
         return angles.cos(), angles.sin()
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
-        """Frequencies stay in fp32 where the network is cast: rounded ones would turn far positions by wrong angles."""
-        exact = self.frequencies
-        super()._apply(fn, recurse)
-        self.frequencies = exact.to(self.frequencies.device)
-        return self
+
+class GridRotary(_Exact):
+    """Rotary positions on a grid in raster order: half of each head's pairs turn with the row, half with the column.
+
+    Args:
+        rows: Of the grid.
+        columns: Of the grid.
+        head_width: E, a multiple of 4.
+        base: Ratio of the longest to the shortest wavelength.
+    """
+
+    angles: Tensor
+
+    def __init__(self, rows: int, columns: int, head_width: int, base: float = 100.0) -> None:
+        super().__init__()
+        frequencies = _frequencies(head_width // 2, base)
+        along = [_angles(frequencies, length, 0) for length in (rows, columns)]
+        pairs = [along[0][:, None].expand(-1, columns, -1), along[1][None].expand(rows, -1, -1)]
+        self.register_buffer("angles", torch.cat(pairs, -1).flatten(0, 1).repeat(1, 2), persistent=False)
+
+    def forward(self, length: int, offset: int = 0) -> tuple[Float[Tensor, "t e"], Float[Tensor, "t e"]]:
+        """Cosines and sines of the cells ``offset`` to ``offset + length``, for `rotate`."""
+        angles = self.angles[offset : offset + length]
+        return angles.cos(), angles.sin()
+
+
+class TimeEmbedding(_Exact):
+    """What a network reads of a moment: sines and cosines through two layers (https://arxiv.org/abs/2006.11239).
+
+    Args:
+        width: D.
+        num_frequencies: Of sines, and of cosines.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, width: int, num_frequencies: int = 128) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", _frequencies(2 * num_frequencies, 10_000.0), persistent=False)
+        self.layers = nn.Sequential(nn.Linear(2 * num_frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, time: Float[Tensor, " b"]) -> Float[Tensor, "b d"]:
+        """Vectors of moments, which are in 0 to about 1000."""
+        angles = time[:, None].float() * self.frequencies
+        waves = torch.cat([angles.cos(), angles.sin()], -1)
+        return self.layers(waves.to(self.layers[0].weight.dtype))
 
 
 def rotate(x: Float[Tensor, "b h t e"], rotation: tuple[Tensor, Tensor]) -> Float[Tensor, "b h t e"]:

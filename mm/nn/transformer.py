@@ -17,11 +17,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mm.nn.attention import KVCache, MultiHeadAttention
-from mm.nn.embeddings import Rotary
+from mm.nn.embeddings import GridRotary, Rotary
 from mm.nn.linear import Linear
 from mm.nn.masks import EVERYTHING, Mask
 
 NormPlace = Literal["pre", "post", "sandwich"]
+
+NUM_MODULATIONS = 6
+"""Shift, scale and gate of self-attention, then of the feed-forward."""
+
+Triple = tuple[Tensor, Tensor, Tensor]
+
+Contexts = tuple[tuple[Tensor, Tensor] | None, ...]
+"""Keys and values of a context for each layer; None for layers without cross-attention."""
 
 
 class QuickGELU(nn.Module):
@@ -95,10 +103,18 @@ class Residual(nn.Module):
         self.place = place
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, branch: Callable[[Tensor], Tensor], modulation: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Add ``branch`` of ``x``. A modulation (shift, scale, gate, each ``(B, 1, D)``) changes what the branch reads and how
+        much of its result counts: adaptive layer norm (https://arxiv.org/abs/2212.09748), for places other than "post"."""
         if self.place == "post":
             return self.norm(x + self.dropout(branch(x)))
-        return x + self.dropout(self.branch_norm(branch(self.norm(x))))
+        normed = self.norm(x)
+        if modulation is None:
+            return x + self.dropout(self.branch_norm(branch(normed)))
+        shift, scale, gate = modulation
+        return x + gate * self.dropout(self.branch_norm(branch(normed * (1 + scale) + shift)))
 
 
 class Block(nn.Module):
@@ -111,6 +127,8 @@ class Block(nn.Module):
         norm_place: See `Residual`.
         cross_attention: To the context, between the other two.
         dropout: Of each branch's result.
+        modulated_width: D, where self-attention and feed-forward are modulated by a condition that all blocks share, to which
+            each block adds its own constants (adaLN-single, https://arxiv.org/abs/2310.00426).
     """
 
     def __init__(
@@ -122,6 +140,7 @@ class Block(nn.Module):
         norm_place: NormPlace = "pre",
         cross_attention: MultiHeadAttention | None = None,
         dropout: float = 0.0,
+        modulated_width: int | None = None,
     ) -> None:
         super().__init__()
         self.attention = attention
@@ -130,20 +149,26 @@ class Block(nn.Module):
         self.cross_attention_residual = Residual(norm, norm_place, dropout) if cross_attention is not None else None
         self.feed_forward = feed_forward
         self.feed_forward_residual = Residual(norm, norm_place, dropout)
+        self.modulation: nn.Parameter | None = None
+        if modulated_width is not None:
+            self.modulation = nn.Parameter(torch.zeros(NUM_MODULATIONS, modulated_width))
+            self.modulation.no_decay = True  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward(
         self,
         x: Float[Tensor, "b t d"],
-        context: Float[Tensor, "b s c"] | None = None,
+        context: Float[Tensor, "b s c"] | tuple[Tensor, Tensor] | None = None,
         *,
         mask: Mask = EVERYTHING,
         context_mask: Mask = EVERYTHING,
         rotation: tuple[Tensor, Tensor] | None = None,
         cache: KVCache | None = None,
         position: int | Tensor | None = None,
+        condition: Float[Tensor, "b 6 d"] | None = None,
         maps: dict[str, Tensor] | None = None,
     ) -> Float[Tensor, "b t d"]:
         """One block; see `Transformer.forward`. ``maps``, where given, receives "attention" and "cross_attention" weights."""
+        first, second = self._modulations(condition)
 
         def attend(x: Tensor) -> Tensor:
             result, weights = self.attention(
@@ -164,10 +189,18 @@ class Block(nn.Module):
                 maps["cross_attention"] = weights
             return result
 
-        x = self.attention_residual(x, attend)
+        x = self.attention_residual(x, attend, first)
         if self.cross_attention_residual is not None:
             x = self.cross_attention_residual(x, cross_attend)
-        return self.feed_forward_residual(x, self.feed_forward)
+        return self.feed_forward_residual(x, self.feed_forward, second)
+
+    def _modulations(self, condition: Tensor | None) -> tuple[Triple | None, Triple | None]:
+        """Shift, scale and gate of self-attention and of the feed-forward."""
+        assert (condition is None) == (self.modulation is None), "a modulated block, and only that, is given a condition"
+        if condition is None or self.modulation is None:
+            return None, None
+        a, b, c, d, e, f = (condition + self.modulation.to(condition.dtype)).unsqueeze(2).unbind(1)
+        return (a, b, c), (d, e, f)
 
 
 class Transformer(nn.Module):
@@ -187,7 +220,7 @@ class Transformer(nn.Module):
         num_layers: int,
         *,
         final_norm: nn.Module | None = None,
-        rotary: Rotary | None = None,
+        rotary: Rotary | GridRotary | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -200,15 +233,21 @@ class Transformer(nn.Module):
         """Empty caches of all layers for step-by-step decoding of at most ``capacity`` positions."""
         return [block.attention.cache(batch_size, capacity) for block in self._blocks()]
 
+    def contexts(self, context: Float[Tensor, "b s c"]) -> Contexts:
+        """Keys and values of the context for each layer, for calls that attend to the same one many times."""
+        attentions = [block.cross_attention for block in self._blocks()]
+        return tuple(None if attention is None else attention.keys_and_values(context) for attention in attentions)
+
     def forward(
         self,
         x: Float[Tensor, "b t d"],
-        context: Float[Tensor, "b s c"] | None = None,
+        context: Float[Tensor, "b s c"] | Contexts | None = None,
         *,
         mask: Mask | Sequence[Mask] = EVERYTHING,
         context_mask: Mask = EVERYTHING,
         caches: list[KVCache] | None = None,
         position: int | Tensor | None = None,
+        condition: Float[Tensor, "b 6 d"] | None = None,
         maps: list[dict[str, Tensor]] | None = None,
         layers: range | None = None,
     ) -> Float[Tensor, "b t d"]:
@@ -216,7 +255,7 @@ class Transformer(nn.Module):
 
         Args:
             x: The sequence; with ``caches``, only its positions that are not in them yet.
-            context: Another sequence, for blocks that have cross-attention.
+            context: Another sequence, for blocks that have cross-attention, or what `contexts` made of it.
             mask: Visibility within the sequence, or that of each layer; with ``position``, of all that the caches have room
                 for, of which nothing behind ``x`` is ever seen.
             context_mask: Visibility of the context.
@@ -224,6 +263,7 @@ class Transformer(nn.Module):
                 calls need not give again.
             position: Where ``x`` begins in the caches, behind what they hold if None. An int64 tensor ``(1,)``, for a
                 single position, keeps every shape the same from step to step, as torch.compile wants it.
+            condition: For modulated blocks: shifts, scales and gates, to which each block adds its own.
             maps: Receives one dictionary of attention weights ``(B, H, T, S)`` a layer, part of the graph.
             layers: Run only these; the final norm belongs to the last one.
         """
@@ -237,10 +277,12 @@ class Transformer(nn.Module):
             layer_maps: dict[str, Tensor] | None = None if maps is None else {}
             layer_mask = mask if isinstance(mask, Mask) else mask[layer]
             options = {"mask": layer_mask, "context_mask": context_mask, "rotation": rotation, "maps": layer_maps}
+            options["condition"] = condition
+            source = context[layer] if isinstance(context, tuple) else context
             if self.gradient_checkpointing and self.training and caches is None:
-                x = checkpoint(block, x, context, use_reentrant=False, **options)  # pyright: ignore[reportAssignmentType]
+                x = checkpoint(block, x, source, use_reentrant=False, **options)  # pyright: ignore[reportAssignmentType]
             else:
-                x = block(x, context, cache=None if caches is None else caches[layer], position=position, **options)
+                x = block(x, source, cache=None if caches is None else caches[layer], position=position, **options)
             if maps is not None and layer_maps is not None:
                 maps.append(layer_maps)
         return self.final_norm(x) if layers.stop == len(blocks) else x

@@ -231,8 +231,9 @@ def _processor(config: RunConfig, source: Source, image_size: int | None, parts:
     if limits is None:
         return Processor(image=image, templates=settings.templates)
     vocab_size, context_length = limits
-    if "language" in parts:
-        tokenizer = parts["language"].processor.tokenizer
+    reader = parts.get("language") or parts.get("text")
+    if reader is not None:
+        tokenizer = reader.processor.tokenizer
     elif settings.tokenizer == "clip":
         tokenizer = TextTokenizer.clip_bpe()
     else:

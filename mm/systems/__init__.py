@@ -17,6 +17,7 @@ from mm.systems import (
     coca,
     dalle,
     flamingo,
+    flow,
     frozen,
     image_tower,
     language_model,
@@ -32,6 +33,7 @@ from mm.systems.clip import ClipConfig
 from mm.systems.coca import CocaConfig
 from mm.systems.dalle import DalleConfig
 from mm.systems.flamingo import FlamingoConfig
+from mm.systems.flow import FlowConfig
 from mm.systems.frozen import FrozenConfig
 from mm.systems.image_tower import ImageTowerConfig
 from mm.systems.language_model import LanguageConfig
@@ -56,6 +58,7 @@ SystemConfig = (
     | LanguageConfig
     | FrozenConfig
     | FlamingoConfig
+    | FlowConfig
 )
 """The union of all systems' configurations."""
 
@@ -77,6 +80,7 @@ MODULES: Mapping[str, ModuleType] = {
     "language-model": language_model,
     "frozen": frozen,
     "flamingo": flamingo,
+    "flow": flow,
 }
 """Name to the file that composes the system."""
 
@@ -95,6 +99,7 @@ CONFIGS: Mapping[str, type[SystemConfig]] = {
     "language-model": LanguageConfig,
     "frozen": FrozenConfig,
     "flamingo": FlamingoConfig,
+    "flow": FlowConfig,
 }
 """Name to the configuration's class."""
 

@@ -196,10 +196,11 @@ class Dalle(System):
         image: Tensor | None = None,
         keep: Tensor | None = None,
         on_picture: OnPicture | None = None,
+        negative: TextBatch | None = None,
     ) -> Tensor:
         """See `mm.types.Paints`. Tokens are made from the top left on, so the kept part of ``image`` must be its upper rows."""
         prompt = self.prompt(text)
-        nothing = self.prompt(TextBatch(text.ids, torch.zeros_like(text.lengths)))
+        nothing = self.prompt(TextBatch(text.ids, torch.zeros_like(text.lengths)) if negative is None else negative)
         prefix = None if image is None or keep is None else self._kept(image, keep)
         every = self.num_image if on_picture is None else self.tokenizer.grid[1]
         ids = prompt[:, :0]

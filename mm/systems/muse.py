@@ -25,6 +25,7 @@ from mm.nn.ends import end
 from mm.nn.freeze import freeze
 from mm.nn.initialise import initialise
 from mm.nn.masks import attention_mask
+from mm.nn.stacked import stacked
 from mm.nn.transformer import Block, FeedForward, Transformer
 from mm.systems.published_vq import PublishedVq, TokenizerConfig, build_tokenizer
 from mm.systems.settings import SystemSettings
@@ -174,14 +175,17 @@ class Muse(System):
         image: Tensor | None = None,
         keep: Tensor | None = None,
         on_picture: OnPicture | None = None,
+        negative: TextBatch | None = None,
     ) -> Tensor:
         """See `mm.types.Paints`. Any part of ``image`` may be kept: in- and out-painting."""
         ids = torch.full((len(text), self.num_tokens), self.mask_id, device=text.ids.device)
         if image is not None and keep is not None:
             ids = torch.where(kept_tokens(keep, self.tokenizer.grid), self.tokenizer.encode(image), ids)
         words, known = self.context(text)
-        nothing = self._without_words(words, known, torch.ones_like(known[:, 0]))
-        both = torch.cat([words, nothing[0]]), torch.cat([known, nothing[1]])
+        nothing = (
+            self._without_words(words, known, torch.ones_like(known[:, 0])) if negative is None else self.context(negative)
+        )
+        both = stacked(words, nothing[0]), stacked(known, nothing[1])
 
         def predict(ids: Tensor) -> Tensor:
             return self.predict(ids, *(part[: len(ids)] for part in both))

@@ -134,6 +134,19 @@ class Vq(System):
         """Token ids ``(B, N)`` to pixels uint8 ``(B, 3, H, W)``."""
         return self.tokenizer.decode(ids)
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """See `mm.types.Compresses`."""
+        return self.tokenizer.latent_shape
+
+    def to_latents(self, image: Tensor) -> Tensor:
+        """See `mm.types.Compresses`: the codes."""
+        return self.tokenizer.to_latents(image)
+
+    def from_latents(self, latents: Tensor) -> Tensor:
+        """See `mm.types.Compresses`: pictures of the nearest codes."""
+        return self.tokenizer.from_latents(latents)
+
     def loss(self, batch: Batch, step: int) -> Losses:
         """Reconstruction, the quantizer's own loss, and where configured perceptual and adversarial losses."""
         assert batch.image is not None

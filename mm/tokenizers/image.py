@@ -172,6 +172,37 @@ class ImageTokenizer(nn.Module):
         check_ids(ids, self.grid, self.vocab_size)
         return self.to_pixels(self.reconstruct(self.quantizer.lookup(ids)))
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, rows and columns of `to_latents`."""
+        return (self.quantizer.width, *self.grid)
+
+    @torch.no_grad()
+    @full_precision
+    def to_latents(self, image: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b d h w"]:
+        """The codes of pictures, brought to zero mean and unit spread over the codebook."""
+        codes = self.quantizer.lookup(self.encode(image))
+        mean, spread = self._code_statistics()
+        return rearrange((codes - mean) / spread, "b (h w) d -> b d h w", h=self.grid[0])
+
+    @torch.no_grad()
+    @full_precision
+    def from_latents(self, latents: Float[Tensor, "b d h w"]) -> UInt8[Tensor, "b 3 H W"]:
+        """Pictures of the codes that are nearest to latents."""
+        mean, spread = self._code_statistics()
+        codes = rearrange(latents.float(), "b d h w -> b (h w) d") * spread + mean
+        every = self._codebook()
+        ids = torch.stack([torch.cdist(row, every).argmin(1) for row in codes])
+        return self.decode(ids)
+
+    def _codebook(self) -> Float[Tensor, "k d"]:
+        place = next(self.decoder.parameters()).device
+        return self.quantizer.lookup(torch.arange(self.vocab_size, device=place)[None])[0].float()
+
+    def _code_statistics(self) -> tuple[Tensor, Tensor]:
+        codes = self._codebook()
+        return codes.mean(0), codes.std(0).clamp(min=1e-6)
+
     def quantize(self, pixels: Float[Tensor, "b 3 H W"]) -> Quantized:
         """Codes and ids of pixels that `normalise` gave."""
         features = self.encoder(pixels.contiguous(memory_format=torch.channels_last))  # the layout of fast convolutions

@@ -8,6 +8,7 @@ import torch
 from mm.errors import ConfigError
 from mm.run.catalogue import catalogue
 from mm.systems import CONFIGS, MODULES, SystemConfig, build, read_system
+from mm.systems.flow import Flow
 from mm.types import (
     CAPABILITIES,
     MEDIUM,
@@ -32,11 +33,12 @@ REQUIRED: Mapping[str, Mapping[str, object]] = {
     "dalle": VQ,
     "muse": VQ,
     "albef-vqa": {"num_answers": 7},
+    "flow": {"latents": VQ["tokenizer"], "text": {"width": 16, "layers": 1, "heads": 2}},
 }
 ABLE = {
     "clip": {"embeds"},
     "image-tower": {"embeds"},
-    "vq": {"tokenizes"},
+    "vq": {"tokenizes", "compresses"},
     "published-vq": {"tokenizes"},
     "dalle": {"paints"},
     "muse": {"paints"},
@@ -48,6 +50,7 @@ ABLE = {
     "language-model": {"writes"},
     "frozen": {"captions", "writes"},
     "flamingo": {"captions", "writes"},
+    "flow": {"paints"},
 }
 
 
@@ -55,7 +58,9 @@ def test_every_declared_capability_is_some_systems() -> None:
     options = {"answer_weight": 1, "num_answers": 7}
     answering = build(read_system({"name": "vilt", **options}, "test").with_answers(("yes", "no")))
     assert capabilities(answering) == {"matches", "answers"}
-    assert set().union(*ABLE.values()) == CAPABILITIES.keys()
+    varying = build(read_system({"name": "flow", "latents": VQ["tokenizer"], "text": {"name": "clip"}}, "test"))
+    assert capabilities(varying) == {"paints", "varies"}
+    assert set().union(*ABLE.values(), capabilities(varying)) == CAPABILITIES.keys()
 
 
 def small(name: str) -> tuple[SystemConfig, System]:
@@ -131,6 +136,8 @@ def _what_it_gives(system: System, image: torch.Tensor) -> torch.Tensor:
     if isinstance(system, Captions):
         texts = TextBatch(torch.tensor([[1, 5, 6, 7], [1, 7, 2, 0]]), torch.tensor([4, 3]))
         return torch.stack([system.caption_likelihoods(image, texts) for image in (image, 255 - image)])
+    if isinstance(system, Flow):
+        return system.latents.encode(image)  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer = system.tokenizer if "paints" in able else system
     return tokenizer.encode(image)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
 

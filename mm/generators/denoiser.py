@@ -1,0 +1,74 @@
+"""What networks that denoise have in common, whatever they are made of.
+
+Shapes: B samples, C channels, h and w their grid, T words, D width of a word, E width of a condition vector.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mm.nn.stacked import stacked
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a network is told beside the noisy sample.
+
+    Args:
+        words: Features of the prompt's words, ``(B, T, D)``.
+        known: Which of them are there, ``(B, T)``.
+        vector: One vector for the whole prompt, or for a picture in its place, ``(B, E)``; None for networks without.
+        prepared: What a network made of the words once for all steps, by `Denoiser.prepare`.
+    """
+
+    words: Float[Tensor, "b t d"]
+    known: Bool[Tensor, "b t"]
+    vector: Float[Tensor, "b e"] | None = None
+    prepared: Any = None
+
+    def __getitem__(self, rows: slice) -> "Condition":
+        """Some samples; of what is prepared, too."""
+        vector = None if self.vector is None else self.vector[rows]
+        return Condition(self.words[rows], self.known[rows], vector, _rows(self.prepared, rows))
+
+
+def joined(first: Condition, second: Condition) -> Condition:
+    """Both one after the other; neither may be prepared."""
+    assert first.prepared is None
+    assert second.prepared is None
+    vector = None if first.vector is None or second.vector is None else torch.cat([first.vector, second.vector])
+    return Condition(stacked(first.words, second.words), stacked(first.known, second.known), vector)
+
+
+class Denoiser(Protocol):
+    """A network that answers noisy samples."""
+
+    def __call__(self, x: Float[Tensor, "b c h w"], time: Tensor, condition: Condition) -> Float[Tensor, "b c h w"]:
+        """What it predicts, see `mm.losses.diffusion`.
+
+        Args:
+            x: Noisy samples.
+            time: Moments as networks read them, ``(B,)`` or ``()``.
+            condition: What it is told.
+        """
+        ...
+
+    def prepare(self, condition: Condition) -> Condition:
+        """The same condition with what every step would compute of it again."""
+        ...
+
+
+def without_padding(condition: Condition) -> Condition:
+    """The same words without positions that hold none of any row."""
+    longest = max(1, int(condition.known.sum(1).max()))
+    return replace(condition, words=condition.words[:, :longest], known=condition.known[:, :longest])
+
+
+def _rows(prepared: Any, rows: slice) -> Any:
+    """Some rows of tensors in tuples."""
+    if isinstance(prepared, tuple):
+        return tuple(_rows(part, rows) for part in prepared)
+    return prepared if prepared is None else prepared[rows]

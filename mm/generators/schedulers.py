@@ -1,0 +1,130 @@
+"""Any scheduler of diffusers in place of the suite's own solvers.
+
+A scheduler is named by its class, such as ``DDIMScheduler`` or ``UniPCMultistep``; the last word may be left out. It is given
+the path's own variances, so that a network is sampled as it was trained; its other options stay diffusers' defaults, except
+that nothing is clipped.
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm.errors import UserError
+from mm.losses.diffusion import NUM_STEPS, DiffusionPath, Path, Prediction, StraightPath, output_of, predicted_sample
+from mm.types import Sampling
+
+LAST_WORD = "Scheduler"
+NAMES: Mapping[Prediction, str] = {"velocity": "v_prediction", "noise": "epsilon", "sample": "sample"}
+"""The predictions of a diffusion in diffusers' terms."""
+
+
+def check_scheduler(name: str) -> None:
+    """Raises `UserError` where diffusers has no such scheduler."""
+    _scheduler_class(name)
+
+
+def remaining_steps(sampling: Sampling) -> int:
+    """Steps that are gone where a picture is changed, at least one."""
+    return max(1, round(sampling.strength * sampling.steps))
+
+
+def library_steps(
+    predict: Callable[[Tensor, Tensor, float], Tensor],
+    path: Path,
+    prediction: Prediction,
+    noise: Tensor,
+    start: Tensor | None,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+) -> Iterator[tuple[Tensor, float]]:
+    """Samples as far as they can be told and the progress, step by step; the last is the result.
+
+    Args:
+        predict: ``x_t``, moment and progress to the network's output.
+        path: What the network was trained on.
+        prediction: What it predicts.
+        noise: ``(B, ...)``.
+        start: Data to change, see `mm.generators.diffusion.diffuse`.
+        sampling: Steps, solver, strength.
+        generators: One a sample, for schedulers that add noise on the way.
+
+    Raises:
+        UserError: The scheduler does not go with the path or the prediction.
+    """
+    scheduler, wanted = scheduler_for(sampling, path, prediction)
+    if isinstance(path, StraightPath) and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+        even = torch.linspace(1, 0, sampling.steps + 1)[:-1].tolist()  # diffusers' own end is a thousandth before the data
+        scheduler.set_timesteps(sigmas=even, device=noise.device)
+    else:
+        scheduler.set_timesteps(sampling.steps, device=noise.device)
+    moments = scheduler.timesteps
+    if start is None:
+        x = noise * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else noise
+    else:
+        first = (sampling.steps - remaining_steps(sampling)) * scheduler.order
+        moments = moments[first:]
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(first)
+        rows = moments[:1].expand(len(noise))
+        x = (
+            scheduler.scale_noise(start, rows, noise)
+            if hasattr(scheduler, "scale_noise")
+            else scheduler.add_noise(start, noise, rows)
+        )
+    options: dict[str, Any] = (
+        {"generator": list(generators)} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    )
+    count = len(moments)
+    for i, moment in enumerate(moments):
+        scaled = scheduler.scale_model_input(x, moment) if hasattr(scheduler, "scale_model_input") else x
+        time = _time(path, moment)
+        output = predict(scaled, time, i / max(1, count - 1))
+        sample = predicted_sample(path, prediction, output, scaled, time)
+        if wanted != prediction:
+            output = output_of(path, wanted, sample, scaled, time)
+        x = scheduler.step(output, moment, x, return_dict=False, **options)[0]
+        yield x if i == count - 1 else sample, (i + 1) / count
+
+
+def scheduler_for(sampling: Sampling, path: Path, prediction: Prediction) -> tuple[Any, Prediction]:
+    """A scheduler of diffusers for a path, and the prediction that it wants."""
+    kind = _scheduler_class(sampling.solver)
+    known = inspect.signature(kind.__init__).parameters
+    options: dict[str, Any] = {"clip_sample": False} if "clip_sample" in known else {}
+    if isinstance(path, StraightPath):
+        shift = path.shift * sampling.shift
+        if "use_flow_sigmas" in known:
+            names = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+            return kind(**options, **names), "velocity"
+        if kind.__name__.startswith("FlowMatch"):
+            return kind(shift=shift), "velocity"
+        raise UserError(f"solver {sampling.solver}: has no straight paths; take FlowMatchEulerDiscrete or UniPCMultistep")
+    if not isinstance(path, DiffusionPath) or not {"trained_betas", "prediction_type"} <= known.keys():
+        raise UserError(f"solver {sampling.solver}: has no diffusion of given variances; take DDIM or DPMSolverMultistep")
+    names = {"num_train_timesteps": NUM_STEPS, "trained_betas": path.variances.numpy(), "prediction_type": NAMES[prediction]}
+    return kind(**options, **names), prediction
+
+
+def _time(path: Path, moment: Tensor) -> Tensor:
+    """The moment on a path that a scheduler's timestep stands for."""
+    return moment.float() / NUM_STEPS if isinstance(path, StraightPath) else (moment.float() + 1) / NUM_STEPS
+
+
+def _scheduler_class(name: str) -> Any:
+    from diffusers import schedulers
+
+    whole = name if name.endswith(LAST_WORD) else name + LAST_WORD
+    every = [known for known in dir(schedulers) if known.endswith(LAST_WORD)]
+    if whole not in every:
+        near = difflib.get_close_matches(whole, every, n=1)
+        hint = (
+            f"did you mean '{near[0].removesuffix(LAST_WORD)}'?"
+            if near
+            else "take euler, heun, dpm++ or a scheduler of diffusers"
+        )
+        raise UserError(f"solver '{name}': there is none; {hint}")
+    return getattr(schedulers, whole)
