@@ -80,7 +80,16 @@ CaptionBestOfOption = Annotated[
 ]
 TopKOption = Annotated[int, typer.Option("--top-k", min=0, help="Draw from so many likeliest tokens; 0 for all.")]
 TopPOption = Annotated[float, typer.Option("--top-p", min=0, max=1, help="Draw from the likeliest tokens of this probability.")]
-StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Steps of generators that choose many tokens at once.")]
+StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Steps of generators that do not write token by token.")]
+SolverOption = Annotated[
+    str,
+    typer.Option("--solver", help="From noise to data: euler, heun, dpm++, or a scheduler of diffusers, e.g. UniPCMultistep."),
+]
+ShiftOption = Annotated[float, typer.Option("--shift", help="Above 1 spends more of the steps on noise.")]
+RescaleOption = Annotated[float, typer.Option("--rescale", help="Bring back the spread that guidance adds: 0 for none to 1.")]
+ThresholdOption = Annotated[
+    float, typer.Option("--threshold", help="Dynamic thresholds for models of pixels, e.g. 0.995; 0 for none.")
+]
 CacheOption = Annotated[bool, typer.Option("--cache/--no-cache", help="Remember the vectors of this model and source.")]
 
 
@@ -469,6 +478,10 @@ def eval_generation(
     top_k: TopKOption = 0,
     top_p: TopPOption = 1.0,
     steps: StepsOption = 12,
+    solver: SolverOption = "dpm++",
+    shift: ShiftOption = 1.0,
+    rescale: RescaleOption = 0.0,
+    threshold: ThresholdOption = 0.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     sheet: Annotated[Path | None, typer.Option("--sheet", metavar="PNG", help="Contact sheet of the chosen pictures.")] = None,
     json_file: JsonOption = None,
@@ -482,7 +495,9 @@ def eval_generation(
     from mm.types import Sampling
 
     show.check_outputs(sheet, json_file)
-    sampling = Sampling(guidance, guidance_interval, guidance_ramp, temperature, top_k, top_p, steps)
+    sampling = Sampling(
+        guidance, guidance_interval, guidance_ramp, temperature, top_k, top_p, steps, solver, rescale, threshold, shift=shift
+    )
     made: list[Painting] = []
     with show.progress_bar("painting") as progress:
         result = evaluate_generation(
@@ -695,6 +710,11 @@ def generate(
     top_k: TopKOption = 0,
     top_p: TopPOption = 1.0,
     steps: StepsOption = 12,
+    solver: SolverOption = "dpm++",
+    shift: ShiftOption = 1.0,
+    rescale: RescaleOption = 0.0,
+    threshold: ThresholdOption = 0.0,
+    negative: Annotated[str | None, typer.Option(metavar="TEXT", help="What the pictures should not show.")] = None,
     best_of: Annotated[int, typer.Option(min=1, help="Candidates of each picture; the ranker takes the best.")] = 1,
     ranker: Annotated[str, typer.Option(metavar="MODEL", help="Has a say in the choice among candidates.")] = "emoji-clip",
     image: Annotated[str | None, typer.Option("--image", metavar="FILE", help="A picture to be finished or changed.")] = None,
@@ -708,6 +728,10 @@ def generate(
     paste: Annotated[
         bool, typer.Option(help="Lay what stays over the result as it was, not as the model's tokens have it.")
     ] = True,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="Change all of --image, keeping no part: the share of it that is forgotten, above 0 to 1."),
+    ] = None,
     partial: Annotated[
         Path | None, typer.Option("--partial", metavar="DIR", help="Also write the pictures in the making, as PNG and GIF.")
     ] = None,
@@ -722,8 +746,14 @@ def generate(
 
     if keep is not None and image is None:
         raise UserError(f"--keep {keep}: says what stays of a picture; give the picture with --image")
+    if strength is not None and image is None:
+        raise UserError(f"--strength {strength}: says how much of a picture is forgotten; give the picture with --image")
     show.check_outputs(out, json_file)
-    sampling = Sampling(guidance, guidance_interval, guidance_ramp, temperature, top_k, top_p, steps)
+    share = 1.0 if strength is None else strength
+    sampling = Sampling(
+        *(guidance, guidance_interval, guidance_ramp, temperature, top_k, top_p),
+        *(steps, solver, rescale, threshold, share, shift),
+    )
     with show.progress_bar("painting") as progress:
         made = run_generate(
             model,
@@ -734,13 +764,45 @@ def generate(
             best_of=best_of,
             ranker=ranker if best_of > 1 else None,
             image=image,
-            keep=(keep or "top") if image else None,
+            keep=keep or ("top" if image and strength is None else None),
             paste=paste,
+            negative=negative,
             device=device,
             precision=precision,
             on_picture=show.Making(partial, count) if partial else None,
             on_cut=show.prompt_cut,
             progress=progress,
+        )
+    show.paintings(made, out, count, json_file)
+
+
+@app.command()
+def vary(
+    model: ModelArgument,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Pictures to make others of.")],
+    count: Annotated[int, typer.Option("-n", min=1, help="Pictures of each.")] = 4,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="PNG", help="Contact sheet; a folder for single files.")] = Path(
+        "varied.png"
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal pictures.")] = 0,
+    guidance: GuidanceOption = 3.0,
+    guidance_interval: GuidanceIntervalOption = (0.0, 1.0),
+    steps: StepsOption = 12,
+    solver: SolverOption = "dpm++",
+    json_file: JsonOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+) -> None:
+    """Make other pictures of what a picture shows."""
+    from mm import show
+    from mm.run.generation import vary as run_vary
+    from mm.types import Sampling
+
+    show.check_outputs(out, json_file)
+    sampling = Sampling(guidance, guidance_interval, steps=steps, solver=solver)
+    with show.progress_bar("painting") as progress:
+        made = run_vary(
+            model, images, count=count, seed=seed, sampling=sampling, device=device, precision=precision, progress=progress
         )
     show.paintings(made, out, count, json_file)
 

@@ -18,7 +18,10 @@ from mm.losses.diffusion import NUM_STEPS, DiffusionPath, Path, Prediction, Stra
 from mm.types import Sampling
 
 LAST_WORD = "Scheduler"
-NAMES: Mapping[Prediction, str] = {"velocity": "v_prediction", "noise": "epsilon", "sample": "sample"}
+OTHER_TASKS = ("Inverse", "CogVideoX", "Helios")
+"""In the names of schedulers that go from data to noise, or that single video models need."""
+
+NAMES: Mapping[Prediction, str] = {"velocity": "v_prediction", "noise": "epsilon"}
 """The predictions of a diffusion in diffusers' terms."""
 
 
@@ -57,7 +60,7 @@ def library_steps(
     """
     scheduler, wanted = scheduler_for(sampling, path, prediction)
     if isinstance(path, StraightPath) and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
-        even = torch.linspace(1, 0, sampling.steps + 1)[:-1].tolist()  # diffusers' own end is a thousandth before the data
+        even = torch.linspace(1, 0, sampling.steps + 1)[:-1].numpy()  # diffusers' own end is a thousandth before the data
         scheduler.set_timesteps(sigmas=even, device=noise.device)
     else:
         scheduler.set_timesteps(sampling.steps, device=noise.device)
@@ -105,8 +108,9 @@ def scheduler_for(sampling: Sampling, path: Path, prediction: Prediction) -> tup
         raise UserError(f"solver {sampling.solver}: has no straight paths; take FlowMatchEulerDiscrete or UniPCMultistep")
     if not isinstance(path, DiffusionPath) or not {"trained_betas", "prediction_type"} <= known.keys():
         raise UserError(f"solver {sampling.solver}: has no diffusion of given variances; take DDIM or DPMSolverMultistep")
-    names = {"num_train_timesteps": NUM_STEPS, "trained_betas": path.variances.numpy(), "prediction_type": NAMES[prediction]}
-    return kind(**options, **names), prediction
+    wanted = "velocity" if prediction == "sample" else prediction  # which some schedulers do not know
+    names = {"num_train_timesteps": NUM_STEPS, "trained_betas": path.variances.numpy(), "prediction_type": NAMES[wanted]}
+    return kind(**options, **names), wanted
 
 
 def _time(path: Path, moment: Tensor) -> Tensor:
@@ -118,7 +122,7 @@ def _scheduler_class(name: str) -> Any:
     from diffusers import schedulers
 
     whole = name if name.endswith(LAST_WORD) else name + LAST_WORD
-    every = [known for known in dir(schedulers) if known.endswith(LAST_WORD)]
+    every = [known for known in dir(schedulers) if known.endswith(LAST_WORD) and not any(word in known for word in OTHER_TASKS)]
     if whole not in every:
         near = difflib.get_close_matches(whole, every, n=1)
         hint = (

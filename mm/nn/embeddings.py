@@ -58,7 +58,7 @@ class _Exact(nn.Module):
     """Its buffers stay in fp32 where the network is cast: rounded frequencies would turn far positions by wrong angles."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        exact = {name: buffer for name, buffer in self.named_buffers(recurse=False)}
+        exact = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in exact.items():
             setattr(self, name, buffer.to(getattr(self, name).device))

@@ -24,36 +24,40 @@ class Canvas:
 
     Args:
         image: At the model's size, uint8 ``(3, H, W)``.
-        keep: True for the pixels that stay, ``(H, W)``.
+        keep: True for the pixels that stay, ``(H, W)``; None where the whole picture is changed.
     """
 
     image: UInt8[Tensor, "3 h w"]
-    keep: Bool[Tensor, "h w"]
+    keep: Bool[Tensor, "h w"] | None
 
     def pasted(self, pictures: UInt8[Tensor, "b 3 h w"]) -> UInt8[Tensor, "b 3 h w"]:
         """The pictures with the pixels that stay as they were: a painter returns them only as far as its tokens can."""
+        if self.keep is None:
+            return pictures
         place = pictures.device
         return torch.where(self.keep.to(place), self.image.to(place), pictures)
 
 
 def canvas(model: Model, image: Any, keep: Part | str | Path | Tensor | None) -> Canvas | None:
-    """The picture and the part that stays, prepared for a model; None where neither is given.
+    """The picture and the part that stays, prepared for a model; None where there is no picture.
 
     Args:
         model: Who paints.
         image: Whatever `mm.media.image.open_image` takes.
         keep: A part by its name, a mask ``(H, W)`` at the model's picture size, True where it stays, or a picture file, white
-            where it stays, of the size of ``image`` or of the model's pictures.
+            where it stays, of the size of ``image`` or of the model's pictures. None for a picture that is changed as a whole.
 
     Raises:
-        UserError: Only one of both is given, the picture or the mask cannot be read, or the mask is of another size.
+        UserError: A part to keep without a picture, the picture or the mask cannot be read, or the mask is of another size.
     """
-    if (image is None) != (keep is None):
-        raise UserError("a picture to finish and the part of it to keep are given together (image and keep)")
-    if keep is None:
+    if image is None:
+        if keep is not None:
+            raise UserError("keep says what stays of a picture; give the picture, too (image)")
         return None
     raw = open_image(image)
     picture = fit_image(raw, model.processor.image_spec)
+    if keep is None:
+        return Canvas(picture, None)
     height, width = picture.shape[1:]
     if isinstance(keep, Tensor):
         if keep.shape != (height, width):

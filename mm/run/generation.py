@@ -17,7 +17,7 @@ from mm.hub import Model
 from mm.run.canvas import Canvas, Part, canvas
 from mm.run.evaluation import loaded
 from mm.seeding import derive_seed
-from mm.types import Embeds, OnPicture, Paints, Sampling
+from mm.types import Embeds, OnPicture, Paints, Sampling, Varies
 
 Progress = Callable[[int, int], None]
 OnCut = Callable[[str, str], None]
@@ -65,6 +65,7 @@ def generate(
     image: Any = None,
     keep: Part | str | Path | Tensor | None = None,
     paste: bool = True,
+    negative: str | None = None,
     device: str = "auto",
     precision: str = "auto",
     on_picture: OnPicture | None = None,
@@ -82,10 +83,11 @@ def generate(
         sampling: Guidance, temperature and so on.
         best_of: Candidates of each picture, of which ``ranker`` chooses.
         ranker: A model with a shared space of pictures and texts, for ``best_of`` above 1.
-        image: A picture to be finished or changed.
+        image: A picture to be finished, or without ``keep`` one to be changed, by ``sampling.strength``.
         keep: What stays of it: half of it, its border, a mask ``(H, W)`` at the model's picture size, True where it stays, or a
             picture file, white where it stays, of the size of ``image`` or of the model's pictures.
         paste: Lay the kept pixels of ``image`` over the result, which the model itself gives only as far as its tokens can.
+        negative: What guidance leads away from; nothing in particular if None.
         device: Where to compute; ``auto`` chooses.
         precision: See `mm.hub.load`.
         on_picture: Receives pictures in the making, of one batch at a time.
@@ -115,7 +117,7 @@ def generate(
     for start in range(0, len(jobs), BATCH_SIZE):
         rows = jobs[start : start + BATCH_SIZE]
         begun = time.perf_counter()
-        pictures = _paint(model, painter, rows, seed, sampling, given, finish, on_picture)
+        pictures = _paint(model, painter, rows, seed, sampling, given, finish, on_picture, negative)
         if on_batch:
             on_batch(len(rows), time.perf_counter() - begun)
         for (prompt, number), pixels in zip(rows, pictures, strict=True):
@@ -166,19 +168,77 @@ def _paint(
     given: Canvas | None,
     finish: Callable[[Tensor], Tensor],
     on_picture: OnPicture | None,
+    negative: str | None,
 ) -> Tensor:
     """One batch of pictures, uint8 ``(B, 3, H, W)`` on the CPU."""
     text = model.processor.text([prompt for prompt, _ in rows]).to(model.device)
     seeds = [derive_seed(seed, prompt, number) for prompt, number in rows]
     image = None if given is None else given.image.expand(len(rows), -1, -1, -1).to(model.device)
-    keep = None if given is None else given.keep.expand(len(rows), -1, -1).to(model.device)
+    keep = None if given is None or given.keep is None else given.keep.expand(len(rows), -1, -1).to(model.device)
+    away = None if negative is None else model.processor.text([negative] * len(rows)).to(model.device)
 
     def show(pictures: Tensor, progress: float) -> None:
         assert on_picture is not None
         on_picture(finish(pictures), progress)
 
     shown = None if on_picture is None else show
-    return finish(painter.paint(text, seeds, sampling, image=image, keep=keep, on_picture=shown)).cpu()
+    return finish(painter.paint(text, seeds, sampling, image=image, keep=keep, on_picture=shown, negative=away)).cpu()
+
+
+def vary(
+    model: str | Path | Model,
+    images: Sequence[Any],
+    *,
+    count: int = 1,
+    seed: int = 0,
+    sampling: Sampling | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    on_picture: OnPicture | None = None,
+    progress: Progress | None = None,
+) -> list[Painting]:
+    """Make ``count`` other pictures of what each picture shows.
+
+    Args:
+        model: A loaded model or a MODEL reference; it must be able to vary pictures.
+        images: Whatever `mm.media.image.open_image` takes.
+        count: Pictures of each.
+        seed: With the picture's place in the list and the number it decides every picture.
+        sampling: Guidance, steps and so on.
+        device: Where to compute; ``auto`` chooses.
+        precision: See `mm.hub.load`.
+        on_picture: Receives pictures in the making, of one batch at a time.
+        progress: Called with (pictures done, in all).
+
+    Returns:
+        The pictures, one given picture after the other; the prompt is the given picture's name.
+
+    Raises:
+        UserError: The model cannot vary pictures, or a picture cannot be read.
+    """
+    model, sampling = loaded(model, device, precision), sampling or Sampling()
+    if not isinstance(model.system, Varies) or "varies" not in model.capabilities:
+        raise UserError(f"{model.name} cannot vary pictures (it can: {_abilities(model)}); take emoji-flow")
+    if not images or count < 1:
+        raise UserError(f"{len(images)} pictures, {count} of each: nothing to make")
+    check_sampling(sampling)
+    given = model.processor.images(images)
+    jobs = [(row, number) for row in range(len(images)) for number in range(count)]
+    made: list[Painting] = []
+    for start in range(0, len(jobs), BATCH_SIZE):
+        rows = jobs[start : start + BATCH_SIZE]
+        seeds = [derive_seed(seed, f"picture {row}", number) for row, number in rows]
+        chosen = given[torch.tensor([row for row, _ in rows])].to(model.device)
+        pictures = model.system.vary(chosen, seeds, sampling, on_picture=on_picture).cpu()
+        for (row, number), pixels in zip(rows, pictures, strict=True):
+            made.append(Painting(_name(images[row], row), pixels.clone(), seed, number))
+        if progress:
+            progress(len(made), len(jobs))
+    return made
+
+
+def _name(image: Any, row: int) -> str:
+    return Path(image).stem if isinstance(image, str | Path) else f"picture {row + 1}"
 
 
 def _as_it_is(pictures: Tensor) -> Tensor:
@@ -196,9 +256,14 @@ def _jobs(prompts: Sequence[str], each: int) -> Iterator[tuple[str, int]]:
 
 def _painter(model: Model) -> Paints:
     if not isinstance(model.system, Paints):
-        able = ", ".join(sorted(model.capabilities)) or "nothing yet"
-        raise UserError(f"{model.name} cannot paint (it can: {able}); take emoji-muse, or train one with configs/muse.yaml")
+        raise UserError(
+            f"{model.name} cannot paint (it can: {_abilities(model)}); take emoji-flow, or train one with configs/flow.yaml"
+        )
     return model.system
+
+
+def _abilities(model: Model) -> str:
+    return ", ".join(sorted(model.capabilities)) or "nothing yet"
 
 
 def _check(prompts: Sequence[str], count: int, best_of: int, ranker: object, sampling: Sampling) -> None:

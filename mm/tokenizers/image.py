@@ -15,6 +15,7 @@ from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from mm.config import StrictConfig
+from mm.errors import UserError
 from mm.nn.conv import PictureDecoder, PictureEncoder
 from mm.nn.precision import full_precision
 from mm.nn.quantize import FiniteScalarQuantizer, GumbelQuantizer, Quantized, VectorQuantizer
@@ -262,3 +263,9 @@ def kept_tokens(keep: Bool[Tensor, "b H W"], grid: tuple[int, int]) -> Bool[Tens
     """Tokens all of whose pixels are kept, in raster order."""
     share = F.adaptive_avg_pool2d(keep.float()[:, None], grid)
     return (share == 1).flatten(1)
+
+
+def check_kept(image: Tensor | None, keep: Tensor | None) -> None:
+    """Raises `UserError` where a picture is given without a part to keep: tokens are kept or made anew, none are changed."""
+    if image is not None and keep is None:
+        raise UserError("pictures made of tokens are not changed as a whole; say which part to keep, or take emoji-flow")

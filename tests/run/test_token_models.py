@@ -189,7 +189,7 @@ def test_command_line(workshop: Path, tmp_path: Path) -> None:
         ({"prompts": [" "]}, "at least one prompt"),
         ({"best_of": 2}, "needs a ranker"),
         ({"count": 0}, "must be at least 1"),
-        ({"keep": "top"}, "given together"),
+        ({"keep": "top"}, "give the picture, too"),
         ({"image": torch.zeros(3, 16, 16, dtype=torch.uint8), "keep": "middle"}, "none of top, bottom"),
         ({"image": torch.zeros(3, 16, 16, dtype=torch.uint8), "keep": "bottom"}, "from the top left on"),
     ],
@@ -201,7 +201,7 @@ def test_bad_requests(workshop: Path, options: dict[str, Any], message: str) -> 
 
 def test_models_are_asked_only_for_what_they_can(workshop: Path) -> None:
     vq, clip = mm.load(workshop / "vq"), mm.load(workshop / "clip-a")
-    assert vq.capabilities == {"tokenizes"}
+    assert vq.capabilities == {"tokenizes", "compresses"}
     assert mm.load(workshop / "dalle").capabilities == {"paints"}
     with pytest.raises(UserError, match="cannot paint"):
         mm.generate(vq, ["red"])
