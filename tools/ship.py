@@ -46,6 +46,8 @@ PROMPTS = (
     "blue apple",
 )
 JUDGED = {"judge": "emoji-judge", "limit": 100, "best_of": 8, "train": "emoji:train/core"}
+UNCHOSEN = {"judge": "emoji-judge", "limit": 1000}
+"""As many pictures as a distance between sets needs, the first one of each prompt."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,23 @@ def paintings(model: Model) -> Image.Image:
     return contact_sheet([one.pixels for one in made], PROMPTS, columns=SHEET_COLUMNS, cell=96)
 
 
+OF_FLOW = (
+    *PROMPTS[:-1],
+    *("yellow heart", "purple heart", "star", "full moon", "snowman", "tulip", "watermelon", "strawberry", "carrot"),
+    *("mushroom", "fire", "umbrella", "pineapple"),
+    *("blue apple", "green cat face", "purple rocket", "red penguin", "orange car", "pink tree", "black heart with crown"),
+    *("yellow whale", "blue pizza", "green hamburger"),
+    *("红心", "披萨", "火箭", "企鹅", "向日葵", "汽车", "苹果", "绿心", "吉他", "皇冠", "月亮", "雪人"),
+)
+"""64: seen concepts, new combinations of words, Chinese names."""
+
+
+def many_paintings(model: Model) -> Image.Image:
+    """The best of 8 of 64 prompts."""
+    made = generate(model, OF_FLOW, best_of=8, ranker="emoji-clip")
+    return contact_sheet([one.pixels for one in made], OF_FLOW, columns=SHEET_COLUMNS, cell=96)
+
+
 GROUNDED = ("heart with arrow", "house with garden", "police car", "wine glass", "broken heart")
 GROUNDED += ("crescent moon", "sun with face", "tropical fish", "cooked rice", "fork and knife")
 
@@ -152,6 +171,7 @@ PAINTERS: dict[str, Any] = {
     "test": (
         Measurement("generation", "emoji:test/core/seen", JUDGED),
         Measurement("generation", "emoji:test/core/compositional", JUDGED, "_compositional"),
+        Measurement("generation", "emoji:test/core", UNCHOSEN, "_unchosen"),
     ),
     "seeds": ("clip_rank5", "clip_rank5_real", "copies"),
     "limits": """- It knows the names of about 1,290 concepts; new combinations of words work now and then, new words do not.
@@ -210,6 +230,11 @@ SHIPMENTS = {
         summary="Paints emoji of their names, all picture tokens at once in a few steps",
         configs=("configs/muse.yaml",),
         **PAINTERS,
+    ),
+    "emoji-flow": Shipment(
+        summary="Paints emoji of their names by flow matching, in English and Chinese",
+        configs=("configs/flow.yaml",),
+        **PAINTERS | {"sheet": many_paintings},
     ),
 }
 

@@ -64,7 +64,7 @@ FOR_DIFFUSIONS = (
 )
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside of diffusers
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # inside of diffusers
 @pytest.mark.parametrize(
     ("name", "library"), [("flow", one) for one in FOR_FLOWS.split()] + [("ddpm", one) for one in FOR_DIFFUSIONS.split()]
 )
