@@ -33,9 +33,15 @@ from mm.types import Source, Tokenizes
 
 MODEL = "emoji-clip"
 TOKENIZER = "emoji-vq"
-PAINTERS = ("emoji-dalle", "emoji-muse")
+PAINTERS = {
+    "emoji-dalle": "token after token",
+    "emoji-muse": "in a few parallel steps",
+    "emoji-flow": "from noise to the picture in a few steps",
+}
 PAINTED = ("grinning face", "red heart", "pizza", "penguin", "rocket", "sunflower", "red apple", "green heart")
 CANDIDATES = 8
+MAKING = 4
+"""States of pictures in the making that are shown, beside the first."""
 READER = "emoji-albef"
 ANSWERER = "emoji-vqa"
 ASKED = ("1f436", "1f355", "1f697", "1f33b", "1f3b8", "1f451", "1f40d", "2764")
@@ -227,7 +233,7 @@ def _tokens(out: Path, console: Console) -> Section:
 
 
 def _paint(out: Path, console: Console) -> Section:
-    """Pictures of words by both painters, each the best of a few candidates."""
+    """Pictures of words by all painters, each the best of a few candidates, and pictures in the making."""
     console.rule("pictures of words")
     rows: list[Any] = []
     for name in PAINTERS:
@@ -237,9 +243,16 @@ def _paint(out: Path, console: Console) -> Section:
         [one.pixels for one in rows], [one.prompt for one in rows], columns=len(PAINTED), cell=96, title="mm generate"
     )
     save_picture(sheet, out / "painted.png")
-    words = f"Above by {PAINTERS[0]}, token after token; below by {PAINTERS[1]}, in a few parallel steps. Best of {CANDIDATES}."
+    words = "; ".join(f"by {name}, {how}" for name, how in PAINTERS.items())
+    words = f"From above: {words}. Best of {CANDIDATES} by {MODEL}."
     console.print(words)
-    return Section("Pictures of words", [Text(words), Wide(sheet, words)])
+    states: list[list[Any]] = []
+    made = generate(name, PAINTED, on_picture=lambda pictures, _: states.append(list(pictures)))
+    shown = [states[round(at * (len(states) - 1) / MAKING)] for at in range(MAKING + 1)]
+    making = contact_sheet([one for state in shown for one in state], columns=len(made), cell=96, title="mm generate --partial")
+    save_picture(making, out / "making.png")
+    told = f"What {name} expects of the picture, from noise (above) to the end (below)."
+    return Section("Pictures of words", [Text(words), Wide(sheet, words), Text(told), Wide(making, told)])
 
 
 def _tiles(zero_shot: Result, retrieval: Result) -> Tiles:

@@ -118,21 +118,26 @@ def paintings(model: Model) -> Image.Image:
     return contact_sheet([one.pixels for one in made], PROMPTS, columns=SHEET_COLUMNS, cell=96)
 
 
+CHINESE = {
+    **{"红心": "red heart", "披萨": "pizza", "火箭": "rocket", "企鹅": "penguin", "向日葵": "sunflower", "汽车": "automobile"},
+    **{"苹果": "apple", "绿心": "green heart", "吉他": "guitar", "皇冠": "crown", "月亮": "moon", "雪人": "snowman"},
+}
 OF_FLOW = (
     *PROMPTS[:-1],
     *("yellow heart", "purple heart", "star", "full moon", "snowman", "tulip", "watermelon", "strawberry", "carrot"),
     *("mushroom", "fire", "umbrella", "pineapple"),
     *("blue apple", "green cat face", "purple rocket", "red penguin", "orange car", "pink tree", "black heart with crown"),
     *("yellow whale", "blue pizza", "green hamburger"),
-    *("红心", "披萨", "火箭", "企鹅", "向日葵", "汽车", "苹果", "绿心", "吉他", "皇冠", "月亮", "雪人"),
+    *CHINESE,
 )
 """64: seen concepts, new combinations of words, Chinese names."""
 
 
 def many_paintings(model: Model) -> Image.Image:
-    """The best of 8 of 64 prompts."""
+    """The best of 8 of 64 prompts; Chinese ones are captioned in English, for which every machine has letters."""
     made = generate(model, OF_FLOW, best_of=8, ranker="emoji-clip")
-    return contact_sheet([one.pixels for one in made], OF_FLOW, columns=SHEET_COLUMNS, cell=96)
+    told = [f"{CHINESE[prompt]} (asked in Chinese)" if prompt in CHINESE else prompt for prompt in OF_FLOW]
+    return contact_sheet([one.pixels for one in made], told, columns=SHEET_COLUMNS, cell=96)
 
 
 GROUNDED = ("heart with arrow", "house with garden", "police car", "wine glass", "broken heart")

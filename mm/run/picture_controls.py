@@ -25,7 +25,7 @@ from mm.run.preparation import EvalPreparation
 from mm.run.prompts import labels_or_captions
 from mm.seeding import derive_seed
 from mm.systems.settings import SystemSettings
-from mm.types import Source, Tokenizes
+from mm.types import Compresses, Source, Tokenizes
 
 BATCH_SIZE = 64
 SIDE = 16
@@ -71,12 +71,15 @@ def thumbnails(pictures: Tensor) -> Tensor:
 
 
 def through_tokens(painter: Model, pictures: Tensor) -> Tensor | None:
-    """What the painter's tokenizer leaves of pictures, uint8 ``(B, 3, H, W)``: all it could paint at best. None without one."""
-    tokenizer = getattr(painter.system, "tokenizer", None)
-    if not isinstance(tokenizer, Tokenizes):
+    """What the painter's tokens or latents leave of pictures, uint8 ``(B, 3, H, W)``: all it could paint at best. None without."""
+    tokenizer, latents = (getattr(painter.system, name, None) for name in ("tokenizer", "latents"))
+    if isinstance(tokenizer, Tokenizes):
+        back_and_forth = lambda part: tokenizer.decode(tokenizer.encode(part))  # noqa: E731
+    elif isinstance(latents, Compresses):
+        back_and_forth = lambda part: latents.from_latents(latents.to_latents(part))  # noqa: E731
+    else:
         return None
-    parts = pictures.split(BATCH_SIZE)
-    return torch.cat([tokenizer.decode(tokenizer.encode(part.to(painter.device))).cpu() for part in parts])
+    return torch.cat([back_and_forth(part.to(painter.device)).cpu() for part in pictures.split(BATCH_SIZE)])
 
 
 def real_pictures(
@@ -224,9 +227,10 @@ def _studied(source: Source, painter: Model, prompts: Sequence[str], label: str 
 
 
 def _teachers(maker: Model) -> set[str]:
-    """Models that the maker or its tokenizer was trained with or holds, as the configurations name them."""
-    tokenizer = getattr(maker.system, "tokenizer", None)
-    configs = (maker.config, getattr(maker.config, "tokenizer", None), getattr(tokenizer, "config", None))
+    """Models that the maker, its tokenizer or its latents were trained with or hold, as the configurations name them."""
+    parts = [part for name in ("tokenizer", "latents") if (part := getattr(maker.system, name, None)) is not None]
+    named = [getattr(maker.config, name, None) for name in ("tokenizer", "latents")]
+    configs = (maker.config, *named, *(getattr(part, "config", None) for part in parts))
     known = (config for config in configs if isinstance(config, SystemSettings))
     return {name for config in known for name in (config.training_parts() | config.parts()).values()}
 
