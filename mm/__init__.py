@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mm.hub import Model, load, save, shipped
     from mm.run.captioning import caption
-    from mm.run.generation import generate
+    from mm.run.generation import generate, vary
     from mm.run.inference import classify, search
     from mm.run.tasks import evaluate
     from mm.run.training import train
@@ -24,9 +24,23 @@ _HOMES = {
     "generate": "mm.run.generation",
     "search": "mm.run.inference",
     "train": "mm.run.training",
+    "vary": "mm.run.generation",
 }
 
-__all__ = ["Model", "__version__", "caption", "classify", "evaluate", "generate", "load", "save", "search", "shipped", "train"]
+__all__ = [
+    "Model",
+    "__version__",
+    "caption",
+    "classify",
+    "evaluate",
+    "generate",
+    "load",
+    "save",
+    "search",
+    "shipped",
+    "train",
+    "vary",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -247,6 +247,7 @@ def _paint(out: Path, console: Console) -> Section:
     words = f"From above: {words}. Best of {CANDIDATES} by {MODEL}."
     console.print(words)
     states: list[list[Any]] = []
+    *_, name = PAINTERS
     made = generate(name, PAINTED, on_picture=lambda pictures, _: states.append(list(pictures)))
     shown = [states[round(at * (len(states) - 1) / MAKING)] for at in range(MAKING + 1)]
     making = contact_sheet([one for state in shown for one in state], columns=len(made), cell=96, title="mm generate --partial")

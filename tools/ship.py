@@ -119,8 +119,18 @@ def paintings(model: Model) -> Image.Image:
 
 
 CHINESE = {
-    **{"红心": "red heart", "披萨": "pizza", "火箭": "rocket", "企鹅": "penguin", "向日葵": "sunflower", "汽车": "automobile"},
-    **{"苹果": "apple", "绿心": "green heart", "吉他": "guitar", "皇冠": "crown", "月亮": "moon", "雪人": "snowman"},
+    "红心": "red heart",
+    "披萨": "pizza",
+    "火箭": "rocket",
+    "企鹅": "penguin",
+    "向日葵": "sunflower",
+    "汽车": "automobile",
+    "苹果": "apple",
+    "绿心": "green heart",
+    "吉他": "guitar",
+    "皇冠": "crown",
+    "月亮": "moon",
+    "雪人": "snowman",
 }
 OF_FLOW = (
     *PROMPTS[:-1],

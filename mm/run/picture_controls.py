@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm.config import validate
 from mm.data.config import DataConfig
@@ -71,7 +71,7 @@ def thumbnails(pictures: Tensor) -> Tensor:
 
 
 def through_tokens(painter: Model, pictures: Tensor) -> Tensor | None:
-    """What the painter's tokens or latents leave of pictures, uint8 ``(B, 3, H, W)``: all it could paint at best. None without."""
+    """What the painter's tokens or latents leave of pictures, uint8 ``(B, 3, H, W)``: all it could paint. None without."""
     tokenizer, latents = (getattr(painter.system, name, None) for name in ("tokenizer", "latents"))
     if isinstance(tokenizer, Tokenizes):
         back_and_forth = lambda part: tokenizer.decode(tokenizer.encode(part))  # noqa: E731
@@ -172,6 +172,8 @@ def check_independent(judge: Model, maker: Model, ranker: Model | None, *, makes
             raise UserError(f"judge: {judge.name} also {role}; {remedy}")
     if ranker is not None and ranker.config == judge.config:
         raise UserError(f"judge: {judge.name} has the same architecture as {ranker.name}, which chooses; {remedy}")
+    if any(_same(part, judge.system) for part in maker.system.children()):
+        raise UserError(f"judge: {judge.name} is a part of {maker.name}; {remedy}")
     for teacher in _teachers(maker):
         if teacher == judge.name or _fingerprint(teacher, judge) == judge.fingerprint:
             raise UserError(f"judge: {maker.name} was trained with {teacher}, the same model; {remedy}")
@@ -233,6 +235,15 @@ def _teachers(maker: Model) -> set[str]:
     configs = (maker.config, *named, *(getattr(part, "config", None) for part in parts))
     known = (config for config in configs if isinstance(config, SystemSettings))
     return {name for config in known for name in (config.training_parts() | config.parts()).values()}
+
+
+def _same(part: nn.Module, system: nn.Module) -> bool:
+    """Whether two networks have the same weights."""
+    first, second = part.state_dict(), system.state_dict()
+    return first.keys() == second.keys() and all(
+        tensor.shape == second[name].shape and torch.equal(tensor.to(second[name]), second[name])
+        for name, tensor in first.items()
+    )
 
 
 def _fingerprint(reference: str, like: Model) -> str | None:

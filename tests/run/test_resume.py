@@ -138,7 +138,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("values", [ALBEF, FLOW], ids=["albef", "flow"])
 def test_a_killed_run_ends_in_the_same_bits(values: dict[str, Any], pictures: Path, tmp_path: Path) -> None:
-    """Momentum copies, queues, hidden words, drawn negatives, moments and noise included; the run dies between two checkpoints."""
+    """Momentum copies, queues, hidden words, drawn negatives, moments and noise included; it dies between two checkpoints."""
     for number, file in enumerate(sorted(pictures.glob("*.txt"))):
         file.write_text(f"picture of unpredictable things, number {number}")
     config = tmp_path / "run.yaml"
