@@ -99,6 +99,9 @@ class ClipConfig(SystemSettings):
     def with_vocabulary(self, size: int) -> "ClipConfig":
         return self.model_copy(update={"text": self.text.model_copy(update={"vocab_size": size})})
 
+    def for_inference(self) -> "ClipConfig":
+        return self.model_copy(update={"queue_size": 0})
+
     @model_validator(mode="after")
     def _possible(self) -> "ClipConfig":
         if self.loss == "siglip" and (self.label_smoothing or self.queue_size):
@@ -136,6 +139,11 @@ class Clip(System):
         self.chunk_size = chunk_size
         self.label_smoothing = label_smoothing
         self.image_image_weight = image_image_weight
+
+    @property
+    def only_for_training(self) -> tuple[str, ...]:
+        """See `mm.types.System`."""
+        return ("queues.",)
 
     def represent(self, batch: Batch) -> dict[str, Tensor]:
         """Unit vectors ``image`` and ``text``, each ``(B, D)``."""

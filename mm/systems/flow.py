@@ -236,7 +236,8 @@ class Flow(System):
     @property
     def only_for_training(self) -> tuple[str, ...]:
         """See `mm.types.System`."""
-        return ("alignment.",)
+        of_text = self.text.only_for_training if isinstance(self.text, System) else ()
+        return ("alignment.", *(f"text.{name}" for name in of_text))
 
     @property
     def may_be_added(self) -> tuple[str, ...]:
