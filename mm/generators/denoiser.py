@@ -23,7 +23,7 @@ class Condition:
         known: Which of them are there, ``(B, T)``.
         vector: One vector for the whole prompt, or for a picture in its place, ``(B, E)``; None for networks without.
         prepared: What a network made of the words once for all steps, by `Denoiser.prepare`.
-        beside: Channels that the network sees beside the sample's, such as a smaller picture brought to its size; None for none.
+        beside: Channels that the network sees beside the sample's, such as a smaller picture brought to its size.
     """
 
     words: Float[Tensor, "b t d"]
@@ -53,9 +53,7 @@ def seen(x: Float[Tensor, "b c h w"], condition: Condition) -> Float[Tensor, "b 
     return x if condition.beside is None else torch.cat([x, condition.beside.to(x.dtype)], 1)
 
 
-def without_words(
-    condition: Condition, no_words: Float[Tensor, " d"], dropped: Bool[Tensor, " b"] | None = None
-) -> Condition:
+def without_words(condition: Condition, no_words: Float[Tensor, " d"], dropped: Bool[Tensor, " b"] | None = None) -> Condition:
     """In the rows that are dropped, all if None, one vector, which is learned, takes the place of the words."""
     known = condition.known
     dropped = torch.ones_like(known[:, 0]) if dropped is None else dropped

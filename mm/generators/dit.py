@@ -118,7 +118,7 @@ class Dit(nn.Module):
     def forward(
         self, x: Float[Tensor, "b c h w"], time: Tensor, condition: Condition, *, features: int | None = None
     ) -> Float[Tensor, "b c h w"] | tuple[Tensor, Tensor]:
-        """See `mm.generators.denoiser.Denoiser`; where ``features`` is given also the tokens ``(B, N, D)`` behind so many blocks."""
+        """See `mm.generators.denoiser.Denoiser`; with ``features`` also the tokens ``(B, N, D)`` behind so many blocks."""
         patches = rearrange(seen(x, condition), "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch, q=self.patch)
         tokens = self.input(patches.to(self.input.weight.dtype))
         told = self.time(time.expand(len(x)))
@@ -152,7 +152,7 @@ class Dit(nn.Module):
 def build_dit(
     config: DitConfig, shape: tuple[int, int, int], words_width: int, vector_width: int | None, beside: int = 0
 ) -> Dit:
-    """A diffusion transformer with fresh weights for samples of ``shape``. Raises `ConfigError` for a patch that does not fit."""
+    """A diffusion transformer with fresh weights for samples of ``shape``. Raises `ConfigError` for an unfit patch."""
     if any(side % config.patch for side in shape[1:]):
         raise ConfigError(f"denoiser.patch {config.patch} does not divide samples of {shape[1]} x {shape[2]} cells")
     return Dit(config, shape, words_width, vector_width, beside)

@@ -69,9 +69,7 @@ class Denoising:
         def denoise(x: Tensor, time: Tensor, *, guided: bool) -> Tensor:
             return denoiser(x, time.to(device), both if guided else single)
 
-        return diffuse(
-            denoise, self.path, self.prediction, shape, seeds, sampling, device=device, start=start, known=known
-        )
+        return diffuse(denoise, self.path, self.prediction, shape, seeds, sampling, device=device, start=start, known=known)
 
     def paint(
         self,
@@ -86,8 +84,8 @@ class Denoising:
         keep: Bool[Tensor, "b h w"] | None = None,
         on_picture: OnPicture | None = None,
     ) -> UInt8[Tensor, "b 3 h w"]:
-        """Pictures, see `mm.types.Paints`: with an ``image`` alone it is changed, by `Sampling.strength`; with ``keep``, what is
-        not kept is made anew."""
+        """Pictures, see `mm.types.Paints`: an ``image`` alone is changed, by `Sampling.strength`; with ``keep``, what is not
+        kept is made anew."""
         shape = latents.latent_shape
         given = None if image is None else latents.to_latents(image)
         known = None if given is None or keep is None else Known(given, whole_cells(keep, shape[1:])[:, None])

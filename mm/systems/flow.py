@@ -18,7 +18,6 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 
 from mm.config import TAG_PREFIX, StrictConfig
-from mm.encoders.text import TextEncoder
 from mm.errors import ConfigError, UserError
 from mm.generators.denoiser import Condition, without_vector, without_words
 from mm.generators.dit import Dit, DitConfig, build_dit
@@ -27,7 +26,6 @@ from mm.generators.unet import Unet, UnetConfig, build_unet
 from mm.losses.diffusion import Betas, DiffusionPath, Path, Prediction, StraightPath, Weighting
 from mm.nn.freeze import freeze
 from mm.systems import vq
-from mm.systems.clip import Clip
 from mm.systems.prompted import (
     PromptEncoder,
     PromptEncoderConfig,
@@ -210,7 +208,7 @@ class Flow(System):
     """
 
     def __init__(
-        self, latents: Any, text: TextEncoder | Clip, denoiser: Dit | Unet, config: FlowConfig, align: nn.Module | None = None
+        self, latents: Any, text: Any, denoiser: Dit | Unet, config: FlowConfig, align: nn.Module | None = None
     ) -> None:
         super().__init__()
         self.latents = freeze(latents)
@@ -235,7 +233,7 @@ class Flow(System):
     @property
     def lacks(self) -> frozenset[str]:
         """See `mm.types.System`: pictures are varied by their vectors in the space of a dual tower."""
-        return frozenset() if self.config.vector_condition and isinstance(self.text, Clip) else frozenset({"varies"})
+        return frozenset() if self.config.vector_condition and self._reader.knows_pictures else frozenset({"varies"})
 
     @property
     def only_for_training(self) -> tuple[str, ...]:
