@@ -263,6 +263,15 @@ class Embeds(Protocol):
 
 
 @runtime_checkable
+class ReadsTexts(Protocol):
+    """Systems that tell another network, which makes something of a text, what the text says."""
+
+    def read_texts(self, text: TextBatch) -> Encoded:
+        """Features of the words, the mask of those that count, and as ``pooled`` one vector for the whole text."""
+        ...
+
+
+@runtime_checkable
 class Tokenizes(Protocol):
     """Systems that turn pictures into token ids and back."""
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from mm.errors import UserError
@@ -32,6 +33,9 @@ FAMILIES = frozenset(
     }
 )
 """Dual towers of transformers whose two halves work alone."""
+
+TEXT_ENCODERS = frozenset({"MT5EncoderModel", "T5EncoderModel", "UMT5EncoderModel"})
+"""Text encoders of transformers that stand alone; a text's vector is the mean of its words'."""
 
 SMALL: Mapping[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 16}
 """Of the half that is thrown away."""
@@ -102,15 +106,20 @@ def _hugging_face_text(text: Mapping[str, Any], hf_config: Mapping[str, Any] | N
 
 
 def transformers_tower(architecture: str, values: Mapping[str, Any], kind: Kind) -> tuple[nn.Module, int]:
-    """One half of a dual tower; the other half is built small and thrown away."""
-    if architecture not in FAMILIES:
+    """A text encoder, or one half of a dual tower; the other half is built small and thrown away."""
+    alone = TEXT_ENCODERS if kind == "text" else frozenset()
+    if architecture not in FAMILIES | alone:
         raise UserError(
-            f"{kind} tower '{architecture}' of transformers is not supported; there are {', '.join(sorted(FAMILIES))}"
+            f"{kind} tower '{architecture}' of transformers is not supported; there are {', '.join(sorted(FAMILIES | alone))}"
         )
     import transformers
 
     model_class = getattr(transformers, architecture)
     model = portable(values["model"])
+    if architecture in alone:
+        with quiet_transformers():
+            config = model_class.config_class.from_dict(model)
+            return model_class(config), int(config.d_model)
     other = SECTIONS["text" if kind == "image" else "image"]
     crossed = model[SECTIONS[kind]].get("encoder_hidden_size")  # BLIP's text tower could attend to pictures of this width
     with quiet_transformers():
@@ -165,8 +174,15 @@ def image_features(tower: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def text_features(tower: Any, ids: Tensor, attended: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Pooled vectors ``(B, D)`` in the shared space and tokens ``(B, T, inner D)``; ``attended`` ``(B, T)`` is None for all."""
+    """Pooled vectors ``(B, D)`` in the shared space, where there is one, and tokens ``(B, T, inner D)``.
+
+    ``attended`` ``(B, T)`` is None for all.
+    """
     mask = None if attended is None else attended.long()
+    if type(tower).__name__ in TEXT_ENCODERS:
+        tokens = tower(input_ids=ids, attention_mask=mask).last_hidden_state
+        counted = tokens.new_ones(ids.shape) if mask is None else mask.to(tokens.dtype)
+        return torch.einsum("btd,bt->bd", tokens, counted) / counted.sum(1, keepdim=True).clamp(min=1), tokens
     if hasattr(tower, "get_text_features"):
         output = tower.get_text_features(input_ids=ids, attention_mask=mask)
         return output.pooler_output, output.last_hidden_state

@@ -1,6 +1,7 @@
 """What networks that denoise have in common, whatever they are made of.
 
-Shapes: B samples, C channels, h and w their grid, T words, D width of a word, E width of a condition vector.
+Shapes: B samples, C channels, K channels beside them, h and w their grid, T words, D width of a word, E width of a condition
+vector.
 """
 
 from dataclasses import dataclass, replace
@@ -22,17 +23,20 @@ class Condition:
         known: Which of them are there, ``(B, T)``.
         vector: One vector for the whole prompt, or for a picture in its place, ``(B, E)``; None for networks without.
         prepared: What a network made of the words once for all steps, by `Denoiser.prepare`.
+        beside: Channels that the network sees beside the sample's, such as a smaller picture brought to its size.
     """
 
     words: Float[Tensor, "b t d"]
     known: Bool[Tensor, "b t"]
     vector: Float[Tensor, "b e"] | None = None
     prepared: Any = None
+    beside: Float[Tensor, "b k h w"] | None = None
 
     def __getitem__(self, rows: slice) -> "Condition":
         """Some samples; of what is prepared, too."""
         vector = None if self.vector is None else self.vector[rows]
-        return Condition(self.words[rows], self.known[rows], vector, _rows(self.prepared, rows))
+        beside = None if self.beside is None else self.beside[rows]
+        return Condition(self.words[rows], self.known[rows], vector, _rows(self.prepared, rows), beside)
 
 
 def joined(first: Condition, second: Condition) -> Condition:
@@ -40,7 +44,31 @@ def joined(first: Condition, second: Condition) -> Condition:
     assert first.prepared is None
     assert second.prepared is None
     vector = None if first.vector is None or second.vector is None else torch.cat([first.vector, second.vector])
-    return Condition(stacked(first.words, second.words), stacked(first.known, second.known), vector)
+    beside = None if first.beside is None or second.beside is None else torch.cat([first.beside, second.beside])
+    return Condition(stacked(first.words, second.words), stacked(first.known, second.known), vector, beside=beside)
+
+
+def seen(x: Float[Tensor, "b c h w"], condition: Condition) -> Float[Tensor, "b c+k h w"]:
+    """The sample's channels and those beside it."""
+    return x if condition.beside is None else torch.cat([x, condition.beside.to(x.dtype)], 1)
+
+
+def without_words(condition: Condition, no_words: Float[Tensor, " d"], dropped: Bool[Tensor, " b"] | None = None) -> Condition:
+    """In the rows that are dropped, all if None, one vector, which is learned, takes the place of the words."""
+    known = condition.known
+    dropped = torch.ones_like(known[:, 0]) if dropped is None else dropped
+    first = torch.zeros_like(known)
+    first[:, 0] = True
+    words = torch.where(dropped[:, None, None], no_words.to(condition.words.dtype), condition.words)
+    return replace(condition, words=words, known=torch.where(dropped[:, None], first, known))
+
+
+def without_vector(condition: Condition, dropped: Bool[Tensor, " b"] | None = None) -> Condition:
+    """In the rows that are dropped, all if None, zeros take the place of the vector."""
+    if condition.vector is None:
+        return condition
+    dropped = torch.ones_like(condition.known[:, 0]) if dropped is None else dropped
+    return replace(condition, vector=condition.vector.masked_fill(dropped[:, None], 0.0))
 
 
 class Denoiser(Protocol):

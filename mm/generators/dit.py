@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mm.config import StrictConfig
 from mm.errors import ConfigError
-from mm.generators.denoiser import Condition
+from mm.generators.denoiser import Condition, seen
 from mm.nn.attention import MultiHeadAttention
 from mm.nn.embeddings import GridRotary, TimeEmbedding
 from mm.nn.ends import end
@@ -67,10 +67,16 @@ class Dit(nn.Module):
         shape: Channels, rows and columns of a sample.
         words_width: Of the features of words.
         vector_width: Of the condition vector; None for none.
+        beside: Channels that are seen beside the sample's.
     """
 
     def __init__(
-        self, config: DitConfig, shape: tuple[int, int, int], words_width: int, vector_width: int | None = None
+        self,
+        config: DitConfig,
+        shape: tuple[int, int, int],
+        words_width: int,
+        vector_width: int | None = None,
+        beside: int = 0,
     ) -> None:
         super().__init__()
         channels, height, width = shape
@@ -90,7 +96,7 @@ class Dit(nn.Module):
                 modulated_width=config.width,
             )
 
-        self.input = end(nn.Linear(channels * config.patch**2, config.width))
+        self.input = end(nn.Linear((channels + beside) * config.patch**2, config.width))
         self.words = nn.Linear(words_width, config.width)
         self.words_norm = norm()
         self.time = TimeEmbedding(config.width)
@@ -113,9 +119,8 @@ class Dit(nn.Module):
         self, x: Float[Tensor, "b c h w"], time: Tensor, condition: Condition, *, features: int | None = None
     ) -> Float[Tensor, "b c h w"] | tuple[Tensor, Tensor]:
         """See `mm.generators.denoiser.Denoiser`; with ``features`` also the tokens ``(B, N, D)`` behind so many blocks."""
-        tokens = self.input(
-            rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch, q=self.patch).to(self.input.weight.dtype)
-        )
+        patches = rearrange(seen(x, condition), "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch, q=self.patch)
+        tokens = self.input(patches.to(self.input.weight.dtype))
         told = self.time(time.expand(len(x)))
         if self.vector is not None and condition.vector is not None:
             told = told + self.vector(condition.vector.to(told.dtype))
@@ -144,8 +149,10 @@ class Dit(nn.Module):
         return self.words_norm(self.words(condition.words.to(self.words.weight.dtype)))
 
 
-def build_dit(config: DitConfig, shape: tuple[int, int, int], words_width: int, vector_width: int | None) -> Dit:
-    """A transformer with fresh weights for samples of ``shape``. Raises `ConfigError` for a patch that does not fit."""
+def build_dit(
+    config: DitConfig, shape: tuple[int, int, int], words_width: int, vector_width: int | None, beside: int = 0
+) -> Dit:
+    """A diffusion transformer with fresh weights for samples of ``shape``. Raises `ConfigError` for an unfit patch."""
     if any(side % config.patch for side in shape[1:]):
         raise ConfigError(f"denoiser.patch {config.patch} does not divide samples of {shape[1]} x {shape[2]} cells")
-    return Dit(config, shape, words_width, vector_width)
+    return Dit(config, shape, words_width, vector_width, beside)

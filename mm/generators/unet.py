@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mm.config import StrictConfig
 from mm.errors import ConfigError
-from mm.generators.denoiser import Condition
+from mm.generators.denoiser import Condition, seen
 
 NETWORK_FAILURES = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError, ArithmeticError)
 """What diffusers and torch raise for sizes that a network cannot have."""
@@ -52,7 +52,7 @@ class Unet(nn.Module):
         mask = None if bool(condition.known.all()) else condition.known
         vector = condition.vector if self.network.config.time_cond_proj_dim is not None else None
         [output] = self.network(
-            x.to(dtype),
+            seen(x, condition).to(dtype),
             time.expand(len(x)),
             condition.words.to(dtype),
             timestep_cond=None if vector is None else vector.to(dtype),
@@ -66,7 +66,9 @@ class Unet(nn.Module):
         return condition
 
 
-def build_unet(config: UnetConfig, shape: tuple[int, int, int], words_width: int, vector_width: int | None) -> Unet:
+def build_unet(
+    config: UnetConfig, shape: tuple[int, int, int], words_width: int, vector_width: int | None, beside: int = 0
+) -> Unet:
     """A UNet with fresh weights for samples of ``shape``. Raises `ConfigError` for options that it cannot have."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
@@ -77,7 +79,7 @@ def build_unet(config: UnetConfig, shape: tuple[int, int, int], words_width: int
     try:
         network = UNet2DConditionModel(
             **config.options,  # pyright: ignore[reportArgumentType]
-            in_channels=channels,
+            in_channels=channels + beside,
             out_channels=channels,
             sample_size=(height, width),
             cross_attention_dim=words_width,

@@ -52,6 +52,9 @@ LANGUAGE_MODELS = {
 }
 """The configuration of each ``model_type`` that `mm.published.language_models` reads."""
 
+TEXT_ENCODERS = {"mt5": "MT5EncoderModel", "t5": "T5EncoderModel", "umt5": "UMT5EncoderModel"}
+"""The encoder of each ``model_type`` that `mm.published.text_encoders` reads."""
+
 LATER = {
     "bert": "BERT reads no pictures; mm convert FOLDER --image MODEL -o DIR joins it with a picture encoder",
     "clap": "CLAP needs an audio tower",
@@ -136,10 +139,10 @@ def pickled_weights(folder: Path) -> list[Path]:
 def _import_huggingface(folder: Path, state: Mapping[str, Tensor] | None) -> Imported:
     values = read_json(folder / CONFIG_FILE)
     architecture = _architecture(values, folder)
-    config = _configuration(architecture, values, folder)
-    state = _prepared(read_weights(folder) if state is None else state)
+    config = configuration(architecture, values, folder)
+    state = prepared(read_weights(folder) if state is None else state)
     if architecture not in OWN_NAMES:
-        state = _renamed(architecture, config, state, folder)
+        state = renamed(architecture, config, state, folder)
     pixels = read_pixels(folder, int(config.vision_config.image_size))
     tokenizer, limit = read_tokenizer(folder, siglip=architecture == SIGLIP)
     image = image_tower(architecture, config, state, pixels)
@@ -190,13 +193,12 @@ def _architecture(values: Mapping[str, Any], folder: Path) -> str:
             )
         return BLIP_RETRIEVAL
     if kind not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{folder}: model_type '{kind}' is not supported; there are {', '.join([*ARCHITECTURES, *LANGUAGE_MODELS])}"
-        )
+        known = ", ".join([*ARCHITECTURES, *LANGUAGE_MODELS, *TEXT_ENCODERS])
+        raise CheckpointError(f"{folder}: model_type '{kind}' is not supported; there are {known}")
     return ARCHITECTURES[kind]
 
 
-def _configuration(architecture: str, values: Mapping[str, Any], folder: Path) -> Any:
+def configuration(architecture: str, values: Mapping[str, Any], folder: Path) -> Any:
     """transformers' own object, because it fills in what the file leaves out."""
     try:
         import transformers
@@ -227,12 +229,12 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in _weight_files(folder) for name, tensor in read_safetensors(file).items()}
 
 
-def _prepared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def prepared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All weights in fp32, without the position numbers that older checkpoints hold."""
     return widened({name: tensor for name, tensor in state.items() if not name.endswith("position_ids")})
 
 
-def _renamed(architecture: str, config: Any, state: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+def renamed(architecture: str, config: Any, state: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """Weights under the names of today's module. Raises `CheckpointError` where one is missing, which transformers makes up."""
     import transformers
 

@@ -14,6 +14,7 @@ from mm.published.image_tokenizers import import_tokenizer_folder
 from mm.published.imported import Imported, read_safetensors
 from mm.published.language_models import import_language_model, is_language_model
 from mm.published.openai import import_openai
+from mm.published.text_encoders import import_text_encoder, is_text_encoder
 from mm.published.timm_folder import import_timm
 
 HUB = "hf-hub:"
@@ -69,6 +70,8 @@ def import_folder(folder: Path, state: Mapping[str, Tensor] | None = None) -> Im
         return found
     if is_language_model(folder):
         return import_language_model(folder, state)
+    if is_text_encoder(folder):
+        return import_text_encoder(folder, state)
     if (folder / huggingface.CONFIG_FILE).is_file():
         return huggingface.import_huggingface(folder, state)
     return None

@@ -16,13 +16,16 @@ from mm.systems import (
     clip,
     coca,
     dalle,
+    dalle2,
     flamingo,
     flow,
     frozen,
     image_tower,
+    imagen,
     language_model,
     muse,
     published_vq,
+    text_tower,
     vilt,
     vq,
 )
@@ -32,13 +35,16 @@ from mm.systems.captioner import CaptionerConfig
 from mm.systems.clip import ClipConfig
 from mm.systems.coca import CocaConfig
 from mm.systems.dalle import DalleConfig
+from mm.systems.dalle2 import Dalle2Config
 from mm.systems.flamingo import FlamingoConfig
 from mm.systems.flow import FlowConfig
 from mm.systems.frozen import FrozenConfig
 from mm.systems.image_tower import ImageTowerConfig
+from mm.systems.imagen import ImagenConfig
 from mm.systems.language_model import LanguageConfig
 from mm.systems.muse import MuseConfig
 from mm.systems.published_vq import PublishedVqConfig
+from mm.systems.text_tower import TextTowerConfig
 from mm.systems.vilt import ViltConfig
 from mm.systems.vq import VqConfig
 from mm.types import System
@@ -46,6 +52,7 @@ from mm.types import System
 SystemConfig = (
     ClipConfig
     | ImageTowerConfig
+    | TextTowerConfig
     | VqConfig
     | PublishedVqConfig
     | DalleConfig
@@ -59,6 +66,8 @@ SystemConfig = (
     | FrozenConfig
     | FlamingoConfig
     | FlowConfig
+    | ImagenConfig
+    | Dalle2Config
 )
 """The union of all systems' configurations."""
 
@@ -68,6 +77,7 @@ NamedSystem = Annotated[SystemConfig, Field(discriminator="name")]
 MODULES: Mapping[str, ModuleType] = {
     "clip": clip,
     "image-tower": image_tower,
+    "text-tower": text_tower,
     "vq": vq,
     "published-vq": published_vq,
     "dalle": dalle,
@@ -81,12 +91,15 @@ MODULES: Mapping[str, ModuleType] = {
     "frozen": frozen,
     "flamingo": flamingo,
     "flow": flow,
+    "imagen": imagen,
+    "dalle2": dalle2,
 }
 """Name to the file that composes the system."""
 
 CONFIGS: Mapping[str, type[SystemConfig]] = {
     "clip": ClipConfig,
     "image-tower": ImageTowerConfig,
+    "text-tower": TextTowerConfig,
     "vq": VqConfig,
     "published-vq": PublishedVqConfig,
     "dalle": DalleConfig,
@@ -100,6 +113,8 @@ CONFIGS: Mapping[str, type[SystemConfig]] = {
     "frozen": FrozenConfig,
     "flamingo": FlamingoConfig,
     "flow": FlowConfig,
+    "imagen": ImagenConfig,
+    "dalle2": Dalle2Config,
 }
 """Name to the configuration's class."""
 

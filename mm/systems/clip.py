@@ -31,7 +31,7 @@ from mm.losses.gather import Gather, current_gather
 from mm.losses.groups import lasting_groups
 from mm.losses.queue import FeatureQueue
 from mm.systems.settings import SystemSettings
-from mm.types import Batch, Losses, System, TextBatch
+from mm.types import Batch, Encoded, Losses, System, TextBatch
 
 TOWERS = ("image", "text")
 
@@ -180,6 +180,11 @@ class Clip(System):
     def embed_text(self, text: TextBatch) -> Tensor:
         """Token ids to unit vectors ``(B, D)``, fp32."""
         return self.towers.embed("text", text)
+
+    def read_texts(self, text: TextBatch) -> Encoded:
+        """See `mm.types.ReadsTexts`; the vector is that of the shared space, of length one."""
+        encoded = self.towers.encoders["text"](text)
+        return Encoded(encoded.tokens, encoded.mask, self.towers.project("text", encoded))
 
     def encoders(self) -> Mapping[str, nn.Module]:
         """The ``image`` and ``text`` encoders."""

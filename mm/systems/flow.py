@@ -18,17 +18,14 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 
 from mm.config import TAG_PREFIX, StrictConfig
-from mm.encoders.text import TextEncoder
 from mm.errors import ConfigError, UserError
-from mm.generators.denoiser import Condition, joined, without_padding
-from mm.generators.diffusion import Known, diffuse
+from mm.generators.denoiser import Condition, without_vector, without_words
 from mm.generators.dit import Dit, DitConfig, build_dit
+from mm.generators.painting import Denoising
 from mm.generators.unet import Unet, UnetConfig, build_unet
-from mm.losses import diffusion as objective
 from mm.losses.diffusion import Betas, DiffusionPath, Path, Prediction, StraightPath, Weighting
 from mm.nn.freeze import freeze
 from mm.systems import vq
-from mm.systems.clip import Clip
 from mm.systems.prompted import (
     PromptEncoder,
     PromptEncoderConfig,
@@ -114,6 +111,16 @@ PathConfig = Annotated[
 ]
 
 
+def check_prediction(prediction: Prediction, path: FlowPathConfig | DiffusionPathConfig) -> None:
+    """Raises `ValueError` for a prediction that tells nothing on a path."""
+    ends_in_noise = not isinstance(path, DiffusionPathConfig) or path.betas == "cosine"
+    if prediction == "noise" and ends_in_noise:
+        raise ValueError(
+            "prediction: noise tells nothing at the start, where straight paths and cosine betas have noise alone; "
+            "take velocity, or path: {kind: diffusion, betas: scaled_linear}"
+        )
+
+
 class AlignConfig(StrictConfig):
     """Features of a layer are drawn towards those of another model's picture encoder.
 
@@ -181,12 +188,7 @@ class FlowConfig(SystemSettings):
 
     @model_validator(mode="after")
     def _possible(self) -> "FlowConfig":
-        ends_in_noise = not isinstance(self.path, DiffusionPathConfig) or self.path.betas == "cosine"
-        if self.prediction == "noise" and ends_in_noise:
-            raise ValueError(
-                "prediction: noise tells nothing at the start, where straight paths and cosine betas have noise alone; "
-                "take velocity, or path: {kind: diffusion, betas: scaled_linear}"
-            )
+        check_prediction(self.prediction, self.path)
         if self.align is not None and not (isinstance(self.denoiser, DitConfig) and self.align.layer <= self.denoiser.layers):
             raise ValueError(
                 f"align.layer {self.align.layer}: the denoiser is no transformer of so many layers; take one, or less"
@@ -206,14 +208,14 @@ class Flow(System):
     """
 
     def __init__(
-        self, latents: Any, text: TextEncoder | Clip, denoiser: Dit | Unet, config: FlowConfig, align: nn.Module | None = None
+        self, latents: Any, text: Any, denoiser: Dit | Unet, config: FlowConfig, align: nn.Module | None = None
     ) -> None:
         super().__init__()
         self.latents = freeze(latents)
         self.text = text
         self.denoiser = denoiser
         self.config = config
-        self.path = config.path.build()
+        self.denoising = Denoising(config.path.build(), config.prediction, config.weighting)
         self._encode = (
             TokenMemory(latents.to_latents, config.remember_latents) if config.remember_latents else latents.to_latents
         )
@@ -231,7 +233,7 @@ class Flow(System):
     @property
     def lacks(self) -> frozenset[str]:
         """See `mm.types.System`: pictures are varied by their vectors in the space of a dual tower."""
-        return frozenset() if self.config.vector_condition and isinstance(self.text, Clip) else frozenset({"varies"})
+        return frozenset() if self.config.vector_condition and self._reader.knows_pictures else frozenset({"varies"})
 
     @property
     def only_for_training(self) -> tuple[str, ...]:
@@ -263,15 +265,12 @@ class Flow(System):
         assert batch.image is not None
         assert batch.text is not None
         sample = self._encode(batch.image)
-        time, noise = self.path.draw(len(sample), sample.device), torch.randn_like(sample)
         condition = self.condition(batch.text)
         if self.training and self.config.caption_dropout:
             condition = self._without(condition, torch.rand(len(sample), device=sample.device) < self.config.caption_dropout)
-        x, config = objective.mixed(self.path, sample, noise, time), self.config
+        config = self.config
         options = {} if self.alignment is None or config.align is None else {"features": config.align.layer}
-        output = self.denoiser(x, self.path.read(time), without_padding(condition), **options)
-        output, hidden = output if isinstance(output, tuple) else (output, None)
-        losses = objective.loss(self.path, config.prediction, output, sample, noise, time, config.weighting)
+        losses, hidden = self.denoising.loss(self.denoiser, sample, condition, **options)
         total, parts = losses.mean(), {"denoising": losses.detach().mean()}
         if hidden is not None and config.align is not None:
             parts["alignment"] = alignment = self._alignment(hidden, batch.image)
@@ -324,40 +323,22 @@ class Flow(System):
     ) -> Tensor:
         if sampling.threshold and not isinstance(self.latents, Pixels):
             raise UserError("threshold: is for pixels, this model works in latents; leave it out")
-        both = self.denoiser.prepare(without_padding(joined(condition, other)))
-        single = both[: len(seeds)]
-        device = condition.words.device
-
-        def denoise(x: Tensor, time: Tensor, *, guided: bool) -> Tensor:
-            return self.denoiser(x, time.to(device), both if guided else single)  # pyright: ignore[reportReturnType]
-
-        given = None if image is None else self.latents.to_latents(image)
-        known = None if given is None or keep is None else Known(given, _kept(keep, self.latents.latent_shape[1:]))
-        start = given if known is None or sampling.strength < 1 else None
-        shape = self.latents.latent_shape
-        steps = diffuse(
-            denoise, self.path, self.config.prediction, shape, seeds, sampling, device=device, start=start, known=known
+        return self.denoising.paint(
+            self.denoiser,
+            self.latents,
+            condition,
+            other,
+            seeds,
+            sampling,
+            image=image,
+            keep=keep,
+            on_picture=on_picture,
         )
-        step = None
-        for step in steps:
-            if on_picture is not None and step.progress < 1:
-                on_picture(self.latents.from_latents(step.sample), step.progress)
-        assert step is not None, "there is at least one step"
-        made = self.latents.from_latents(step.sample)
-        if on_picture is not None:
-            on_picture(made, 1.0)
-        return made
 
     def _without(self, condition: Condition, dropped: Tensor | None = None) -> Condition:
         """In the rows that are dropped, all if None, one learned vector takes the place of the words, nothing that of the
         vector."""
-        known = condition.known
-        dropped = torch.ones_like(known[:, 0]) if dropped is None else dropped
-        first = torch.zeros_like(known)
-        first[:, 0] = True
-        words = torch.where(dropped[:, None, None], self.no_words.to(condition.words.dtype), condition.words)
-        vector = None if condition.vector is None else condition.vector.masked_fill(dropped[:, None], 0.0)
-        return Condition(words, torch.where(dropped[:, None], first, known), vector)
+        return without_vector(without_words(condition, self.no_words, dropped), dropped)
 
     def _alignment(self, hidden: Tensor, image: Tensor) -> Tensor:
         """1 minus the mean cosine between projected features and those of the tower at the same places."""
@@ -374,15 +355,22 @@ class Flow(System):
         return 1 - F.cosine_similarity(self.alignment(cells), wanted.float(), dim=-1).mean()
 
 
-def _kept(keep: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Cells all of whose pixels are kept, ``(B, 1, h, w)``."""
-    return F.adaptive_avg_pool2d(keep.float()[:, None], grid) == 1
-
-
 def _projector(width: int, hidden: int, out_width: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out_width)
     )
+
+
+def build_denoiser(
+    config: DitConfig | UnetConfig,
+    shape: tuple[int, int, int],
+    words_width: int,
+    vector_width: int | None,
+    beside: int = 0,
+) -> Dit | Unet:
+    """The configured network with fresh weights, see `mm.generators.dit.Dit`. Raises `ConfigError` for one that cannot be."""
+    build = build_unet if isinstance(config, UnetConfig) else build_dit
+    return build(config, shape, words_width, vector_width, beside)  # pyright: ignore[reportArgumentType]
 
 
 def build_latents(config: Any, parts: Mapping[str, Any] | None) -> Any:
@@ -410,7 +398,6 @@ def build(config: FlowConfig, parts: Mapping[str, Any] | None = None) -> Flow:
         raise ConfigError(f"align.model: '{config.align.model}' has no picture tower; take a model such as emoji-clip")
     reader = PromptEncoder(text)
     widths = reader.words_width, reader.vector_width if config.vector_condition else None
-    build_denoiser = build_unet if isinstance(config.denoiser, UnetConfig) else build_dit
-    flow = Flow(latents, text, build_denoiser(config.denoiser, shape, *widths), config, align)  # pyright: ignore[reportArgumentType]
+    flow = Flow(latents, text, build_denoiser(config.denoiser, shape, *widths), config, align)
     nn.init.normal_(flow.no_words, std=0.02)
     return flow

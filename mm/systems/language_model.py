@@ -26,7 +26,7 @@ from mm.generators.language_model import (
 from mm.generators.writing import CompiledSteps, check_decoding, fitted, write
 from mm.nn.transformer import Block
 from mm.systems.settings import SystemSettings
-from mm.types import MEDIUM, Batch, Decoding, Interleaved, Losses, OnTokens, System, TextBatch, Written
+from mm.types import MEDIUM, Batch, Decoding, Encoded, Interleaved, Losses, OnTokens, System, TextBatch, Written
 
 
 class LanguageConfig(SystemSettings):
@@ -94,6 +94,12 @@ class Language(System):
         """See `mm.types.Writes`; errors as for `write`."""
         logits, state = self.network.prefill(self._vectors(prompt), prompt.text.lengths, candidates.ids.shape[1])
         return continuation_likelihoods(self.network, logits, state, candidates)
+
+    def read_texts(self, text: TextBatch) -> Encoded:
+        """See `mm.types.ReadsTexts`: what the last layer makes of the words; the vector is that of the last one."""
+        hidden = self.network(self.network.embed(text.ids))
+        last = hidden[torch.arange(len(text), device=hidden.device), (text.lengths - 1).clamp(min=0)]
+        return Encoded(hidden, text.valid(), last)
 
     def _vectors(self, prompt: Interleaved) -> Tensor:
         """Of the words of prompts."""
