@@ -13,7 +13,6 @@ from mm.config import validate
 from mm.errors import ConfigError, UserError
 from mm.generators.diffusion import gaussian_noise
 from mm.generators.sampling import sample_generators
-from mm.media.geometry import ImageSpec
 from mm.processor import Processor
 from mm.systems import build, read_system
 from mm.systems.dalle2 import Dalle2, Dalle2Config
@@ -231,7 +230,8 @@ def test_the_candidate_nearest_to_the_text_is_painted() -> None:
 
 
 def test_a_decoder_overfits_pictures_by_their_vectors() -> None:
-    system, data = dalle2(latents={"image_size": 8}, denoiser=DIT | {"width": 32, "patch": 2}), batch(8)
+    options = {"latents": {"image_size": 8}, "denoiser": DIT | {"width": 32, "patch": 2}}
+    system, data = dalle2(**options, words_dropout=0.9), batch(8)
     assert data.image is not None
     assert capabilities(system) == {"paints", "varies"}
     trained(system, data, 150)
@@ -242,11 +242,18 @@ def test_a_decoder_overfits_pictures_by_their_vectors() -> None:
 
 def test_a_cascade_grows_by_runs_and_paints(tmp_path: Path) -> None:
     """The run of an upscaler begins with that of the base, sees larger pictures, and leaves the base as it was."""
-    options = ["train.steps=2", "train.batch_size=4", "train.tensorboard=false", "data.validation=null", "data.workers=0"]
+    options = [
+        "train.steps=2",
+        "train.batch_size=4",
+        "train.tensorboard=false",
+        "data.validation=null",
+        "data.workers=0",
+        "train.device=cpu",
+    ]
     small = "{denoiser: {patch: 8, width: 16, layers: 1, heads: 2}}"
     mm.train("configs/imagen_base.yaml", [*options, f"system.base={small}"], out=tmp_path / "base")
     stage = "[{image_size: 64, denoiser: {patch: 16, width: 16, layers: 1, heads: 2}}]"
-    changes = [*options, f"init_from={tmp_path / 'base'}", f"system.upscalers={stage}"]
+    changes = [*options, f"system.base={small}", f"init_from={tmp_path / 'base'}", f"system.upscalers={stage}"]
     mm.train("configs/imagen_upscaler.yaml", changes, out=tmp_path / "whole")
     base, whole = (mm.load(tmp_path / name, device="cpu", precision="fp32") for name in ("base", "whole"))
     kept = whole.system.state_dict()
@@ -276,7 +283,14 @@ def test_a_language_model_reads_prompts(tmp_path: Path) -> None:
     processor = Processor(tokenizer=tokenizer, context_length=8)
     model = mm.Model(language.eval(), processor, config, "language")
     folder = mm.save(model, tmp_path / "language")
-    options = ["train.steps=1", "train.batch_size=2", "train.tensorboard=false", "data.validation=null", "data.workers=0"]
+    options = [
+        "train.steps=1",
+        "train.batch_size=2",
+        "train.tensorboard=false",
+        "data.validation=null",
+        "data.workers=0",
+        "train.device=cpu",
+    ]
     small = "system.base={denoiser: {patch: 8, width: 16, layers: 1, heads: 2}}"
     mm.train("configs/imagen_base.yaml", [*options, small, f"system.text={folder}"], out=tmp_path / "run")
     painter = mm.load(tmp_path / "run", device="cpu")
