@@ -133,6 +133,8 @@ def assemble(config: RunConfig, *, resume: Path | None = None) -> Assembled:
         processor = _processor(config, source, image_size, parts) if start is None else start.processor
         if image_size is not None and not processor.has_image:  # begins as a language model
             processor = processor.with_image(config.processor.image_spec(image_size))
+        elif image_size is not None and processor.image_spec.size != image_size:  # begins with a stage for smaller pictures
+            processor = processor.with_image(processor.image_spec.model_copy(update={"size": image_size, "resize_to": None}))
         processor = _with_words_of(parts.get("language"), processor)
         if not config.system.begins_texts:
             processor = processor.without_start()

@@ -4,8 +4,8 @@ Paper: https://arxiv.org/abs/2204.06125.
 
 Both are trained in one run: they read the same words and vectors of the same batch, share no weights, and their losses are
 added, so that each learns what it would learn alone. The decoder is that of `mm.systems.flow`, told the picture's own vector in
-training. Vectors have length one in the space of the dual tower; the prior works on them times the root of their width, whose
-components are about one.
+training. Vectors have length one in the space of the dual tower; both networks are given them times the root of their width, so
+that their components are about one.
 
 Deviations from DALL-E 2: one resolution (`mm.systems.imagen` has upscalers); transformers, straight paths and predicted
 velocities in the decoder by default; the vector is added to the moment's, not also given as words; one guidance for both.
@@ -137,13 +137,13 @@ class Dalle2(System):
         """The prior's mean squared error of vectors, and the decoder's of latents, at moments drawn at random."""
         assert batch.image is not None
         assert batch.text is not None
-        condition, vector = self._reader(batch.text), self._reader.of_picture(batch.image)
+        condition, vector = self._read(batch.text), self._scale * self._reader.of_picture(batch.image)
         asked, told = condition, replace(condition, vector=vector)
         if self.training:
             asked = self._nothing(asked, self._drawn(batch, self.config.caption_dropout))
             told = without_words(told, self.no_words, self._drawn(batch, self.config.words_dropout))
             told = without_vector(told, self._drawn(batch, self.config.vector_dropout))
-        imagined, _ = self.imagining.loss(self.prior, vector * self._scale, asked)
+        imagined, _ = self.imagining.loss(self.prior, vector, asked)
         decoded, _ = self.decoding.loss(self.denoiser, self._encode(batch.image), told)
         parts = {"prior": imagined.mean(), "decoder": decoded.mean()}
         return Losses(parts["prior"] + parts["decoder"], {name: part.detach() for name, part in parts.items()})
@@ -160,8 +160,8 @@ class Dalle2(System):
             sampling: Steps, solver, guidance.
             negative: What guidance leads away from, one a text; nothing in particular if None.
         """
-        condition = self._reader(text)
-        other = self._nothing(condition) if negative is None else self._reader(negative)
+        condition = self._read(text)
+        other = self._nothing(condition) if negative is None else self._read(negative)
         assert condition.vector is not None
         found, settings = [], replace(sampling, threshold=0.0, strength=1.0)
         for number in range(self.config.candidates):
@@ -185,14 +185,14 @@ class Dalle2(System):
         negative: TextBatch | None = None,
     ) -> Tensor:
         """See `mm.types.Paints` and `mm.systems.flow.Flow.paint`. The decoder is led away from the words of ``negative``."""
-        told = replace(self._reader(text), vector=self.imagine(text, seeds, sampling, negative=negative))
-        away = None if negative is None else self._reader(negative)
+        told = replace(self._read(text), vector=self._scale * self.imagine(text, seeds, sampling, negative=negative))
+        away = None if negative is None else self._read(negative)
         return self._decode(told, away, seeds, sampling, image=image, keep=keep, on_picture=on_picture)
 
     @torch.no_grad()
     def vary(self, image: Tensor, seeds: Sequence[int], sampling: Sampling, *, on_picture: OnPicture | None = None) -> Tensor:
         """See `mm.types.Varies`: the picture's own vector, and no words."""
-        vector = self._reader.of_picture(image)
+        vector = self._scale * self._reader.of_picture(image)
         words = self.no_words.expand(len(image), 1, -1)
         told = Condition(words, torch.ones(words.shape[:2], dtype=torch.bool, device=words.device), vector)
         return self._decode(told, None, seeds, sampling, on_picture=on_picture)
@@ -204,6 +204,12 @@ class Dalle2(System):
             raise UserError("threshold: is for pixels, this model works in latents; leave it out")
         other = without_vector(without_words(told, self.no_words) if away is None else away)
         return self.decoding.paint(self.denoiser, self.latents, told, other, seeds, sampling, **options)
+
+    def _read(self, text: TextBatch) -> Condition:
+        """Words, and the text's vector times the root of its width."""
+        condition = self._reader(text)
+        assert condition.vector is not None
+        return replace(condition, vector=self._scale * condition.vector.float())
 
     def _nothing(self, condition: Condition, dropped: Tensor | None = None) -> Condition:
         """What the prior is told where there is no text."""

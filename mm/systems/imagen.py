@@ -48,8 +48,8 @@ class StageConfig(StrictConfig):
         weighting: What its errors cost, see there.
     """
 
-    image_size: int = Field(default=16, ge=1)
-    denoiser: DenoiserConfig = DitConfig(patch=2)
+    image_size: int = Field(default=32, ge=1)
+    denoiser: DenoiserConfig = DitConfig(patch=4)
     path: PathConfig = FlowPathConfig()
     prediction: Prediction = "velocity"
     weighting: Weighting = "uniform"

@@ -8,6 +8,8 @@ import torch
 from mm.errors import ConfigError
 from mm.run.catalogue import catalogue
 from mm.systems import CONFIGS, MODULES, SystemConfig, build, read_system
+from mm.systems.imagen import Imagen
+from mm.systems.text_tower import TextTower
 from mm.types import (
     CAPABILITIES,
     MEDIUM,
@@ -27,16 +29,30 @@ from mm.types import (
 
 PUBLISHED_VQ = {"tokenizer": {"kind": "dvae", "image_size": 16, "width": 8, "vocab_size": 16, "code_width": 8, "num_blocks": 1}}
 VQ = {"tokenizer": {"name": "vq", "tokenizer": {"image_size": 16, "patch": 2, "widths": [8, 16]}}}
+T5 = {
+    "library": "transformers",
+    "architecture": "T5EncoderModel",
+    "config": {"model": {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 40}},
+    "context_length": 12,
+    "vocab_size": 40,
+}
 REQUIRED: Mapping[str, Mapping[str, object]] = {
     "published-vq": PUBLISHED_VQ,
     "dalle": VQ,
     "muse": VQ,
     "albef-vqa": {"num_answers": 7},
     "flow": {"latents": VQ["tokenizer"], "text": {"width": 16, "layers": 1, "heads": 2}},
+    "text-tower": {"text": T5},
+    "imagen": {"text": {"name": "text-tower", "text": T5}, "base": {"image_size": 16, "denoiser": {"patch": 4}}},
+    "dalle2": {"latents": VQ["tokenizer"], "text": {"name": "clip"}},
 }
+TOLD_BY_A_MODEL = ("imagen", "dalle2")
+"""Their texts are read by a given model, which keeps its vocabulary."""
+
 ABLE = {
     "clip": {"embeds"},
     "image-tower": {"embeds"},
+    "text-tower": {"embeds"},
     "vq": {"tokenizes", "compresses"},
     "published-vq": {"tokenizes"},
     "dalle": {"paints"},
@@ -50,6 +66,8 @@ ABLE = {
     "frozen": {"captions", "writes"},
     "flamingo": {"captions", "writes"},
     "flow": {"paints"},
+    "imagen": {"paints"},
+    "dalle2": {"paints", "varies"},
 }
 
 
@@ -81,9 +99,9 @@ def test_a_system_is_what_its_configuration_says(name: str) -> None:
     assert config.name == name
     assert capabilities(system) == ABLE[name]
     assert ABLE[name] <= CAPABILITIES.keys()
-    assert (config.picture_side is None) == (name == "language-model")
+    assert (config.picture_side is None) == (name in ("language-model", "text-tower"))
     limits = config.text_limits
-    if limits is not None:
+    if limits is not None and name not in TOLD_BY_A_MODEL:
         assert config.with_vocabulary(limits[0] + 5).text_limits == (limits[0] + 5, limits[1])
     answers = "answers" in ABLE[name]
     assert (config.learns_answers, config.answer_limit, config.known_answers) == (answers, 7 * answers, ())
@@ -115,8 +133,10 @@ def test_casting_for_inference_keeps_a_system_usable(name: str) -> None:
         assert torch.equal(before, after)
 
 
-def _what_it_gives(system: System, image: torch.Tensor) -> torch.Tensor:
+def _what_it_gives(system: System, image: torch.Tensor) -> torch.Tensor:  # noqa: PLR0911 - a case each
     able = capabilities(system)
+    if isinstance(system, TextTower):
+        return system.embed_text(TextBatch(torch.tensor([[1, 5, 2], [6, 2, 0]]), torch.tensor([3, 2])))
     if "embeds" in able:
         return system.embed_image(image)  # pyright: ignore[reportCallIssue]
     if "matches" in able:
@@ -135,6 +155,10 @@ def _what_it_gives(system: System, image: torch.Tensor) -> torch.Tensor:
     if isinstance(system, Captions):
         texts = TextBatch(torch.tensor([[1, 5, 6, 7], [1, 7, 2, 0]]), torch.tensor([4, 3]))
         return torch.stack([system.caption_likelihoods(image, texts) for image in (image, 255 - image)])
+    if isinstance(system, Imagen):
+        return (
+            system.paint(TextBatch(torch.ones(2, 3).long(), torch.tensor([3, 2])), [0, 1], Sampling(steps=1)).flatten(1) / 255
+        )
     tokenizer = getattr(system, "latents", getattr(system, "tokenizer", None)) if "paints" in able else system
     return tokenizer.encode(image)  # pyright: ignore[reportCallIssue, reportOptionalMemberAccess]
 
