@@ -21,7 +21,9 @@ from mm.systems import (
     frozen,
     image_tower,
     language_model,
+    latent_diffusion,
     muse,
+    published_vae,
     published_vq,
     vilt,
     vq,
@@ -37,7 +39,9 @@ from mm.systems.flow import FlowConfig
 from mm.systems.frozen import FrozenConfig
 from mm.systems.image_tower import ImageTowerConfig
 from mm.systems.language_model import LanguageConfig
+from mm.systems.latent_diffusion import LatentDiffusionConfig
 from mm.systems.muse import MuseConfig
+from mm.systems.published_vae import PublishedVaeConfig
 from mm.systems.published_vq import PublishedVqConfig
 from mm.systems.vilt import ViltConfig
 from mm.systems.vq import VqConfig
@@ -59,6 +63,8 @@ SystemConfig = (
     | FrozenConfig
     | FlamingoConfig
     | FlowConfig
+    | PublishedVaeConfig
+    | LatentDiffusionConfig
 )
 """The union of all systems' configurations."""
 
@@ -81,6 +87,8 @@ MODULES: Mapping[str, ModuleType] = {
     "frozen": frozen,
     "flamingo": flamingo,
     "flow": flow,
+    "published-vae": published_vae,
+    "latent-diffusion": latent_diffusion,
 }
 """Name to the file that composes the system."""
 
@@ -100,6 +108,8 @@ CONFIGS: Mapping[str, type[SystemConfig]] = {
     "frozen": FrozenConfig,
     "flamingo": FlamingoConfig,
     "flow": FlowConfig,
+    "published-vae": PublishedVaeConfig,
+    "latent-diffusion": LatentDiffusionConfig,
 }
 """Name to the configuration's class."""
 
