@@ -80,7 +80,18 @@ CaptionBestOfOption = Annotated[
 ]
 TopKOption = Annotated[int, typer.Option("--top-k", min=0, help="Draw from so many likeliest tokens; 0 for all.")]
 TopPOption = Annotated[float, typer.Option("--top-p", min=0, max=1, help="Draw from the likeliest tokens of this probability.")]
-StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Steps of generators that choose many tokens at once.")]
+StepsOption = Annotated[
+    int, typer.Option("--steps", min=1, help="Steps of generators that choose many tokens at once, or go from noise to data.")
+]
+SolverOption = Annotated[
+    str,
+    typer.Option(
+        "--solver",
+        metavar="NAME",
+        help="From noise to data: euler, heun, dpm++ or a scheduler of diffusers such as DDIM; default: the model's.",
+        show_default=False,
+    ),
+]
 CacheOption = Annotated[bool, typer.Option("--cache/--no-cache", help="Remember the vectors of this model and source.")]
 
 
@@ -695,6 +706,10 @@ def generate(
     top_k: TopKOption = 0,
     top_p: TopPOption = 1.0,
     steps: StepsOption = 12,
+    solver: SolverOption = "",
+    negative: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What guidance leads away from.", show_default=False)
+    ] = None,
     best_of: Annotated[int, typer.Option(min=1, help="Candidates of each picture; the ranker takes the best.")] = 1,
     ranker: Annotated[str, typer.Option(metavar="MODEL", help="Has a say in the choice among candidates.")] = "emoji-clip",
     image: Annotated[str | None, typer.Option("--image", metavar="FILE", help="A picture to be finished or changed.")] = None,
@@ -723,7 +738,7 @@ def generate(
     if keep is not None and image is None:
         raise UserError(f"--keep {keep}: says what stays of a picture; give the picture with --image")
     show.check_outputs(out, json_file)
-    sampling = Sampling(guidance, guidance_interval, guidance_ramp, temperature, top_k, top_p, steps)
+    sampling = Sampling(guidance, guidance_interval, guidance_ramp, temperature, top_k, top_p, steps, solver)
     with show.progress_bar("painting") as progress:
         made = run_generate(
             model,
@@ -736,6 +751,7 @@ def generate(
             image=image,
             keep=(keep or "top") if image else None,
             paste=paste,
+            negative=negative,
             device=device,
             precision=precision,
             on_picture=show.Making(partial, count) if partial else None,
@@ -910,7 +926,7 @@ def convert(
 @app.command("export")
 def export_model(
     model: ModelArgument,
-    to: Annotated[str, typer.Option("--to", help="onnx, torch (torch.export), open_clip or hf (transformers).")],
+    to: Annotated[str, typer.Option("--to", help="onnx, torch (torch.export), open_clip, hf (transformers) or diffusers.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="New or empty folder.")],
 ) -> None:
     """Write a model for other runtimes and libraries; what is written is loaded again and compared before it appears."""

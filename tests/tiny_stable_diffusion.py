@@ -1,5 +1,6 @@
 """A folder in the format of Stable Diffusion, written by diffusers, with small random weights."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,10 @@ def tiny_tokenizer() -> Any:
 
 
 def write_folder(folder: Path, **options: Any) -> Path:
-    """The folder of such a pipeline."""
+    """The folder of such a pipeline; like published ones it has an option that another scheduler would miss."""
     tiny_pipeline(**options).save_pretrained(folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"clip_sample": False}))
     return folder
 
 

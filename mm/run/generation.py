@@ -65,6 +65,7 @@ def generate(
     image: Any = None,
     keep: Part | str | Path | Tensor | None = None,
     paste: bool = True,
+    negative: str | None = None,
     device: str = "auto",
     precision: str = "auto",
     on_picture: OnPicture | None = None,
@@ -86,6 +87,7 @@ def generate(
         keep: What stays of it: half of it, its border, a mask ``(H, W)`` at the model's picture size, True where it stays, or a
             picture file, white where it stays, of the size of ``image`` or of the model's pictures.
         paste: Lay the kept pixels of ``image`` over the result, which the model itself gives only as far as its tokens can.
+        negative: What guidance leads away from; nothing in particular if None.
         device: Where to compute; ``auto`` chooses.
         precision: See `mm.hub.load`.
         on_picture: Receives pictures in the making, of one batch at a time.
@@ -115,7 +117,7 @@ def generate(
     for start in range(0, len(jobs), BATCH_SIZE):
         rows = jobs[start : start + BATCH_SIZE]
         begun = time.perf_counter()
-        pictures = _paint(model, painter, rows, seed, sampling, given, finish, on_picture)
+        pictures = _paint(model, painter, rows, seed, sampling, given, finish, on_picture, negative)
         if on_batch:
             on_batch(len(rows), time.perf_counter() - begun)
         for (prompt, number), pixels in zip(rows, pictures, strict=True):
@@ -166,6 +168,7 @@ def _paint(
     given: Canvas | None,
     finish: Callable[[Tensor], Tensor],
     on_picture: OnPicture | None,
+    negative: str | None,
 ) -> Tensor:
     """One batch of pictures, uint8 ``(B, 3, H, W)`` on the CPU."""
     text = model.processor.text([prompt for prompt, _ in rows]).to(model.device)
@@ -178,7 +181,8 @@ def _paint(
         on_picture(finish(pictures), progress)
 
     shown = None if on_picture is None else show
-    return finish(painter.paint(text, seeds, sampling, image=image, keep=keep, on_picture=shown)).cpu()
+    away = None if negative is None else model.processor.text([negative] * len(rows)).to(model.device)
+    return finish(painter.paint(text, seeds, sampling, image=image, keep=keep, on_picture=shown, negative=away)).cpu()
 
 
 def _as_it_is(pictures: Tensor) -> Tensor:
