@@ -1,7 +1,8 @@
 """diffusers: a folder that ``StableDiffusionPipeline.from_pretrained`` loads, with equal outputs."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -83,7 +84,9 @@ def write(model: Model, folder: Path) -> None:
 
 
 def _refusal(why: str) -> UserError:
-    return UserError(f"export to diffusers: {why}; it takes a model that began as such a folder, or configs/latent_diffusion.yaml")
+    return UserError(
+        f"export to diffusers: {why}; it takes a model that began as such a folder, or configs/latent_diffusion.yaml"
+    )
 
 
 def _write_network(network: Any, folder: Path, values: Mapping[str, Any]) -> None:
@@ -141,8 +144,8 @@ def _compare(model: Model, system: Flow, vae: PublishedVae, unet: Unet, folder: 
     """Load the folder as diffusers does; largest differences of texts, of the UNet's answers and of pictures' values."""
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
-    with quiet_transformers():
-        pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
+    with quiet_transformers(), _quiet_diffusers():
+        pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     length = model.processor.context_length
     ids = pipeline.tokenizer(list(SAMPLES), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     condition = system.condition(model.processor.text(SAMPLES))
@@ -159,11 +162,27 @@ def _compare(model: Model, system: Flow, vae: PublishedVae, unet: Unet, folder: 
     }
 
 
+@contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """Without diffusers' progress bars."""
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _difference(ours: Tensor, theirs: Tensor, what: str) -> float:
     """Largest difference as a share of the largest value. Raises `UserError` where it is more than rounding."""
     found = float((ours - theirs).abs().max() / ours.abs().max())
     if not found <= TOLERANCE:
-        raise UserError(f"export to diffusers: its {what} computes something else (difference {found:.1e}); nothing was written")
+        raise UserError(
+            f"export to diffusers: its {what} computes something else (difference {found:.1e}); nothing was written"
+        )
     return found
 
 

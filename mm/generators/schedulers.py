@@ -107,9 +107,7 @@ def library_steps(
         yield x if i == count - 1 else sample, (i + 1) / count
 
 
-def scheduler_for(
-    sampling: Sampling, path: Path, prediction: Prediction, given: Mapping[str, Any]
-) -> tuple[Any, Prediction]:
+def scheduler_for(sampling: Sampling, path: Path, prediction: Prediction, given: Mapping[str, Any]) -> tuple[Any, Prediction]:
     """A scheduler of diffusers for a path, with given options as far as it knows them, and the prediction that it wants."""
     kind = _scheduler_class(sampling.solver)
     known = inspect.signature(kind.__init__).parameters

@@ -19,6 +19,7 @@ from mm.generators.schedulers import SchedulerConfig, scheduler_for
 from mm.generators.unet import FIXED as FIXED_IN_UNET
 from mm.media.image import ImageSpec
 from mm.processor import Processor
+from mm.published.huggingface import PIPELINE_INDEX
 from mm.published.huggingface_processor import read_tokenizer, tokenizer_settings
 from mm.published.huggingface_towers import ACTIVATIONS, hidden_ratio
 from mm.published.huggingface_weights import open_clip_names
@@ -31,7 +32,7 @@ from mm.tokenizers.library_vae import FIXED as FIXED_IN_VAE
 from mm.tokenizers.text import TextTokenizer
 from mm.types import Sampling
 
-INDEX_FILE, CONFIG_FILE = "model_index.json", "config.json"
+INDEX_FILE, CONFIG_FILE = PIPELINE_INDEX, "config.json"
 SCHEDULER_FILE = "scheduler_config.json"
 PIPELINE = "StableDiffusionPipeline"
 VAE, UNET, TEXT_ENCODER = "AutoencoderKL", "UNet2DConditionModel", "CLIPTextModel"
@@ -106,7 +107,9 @@ def _import_vae(folder: Path) -> Imported:
 def _import_pipeline(folder: Path) -> Imported:
     index = read_json(folder / INDEX_FILE)
     if index.get("_class_name") != PIPELINE:
-        raise CheckpointError(f"{folder}: is a {index.get('_class_name')}; of diffusers' pipelines only {PIPELINE} is supported")
+        raise CheckpointError(
+            f"{folder}: is a {index.get('_class_name')}; of diffusers' pipelines only {PIPELINE} is supported"
+        )
     for part, classes in PARTS.items():
         named = _class(index, part)
         if named not in classes:

@@ -117,5 +117,7 @@ def build_library_vae(config: LibraryVaeConfig) -> LibraryVae:
         reason = " ".join(str(error).split())
         raise ConfigError(f"vae.options: diffusers cannot make this AutoencoderKL: {reason}") from None
     if config.image_size % stride(model):
-        raise ConfigError(f"vae.image_size {config.image_size} must be a multiple of the latent's side of {stride(model)} pixels")
+        raise ConfigError(
+            f"vae.image_size {config.image_size} must be a multiple of the latent's side of {stride(model)} pixels"
+        )
     return LibraryVae(model, config)

@@ -1,23 +1,19 @@
 """Folders in Stable Diffusion's format, written by diffusers: the same pictures of the same noise, whatever the scheduler."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny_stable_diffusion import SIDE, tiny_pipeline, tiny_vae, write_folder
+from tiny_stable_diffusion import write_folder
 from torch import Tensor
 
 import mm
-from mm.errors import UserError
 from mm.generators import diffusion
 from mm.hub import Model
 from mm.run.generation import generate
-from mm.tokenizers.library_vae import measured
-from mm.types import Compresses, Sampling
+from mm.types import Sampling
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers, with NumPy 2

@@ -1,20 +1,26 @@
 """The list of systems is whole: each has its configuration, its file, its words in the catalogue, its capabilities."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
+import tiny_stable_diffusion as tiny
 import torch
+from tiny_stable_diffusion import SIDE, UNET
 
 from mm.errors import ConfigError
+from mm.generators.unet import FIXED
 from mm.run.catalogue import catalogue
 from mm.systems import CONFIGS, MODULES, SystemConfig, build, read_system
 from mm.systems.flow import Flow
+from mm.tokenizers.library_vae import FIXED as FIXED_IN_VAE
 from mm.types import (
     CAPABILITIES,
     MEDIUM,
     Answers,
     Candidates,
     Captions,
+    Compresses,
     Decoding,
     Interleaved,
     Matches,
@@ -22,18 +28,27 @@ from mm.types import (
     Sampling,
     System,
     TextBatch,
+    Tokenizes,
     Writes,
     capabilities,
 )
 
 PUBLISHED_VQ = {"tokenizer": {"kind": "dvae", "image_size": 16, "width": 8, "vocab_size": 16, "code_width": 8, "num_blocks": 1}}
 VQ = {"tokenizer": {"name": "vq", "tokenizer": {"image_size": 16, "patch": 2, "widths": [8, 16]}}}
+VAE = {"vae": {"image_size": SIDE, "options": {name: value for name, value in tiny.VAE.items() if name not in FIXED_IN_VAE}}}
 REQUIRED: Mapping[str, Mapping[str, object]] = {
     "published-vq": PUBLISHED_VQ,
     "dalle": VQ,
     "muse": VQ,
     "albef-vqa": {"num_answers": 7},
     "flow": {"latents": VQ["tokenizer"], "text": {"width": 16, "layers": 1, "heads": 2}},
+    "published-vae": VAE,
+    "latent-diffusion": {
+        "latents": VAE | {"name": "published-vae"},
+        "text": {"width": 16, "layers": 1, "heads": 2, "attend_padding": True},
+        "denoiser": {"kind": "unet", "options": {name: value for name, value in UNET.items() if name not in FIXED}},
+        "empty_prompt": [1, 2],
+    },
 }
 ABLE = {
     "clip": {"embeds"},
@@ -51,6 +66,8 @@ ABLE = {
     "frozen": {"captions", "writes"},
     "flamingo": {"captions", "writes"},
     "flow": {"paints"},
+    "published-vae": {"compresses"},
+    "latent-diffusion": {"paints"},
 }
 
 
@@ -137,7 +154,10 @@ def _what_it_gives(system: System, image: torch.Tensor) -> torch.Tensor:
         texts = TextBatch(torch.tensor([[1, 5, 6, 7], [1, 7, 2, 0]]), torch.tensor([4, 3]))
         return torch.stack([system.caption_likelihoods(image, texts) for image in (image, 255 - image)])
     if isinstance(system, Flow):
-        return system.latents.encode(image)  # pyright: ignore[reportAttributeAccessIssue]
+        latents: Any = system.latents
+        return latents.encode(image) if isinstance(latents, Tokenizes) else latents.to_latents(image).flatten(1)
+    if isinstance(system, Compresses) and "tokenizes" not in able:
+        return system.to_latents(image).flatten(1)
     tokenizer = system.tokenizer if "paints" in able else system
     return tokenizer.encode(image)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
 
