@@ -58,8 +58,7 @@ def import_model(model: str) -> Imported | None:
 
 
 def import_folder(folder: Path, state: Mapping[str, Tensor] | None = None) -> Imported | None:
-    """A folder in the layout of open_clip, timm, transformers or diffusers' pipelines or of a picture tokenizer, or None for any
-    other.
+    """A folder in the layout of open_clip, timm, transformers, diffusers' pipelines or of a picture tokenizer, or None.
 
     Args:
         folder: What to read.

@@ -241,7 +241,7 @@ def _check_unet(unet: Mapping[str, Any], width: int, channels: int, where: Path)
     for name, belongs in (("in_channels", channels), ("out_channels", channels), ("cross_attention_dim", width)):
         if unet[name] != belongs:
             raise CheckpointError(
-                f"{where}: {name} is {unet[name]}, not {belongs}; only UNets that go from latents and text to latents are supported"
+                f"{where}: {name} is {unet[name]}, not {belongs}; only UNets from latents and text to latents are supported"
             )
 
 

@@ -1,11 +1,10 @@
 """Latent diffusion as Stable Diffusion has it: a UNet denoises the latents of a KL autoencoder, led by CLIP's text encoder.
 
-Paper: https://arxiv.org/abs/2112.10752. It is `mm.systems.flow` on a diffusion's path: the loss, the solvers and guidance are the
-same code. A folder in diffusers' format is such a model (`mm.published.stable_diffusion`): autoencoder and text encoder are held
+Paper: https://arxiv.org/abs/2112.10752. It is `mm.systems.flow` on a diffusion's path: loss, solvers and guidance are the same
+code. A folder in diffusers' format is such a model (`mm.published.stable_diffusion`): autoencoder and text encoder are held
 fixed, all positions of a text are attended to, padding included, and the empty prompt stands for none.
 
-Deviation: latents are the mean of the autoencoder's posterior, not drawn from it, so that they can be kept; the spread of Stable
-Diffusion's own is a small part of theirs.
+Deviation: latents are the mean of the autoencoder's posterior, not drawn from it, so that they can be kept.
 """
 
 from collections.abc import Mapping

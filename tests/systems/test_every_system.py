@@ -20,7 +20,6 @@ from mm.types import (
     Answers,
     Candidates,
     Captions,
-    Compresses,
     Decoding,
     Interleaved,
     Matches,
@@ -153,13 +152,9 @@ def _what_it_gives(system: System, image: torch.Tensor) -> torch.Tensor:
     if isinstance(system, Captions):
         texts = TextBatch(torch.tensor([[1, 5, 6, 7], [1, 7, 2, 0]]), torch.tensor([4, 3]))
         return torch.stack([system.caption_likelihoods(image, texts) for image in (image, 255 - image)])
-    if isinstance(system, Flow):
-        latents: Any = system.latents
-        return latents.encode(image) if isinstance(latents, Tokenizes) else latents.to_latents(image).flatten(1)
-    if isinstance(system, Compresses) and "tokenizes" not in able:
-        return system.to_latents(image).flatten(1)
-    tokenizer = system.tokenizer if "paints" in able else system
-    return tokenizer.encode(image)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    whole: Any = system
+    tokenizer = whole.latents if isinstance(system, Flow) else whole.tokenizer if "paints" in able else whole
+    return tokenizer.encode(image) if isinstance(tokenizer, Tokenizes) else tokenizer.to_latents(image).flatten(1)
 
 
 def test_an_unknown_system_is_told_with_the_nearest_one() -> None:
