@@ -17,6 +17,7 @@ from mm.errors import CheckpointError, UserError
 from mm.generators.schedulers import NAMES as PREDICTIONS
 from mm.generators.schedulers import SchedulerConfig, scheduler_for
 from mm.generators.unet import FIXED as FIXED_IN_UNET
+from mm.losses.diffusion import Prediction
 from mm.media.image import ImageSpec
 from mm.processor import Processor
 from mm.published.huggingface import PIPELINE_INDEX
@@ -301,7 +302,7 @@ def _name(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _scheduler(folder: Path, named: str | None) -> tuple[DiffusionPathConfig, str, SchedulerConfig]:
+def _scheduler(folder: Path, named: str | None) -> tuple[DiffusionPathConfig, Prediction, SchedulerConfig]:
     """What was trained, and how it is sampled; outdated options are put right as StableDiffusionPipeline does."""
     file = folder / SCHEDULER_FILE
     if not file.is_file():
@@ -317,7 +318,7 @@ def _scheduler(folder: Path, named: str | None) -> tuple[DiffusionPathConfig, st
     for key, only in PATH_ALONE.items():
         if values.get(key, only) != only:
             raise CheckpointError(f"{file}: {key} {values[key]} is not supported; only {only} is")
-    predictions = {theirs: ours for ours, theirs in PREDICTIONS.items()}
+    predictions: dict[Any, Prediction] = {theirs: ours for ours, theirs in PREDICTIONS.items()}
     prediction, betas = values.get("prediction_type"), values.get("beta_schedule")
     if prediction not in predictions or betas not in BETAS:
         raise CheckpointError(f"{file}: prediction_type {prediction} with beta_schedule {betas} is not supported")

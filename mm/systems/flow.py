@@ -383,7 +383,9 @@ class Flow(System):
         if self.no_words is None:
             ids = torch.tensor([self.config.empty_prompt], device=known.device)
             empty = self.condition(TextBatch(ids, torch.tensor([ids.shape[1]], device=known.device)))
-            vector = None if condition.vector is None else torch.where(dropped[:, None], empty.vector, condition.vector)
+            vector = condition.vector
+            if vector is not None and empty.vector is not None:
+                vector = torch.where(dropped[:, None], empty.vector, vector)
             return replace(condition, words=torch.where(dropped[:, None, None], empty.words, condition.words), vector=vector)
         first = torch.zeros_like(known)
         first[:, 0] = True

@@ -58,6 +58,9 @@ METHODS: dict[str, Any] = {
     "prefix": {"length": 3},
     "prompt": {"length": 3},
 }
+CLOSED = ("gated.", "denoiser.")
+"""Beginnings of the names of parameters that begin at zero."""
+
 WALK = pytest.mark.parametrize("method", METHODS)
 OVER = pytest.mark.parametrize("name", SYSTEMS)
 
@@ -66,8 +69,8 @@ def small(name: str) -> tuple[SystemConfig, System]:
     torch.manual_seed(0)
     config = read_system({"name": name} | SYSTEMS[name], "test")
     system = build(config)
-    for parameter in (one for part, one in system.named_parameters() if part.startswith("gated.") and not one.any()):
-        torch.nn.init.constant_(parameter, 0.5)  # a closed gate lets no gradient through
+    for parameter in (one for part, one in system.named_parameters() if part.startswith(CLOSED) and not one.any()):
+        torch.nn.init.normal_(parameter, std=0.1)  # a closed gate lets no gradient through
     return config, system
 
 
