@@ -83,7 +83,12 @@ TopPOption = Annotated[float, typer.Option("--top-p", min=0, max=1, help="Draw f
 StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Steps of generators that do not write token by token.")]
 SolverOption = Annotated[
     str,
-    typer.Option("--solver", help="From noise to data: euler, heun, dpm++, or a scheduler of diffusers, e.g. UniPCMultistep."),
+    typer.Option(
+        "--solver",
+        metavar="NAME",
+        help="From noise to data: euler, heun, dpm++ or a scheduler of diffusers such as DDIM; default: the model's.",
+        show_default=False,
+    ),
 ]
 ShiftOption = Annotated[float, typer.Option("--shift", help="Above 1 spends more of the steps on noise.")]
 RescaleOption = Annotated[float, typer.Option("--rescale", help="Bring back the spread that guidance adds: 0 for none to 1.")]
@@ -478,7 +483,7 @@ def eval_generation(
     top_k: TopKOption = 0,
     top_p: TopPOption = 1.0,
     steps: StepsOption = 12,
-    solver: SolverOption = "dpm++",
+    solver: SolverOption = "",
     shift: ShiftOption = 1.0,
     rescale: RescaleOption = 0.0,
     threshold: ThresholdOption = 0.0,
@@ -710,7 +715,7 @@ def generate(
     top_k: TopKOption = 0,
     top_p: TopPOption = 1.0,
     steps: StepsOption = 12,
-    solver: SolverOption = "dpm++",
+    solver: SolverOption = "",
     shift: ShiftOption = 1.0,
     rescale: RescaleOption = 0.0,
     threshold: ThresholdOption = 0.0,
@@ -788,7 +793,7 @@ def vary(
     guidance: GuidanceOption = 3.0,
     guidance_interval: GuidanceIntervalOption = (0.0, 1.0),
     steps: StepsOption = 12,
-    solver: SolverOption = "dpm++",
+    solver: SolverOption = "",
     json_file: JsonOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
@@ -972,7 +977,7 @@ def convert(
 @app.command("export")
 def export_model(
     model: ModelArgument,
-    to: Annotated[str, typer.Option("--to", help="onnx, torch (torch.export), open_clip or hf (transformers).")],
+    to: Annotated[str, typer.Option("--to", help="onnx, torch (torch.export), open_clip, hf (transformers) or diffusers.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="New or empty folder.")],
 ) -> None:
     """Write a model for other runtimes and libraries; what is written is loaded again and compared before it appears."""

@@ -396,7 +396,7 @@ class Sampling:
         top_p: Smallest set of likeliest tokens with so much probability that is drawn from; 1 for all.
         steps: Number of steps of generators that choose many tokens at once, or go from noise to data.
         solver: How to go from noise to data: one of the suite's own (`Solver`), or a scheduler of diffusers by its class name,
-            such as "DDIM" or "UniPCMultistep".
+            such as "DDIM" or "UniPCMultistep"; empty for the model's usual one.
         rescale: How far the spread of guided predictions is brought back to that without guidance, 0..1
             (https://arxiv.org/abs/2305.08891).
         threshold: Share of the pixels that dynamic thresholds are taken from (Imagen: 0.995); 0 for none. For pixels only.
@@ -411,7 +411,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     steps: int = 12
-    solver: str = "dpm++"
+    solver: str = ""
     rescale: float = 0.0
     threshold: float = 0.0
     strength: float = 1.0

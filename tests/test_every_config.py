@@ -1,10 +1,12 @@
 """Every file in configs/ loads strictly, builds, says only what differs from the defaults and opens with its header."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_stable_diffusion import write_folder
 
 from mm.config import differences, read_layers, read_yaml
 from mm.hub import load, shipped
@@ -17,9 +19,20 @@ from mm.types import Batch, TextBatch
 PATHS = sorted(CONFIGS.glob("*.yaml"))
 
 
+PUBLISHED: Mapping[str, Callable[[Path], Path]] = {"latent_diffusion": write_folder}
+"""Configurations that begin with a published model, and what writes a small one of its kind."""
+
+
 @pytest.fixture(params=PATHS, ids=lambda path: path.stem)
 def path(request: pytest.FixtureRequest) -> Path:
     return request.param
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, list[str]]:
+    """Changes by configuration: the small model in the place of the published one."""
+    place = tmp_path_factory.mktemp("published")
+    return {name: [f"init_from={write(place / name)}"] for name, write in PUBLISHED.items()}
 
 
 def test_there_are_configs() -> None:
@@ -33,11 +46,11 @@ def test_header_names_command_time_and_result(path: Path) -> None:
         assert word in text
 
 
-def test_file_lists_only_what_differs_from_the_defaults(path: Path) -> None:
+def test_file_lists_only_what_differs_from_the_defaults(path: Path, published: Mapping[str, list[str]]) -> None:
     written = read_layers(path)
     if "init_from" in written and "name" not in written.get("system", {}):
         del written["system"]  # says what differs from that model's network
-    needed = differences(load_run_config(path))
+    needed = differences(load_run_config(path, published.get(path.stem, [])))
     assert not _superfluous(written, needed), f"these values are the defaults: {_superfluous(written, needed)}"
 
 
@@ -48,8 +61,8 @@ def test_file_with_a_base_lists_only_what_differs_from_it(path: Path) -> None:
     assert not repeated, f"these values are the base's: {repeated}"
 
 
-def test_system_builds_and_every_parameter_learns(path: Path) -> None:
-    config = load_run_config(path)
+def test_system_builds_and_every_parameter_learns(path: Path, published: Mapping[str, list[str]]) -> None:
+    config = load_run_config(path, published.get(path.stem, []))
     torch.manual_seed(0)
     network = config.system.with_answers(("yes", "no")) if config.system.answer_limit else config.system
     parts = {name: _part(reference) for name, reference in config.system.parts().items()}

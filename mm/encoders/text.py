@@ -43,8 +43,9 @@ class TextEncoderConfig(StrictConfig):
         vocab_size: Number of token ids; at least that of the tokenizer.
         mlp_ratio: Hidden width of the feed-forward over ``width``.
         causal: Whether a token sees only what is before it.
-        attend_padding: Whether padding is attended to like words, as in weights that were trained so (SigLIP). Every text is
-            then filled up to ``context_length`` with ``pad_id``, and may not be trimmed.
+        attend_padding: Whether padding is attended to like words, as in weights that were trained so (SigLIP), or read like
+            words by a generator (Stable Diffusion). Every text is then filled up to ``context_length`` with ``pad_id``, and may
+            not be trimmed.
         pad_id: Id of the padding, for ``attend_padding``.
         pooling: Token that stands for the text: "last" (the end token), "first", the "mean" of all, or "final": the last
             position of the context, whatever it holds, for ``attend_padding``.
@@ -77,8 +78,8 @@ class TextEncoderConfig(StrictConfig):
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
         if self.causal and self.pooling == "first":
             raise ValueError("with causal: true the first token sees nothing but itself; use pooling: last or mean")
-        if self.attend_padding and (self.causal or self.pooling == "mean"):
-            raise ValueError("attend_padding is for causal: false with pooling: last, first or final")
+        if self.attend_padding and self.pooling == "mean":
+            raise ValueError("attend_padding is for pooling: last, first or final")
         if self.pooling == "final" and not self.attend_padding:
             raise ValueError("pooling: final takes a position that only attend_padding: true fills")
         return self
@@ -156,7 +157,7 @@ class TextEncoder(nn.Module):
         ids = F.pad(text.ids.where(inside, pad_id), (0, self.context_length - text.ids.shape[1]), value=pad_id)
         x = self.embedding(ids, keep=self._kept(TextBatch(ids, text.lengths)))
         everything = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
-        tokens = self.transformer(x, mask=attention_mask(self.context_length, device=x.device))
+        tokens = self.transformer(x, mask=attention_mask(self.context_length, causal=self.causal, device=x.device))
         return Encoded(tokens, everything, pool(tokens, text.lengths, everything, self.pooling))
 
     def encode_vectors(self, vectors: Float[Tensor, "b t d"], lengths: Tensor) -> Encoded:

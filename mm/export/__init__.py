@@ -1,4 +1,5 @@
-"""Dual towers as files that other software runs: ONNX, torch.export, and the formats of open_clip and transformers.
+"""Models as files that other software runs: dual towers as ONNX, for torch.export, open_clip and transformers, latent diffusion
+for diffusers.
 
 Every export is loaded again by the software that it is for and compared with the model before it appears under its name.
 """
@@ -12,19 +13,21 @@ from mm.errors import UserError
 from mm.export.towers import Towers, towers_of
 from mm.hub import Model, load
 
-Format = Literal["onnx", "torch", "open_clip", "huggingface"]
+Format = Literal["onnx", "torch", "open_clip", "huggingface", "diffusers"]
 GRAPHS: tuple[Format, ...] = ("onnx", "torch")
 """Formats that hold the computation itself, whatever it consists of."""
 
 
 def export(model: str | Path | Model, folder: str | Path, to: Format) -> Path:
-    """Write a dual tower for other software.
+    """Write a dual tower, or a latent diffusion, for other software.
 
     Args:
-        model: A model with an image and a text tower, weights in fp32, or a MODEL reference, loaded when the rest is checked.
+        model: A model with an image and a text tower, for ``diffusers`` a latent diffusion; weights in fp32, or a MODEL
+            reference, loaded when the rest is checked.
         folder: Where to; it must not exist yet, or be empty.
         to: ``onnx`` (image.onnx, text.onnx), ``torch`` (image.pt2, text.pt2 of `torch.export`), ``open_clip`` (a folder for
-            ``open_clip.create_model("local-dir:FOLDER")``) or ``huggingface`` (a folder for ``CLIPModel.from_pretrained``).
+            ``open_clip.create_model("local-dir:FOLDER")``), ``huggingface`` (a folder for ``CLIPModel.from_pretrained``) or
+            ``diffusers`` (a folder for ``StableDiffusionPipeline.from_pretrained``).
 
     Returns:
         The folder. It holds ``export.json`` beside the files of the format: what goes in and out, scale, checksums, and how
@@ -48,14 +51,22 @@ def export(model: str | Path | Model, folder: str | Path, to: Format) -> Path:
                     f"{loaded.name}: {to} has no place for the parts of 'tune: {loaded.tune.method}'; export it to "
                     f"{' or '.join(GRAPHS)}, or tune with 'lora', which is folded into the weights"
                 )
-            towers = towers_of(loaded)
             staging = Path(place) / "export"
             staging.mkdir()
-            _writers()[to](towers, staging)
+            _write(loaded, staging, to)
             staging.replace(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error}); choose another folder") from error
     return folder
+
+
+def _write(model: Model, folder: Path, to: Format) -> None:
+    if to == "diffusers":
+        from mm.export import diffusers
+
+        diffusers.write(model, folder)
+    else:
+        _writers()[to](towers_of(model), folder)
 
 
 def _writers() -> Mapping[str, Callable[[Towers, Path], None]]:

@@ -103,7 +103,7 @@ def _clip(
         "projection_dim": towers.config.embed_dim,
         "vision_config": {**_vision_config(image, shape), "projection_dim": towers.config.embed_dim},
         "text_config": {
-            **_text_config(text),
+            **text_config(text),
             "projection_dim": towers.config.embed_dim,
             "bos_token_id": start,
             "eos_token_id": end,
@@ -146,7 +146,7 @@ def _siglip(
         "architectures": ["SiglipModel"],
         "model_type": "siglip",
         "vision_config": _vision_config(image, shape),
-        "text_config": {**_text_config(text), "projection_size": towers.config.embed_dim, "pad_token_id": text.pad_id},
+        "text_config": {**text_config(text), "projection_size": towers.config.embed_dim, "pad_token_id": text.pad_id},
     }
     words = transformers_names(open_clip_text_weights(towers.both.encoders["text"].state_dict()))
     weight, bias = projection["weight"], towers.both.logit_bias
@@ -193,7 +193,8 @@ def _vision_config(image: ImageEncoderConfig, shape: VisionShape) -> dict[str, A
     }
 
 
-def _text_config(text: TextEncoderConfig) -> dict[str, Any]:
+def text_config(text: TextEncoderConfig) -> dict[str, Any]:
+    """The suite's text encoder in transformers' terms."""
     return {
         "vocab_size": text.vocab_size,
         "max_position_embeddings": text.context_length,

@@ -217,7 +217,7 @@ def write_manifest(towers: Towers, folder: Path, to: str, contents: Mapping[str,
         "logit_bias": None if bias is None else float(bias.detach()),
         **contents,
         "versions": {"mm": mm.__version__, "torch": torch.__version__},
-        "sha256": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
+        "sha256": {path.name: sha256(path) for path in sorted(folder.iterdir())},
     }
     (folder / MANIFEST_FILE).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -246,7 +246,8 @@ def describe(towers: Towers) -> dict[str, Any]:
     }
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

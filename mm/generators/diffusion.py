@@ -10,7 +10,7 @@ rescaling https://arxiv.org/abs/2305.08891, dynamic thresholds https://arxiv.org
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, get_args
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mm.errors import UserError
 from mm.generators.sampling import guided, sample_generators
-from mm.generators.schedulers import check_scheduler, library_steps, remaining_steps
+from mm.generators.schedulers import SchedulerConfig, check_scheduler, library_steps, remaining_steps
 from mm.losses.diffusion import Path, Prediction, mixed, output_of, predicted_sample
 from mm.types import Sampling, Solver
 
@@ -82,6 +82,7 @@ def diffuse(
     device: torch.device | str = "cpu",
     start: Float[Tensor, "b ..."] | None = None,
     known: Known | None = None,
+    usual: SchedulerConfig | None = None,
 ) -> Iterator[Step]:
     """Samples ``(B, *shape)``, step by step; in fp32 a sample depends on its seed, not on the batch.
 
@@ -96,10 +97,13 @@ def diffuse(
         start: Data to change (https://arxiv.org/abs/2108.01073): of the way from noise only the last part is gone, the share
             `Sampling.strength`.
         known: What stays as it is: the prediction is corrected there at every step, so that the rest fits it.
+        usual: The solver where ``sampling`` names none, and options of diffusers' schedulers.
 
     Raises:
         UserError: Settings that do not go together.
     """
+    usual = SchedulerConfig() if usual is None else usual
+    sampling = sampling if sampling.solver else replace(sampling, solver=usual.solver)
     check_diffusion(sampling)
     generators = sample_generators(seeds)
     noise = gaussian_noise(generators, shape, device)
@@ -123,7 +127,7 @@ def diffuse(
         return output_of(path, prediction, sample, x, time)
 
     if sampling.solver not in get_args(Solver):
-        for sample, progress in library_steps(predict, path, prediction, noise, start, sampling, generators):
+        for sample, progress in library_steps(predict, path, prediction, noise, start, sampling, generators, usual.options):
             yield Step(sample, progress)
         return
     times = path.schedule(sampling.steps, sampling.shift).to(device)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mm.generators.denoiser import Condition, joined, without_padding
 from mm.generators.diffusion import Known, Step, diffuse
+from mm.generators.schedulers import SchedulerConfig
 from mm.losses import diffusion as objective
 from mm.losses.diffusion import Path, Prediction, Weighting
 from mm.types import Compresses, OnPicture, Sampling
@@ -27,11 +28,13 @@ class Denoising:
         path: How data becomes noise.
         prediction: What the network predicts, see `mm.losses.diffusion`.
         weighting: What its errors cost, see there.
+        scheduler: How to sample where nobody says otherwise.
     """
 
     path: Path
     prediction: Prediction = "velocity"
     weighting: Weighting = "uniform"
+    scheduler: SchedulerConfig = SchedulerConfig()
 
     def loss(
         self, denoiser: Any, sample: Float[Tensor, "b ..."], condition: Condition, **options: Any
@@ -69,7 +72,8 @@ class Denoising:
         def denoise(x: Tensor, time: Tensor, *, guided: bool) -> Tensor:
             return denoiser(x, time.to(device), both if guided else single)
 
-        return diffuse(denoise, self.path, self.prediction, shape, seeds, sampling, device=device, start=start, known=known)
+        options = {"device": device, "start": start, "known": known, "usual": self.scheduler}
+        return diffuse(denoise, self.path, self.prediction, shape, seeds, sampling, **options)
 
     def paint(
         self,

@@ -1,8 +1,8 @@
 """Any scheduler of diffusers in place of the suite's own solvers.
 
 A scheduler is named by its class, such as ``DDIMScheduler`` or ``UniPCMultistep``; the last word may be left out. It is given
-the path's own variances, so that a network is sampled as it was trained; its other options stay diffusers' defaults, except
-that nothing is clipped.
+the path's own variances, so that a network is sampled as it was trained; its other options are those that the model brings, as
+far as it knows them, else diffusers' defaults, except that nothing is clipped.
 """
 
 import difflib
@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 
+from mm.config import StrictConfig
 from mm.errors import UserError
 from mm.losses.diffusion import NUM_STEPS, DiffusionPath, Path, Prediction, StraightPath, output_of, predicted_sample
 from mm.types import Sampling
@@ -23,6 +25,19 @@ OTHER_TASKS = ("Inverse", "CogVideoX", "Helios")
 
 NAMES: Mapping[Prediction, str] = {"velocity": "v_prediction", "noise": "epsilon"}
 """The predictions of a diffusion in diffusers' terms."""
+
+
+class SchedulerConfig(StrictConfig):
+    """How a model is sampled where nobody says otherwise.
+
+    Args:
+        solver: See `mm.types.Sampling`.
+        options: Arguments of diffusers' schedulers, such as ``{timestep_spacing: trailing, steps_offset: 1}``, for any that is
+            chosen and knows them; not those that follow from the path and the prediction.
+    """
+
+    solver: str = "dpm++"
+    options: dict[str, JsonValue] = {}  # noqa: RUF012 - pydantic copies it
 
 
 def check_scheduler(name: str) -> None:
@@ -43,6 +58,7 @@ def library_steps(
     start: Tensor | None,
     sampling: Sampling,
     generators: Sequence[torch.Generator],
+    options: Mapping[str, Any],
 ) -> Iterator[tuple[Tensor, float]]:
     """Samples as far as they can be told and the progress, step by step; the last is the result.
 
@@ -54,11 +70,12 @@ def library_steps(
         start: Data to change, see `mm.generators.diffusion.diffuse`.
         sampling: Steps, solver, strength.
         generators: One a sample, for schedulers that add noise on the way.
+        options: See `SchedulerConfig`.
 
     Raises:
         UserError: The scheduler does not go with the path or the prediction.
     """
-    scheduler, wanted = scheduler_for(sampling, path, prediction)
+    scheduler, wanted = scheduler_for(sampling, path, prediction, options)
     if isinstance(path, StraightPath) and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
         even = torch.linspace(1, 0, sampling.steps + 1)[:-1].numpy()  # diffusers' own end is a thousandth before the data
         scheduler.set_timesteps(sigmas=even, device=noise.device)
@@ -78,7 +95,7 @@ def library_steps(
             if hasattr(scheduler, "scale_noise")
             else scheduler.add_noise(start, noise, rows)
         )
-    options: dict[str, Any] = (
+    random: dict[str, Any] = (
         {"generator": list(generators)} if "generator" in inspect.signature(scheduler.step).parameters else {}
     )
     count = len(moments)
@@ -89,20 +106,20 @@ def library_steps(
         sample = predicted_sample(path, prediction, output, scaled, time)
         if wanted != prediction:
             output = output_of(path, wanted, sample, scaled, time)
-        x = scheduler.step(output, moment, x, return_dict=False, **options)[0]
+        x = scheduler.step(output, moment, x, return_dict=False, **random)[0]
         yield x if i == count - 1 else sample, (i + 1) / count
 
 
-def scheduler_for(sampling: Sampling, path: Path, prediction: Prediction) -> tuple[Any, Prediction]:
-    """A scheduler of diffusers for a path, and the prediction that it wants."""
+def scheduler_for(sampling: Sampling, path: Path, prediction: Prediction, given: Mapping[str, Any]) -> tuple[Any, Prediction]:
+    """A scheduler of diffusers for a path, with given options as far as it knows them, and the prediction that it wants."""
     kind = _scheduler_class(sampling.solver)
     known = inspect.signature(kind.__init__).parameters
-    options: dict[str, Any] = {"clip_sample": False} if "clip_sample" in known else {}
+    options = {name: value for name, value in {"clip_sample": False, **given}.items() if name in known}
     if isinstance(path, StraightPath):
         shift = path.shift * sampling.shift
         if "use_flow_sigmas" in known:
             names = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
-            return kind(**options, **names), "velocity"
+            return kind(**options | names), "velocity"
         if kind.__name__.startswith("FlowMatch"):
             return kind(shift=shift), "velocity"
         raise UserError(f"solver {sampling.solver}: has no straight paths; take FlowMatchEulerDiscrete or UniPCMultistep")
@@ -110,12 +127,12 @@ def scheduler_for(sampling: Sampling, path: Path, prediction: Prediction) -> tup
         raise UserError(f"solver {sampling.solver}: has no diffusion of given variances; take DDIM or DPMSolverMultistep")
     wanted = "velocity" if prediction == "sample" else prediction  # which some schedulers do not know
     names = {"num_train_timesteps": NUM_STEPS, "trained_betas": path.variances.numpy(), "prediction_type": NAMES[wanted]}
-    return kind(**options, **names), wanted
+    return kind(**options | names), wanted
 
 
 def _time(path: Path, moment: Tensor) -> Tensor:
     """The moment on a path that a scheduler's timestep stands for."""
-    return moment.float() / NUM_STEPS if isinstance(path, StraightPath) else (moment.float() + 1) / NUM_STEPS
+    return moment.float() / NUM_STEPS if isinstance(path, StraightPath) else (moment.double() + 1) / NUM_STEPS
 
 
 def _scheduler_class(name: str) -> Any:

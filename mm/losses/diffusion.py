@@ -35,6 +35,10 @@ NUM_STEPS = 1000
 """Of a diffusion, and the moments that networks read: 0 to about 1000 for all of them."""
 
 
+ROUNDING = 1e-4
+"""Of a moment in fp32, in steps."""
+
+
 class Path(Protocol):
     """How data becomes noise."""
 
@@ -132,8 +136,10 @@ class DiffusionPath:
         return ((even * NUM_STEPS).round() / NUM_STEPS).float()
 
     def read(self, time: Tensor) -> Tensor:
-        """See `Path`. Networks count the steps from 0."""
-        return (time.float() * NUM_STEPS).round() - 1
+        """See `Path`. Networks count the steps from 0; moments between two steps, which some schedulers take, stay there."""
+        steps = time.double() * NUM_STEPS
+        whole = steps.round()
+        return torch.where((steps - whole).abs() < ROUNDING, whole, steps).float() - 1
 
     @property
     def signal(self) -> Float[Tensor, " s"]:

@@ -64,6 +64,21 @@ LATER = {
 """What is known but cannot be used yet, and why."""
 
 FILES = ("*.json", "*.safetensors", "*.txt")
+PIPELINE_INDEX = "model_index.json"
+PIPELINE_FILES = (
+    PIPELINE_INDEX,
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "tokenizer/*.json",
+    "tokenizer/*.txt",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+)
+"""What is needed of a repository in Stable Diffusion's format; beside it there may be the same weights in other formats."""
+
 PICKLED = ("pytorch_model.bin", "pytorch_model-*.bin")
 
 
@@ -90,8 +105,10 @@ def resolve_repo(repo_id: str, revision: str | None) -> Path:
     except ImportError:
         raise CheckpointError(f"'{repo_id}': the hub needs huggingface_hub; pip install \"mm-suite[hub]\"") from None
     name = repo_id if revision is None else f"{repo_id}@{revision}"
+    pipeline = resolve_file(repo_id, PIPELINE_INDEX, revision) is not None
+    wanted, left = (PIPELINE_FILES, None) if pipeline else (FILES, ["*/*"])
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES), ignore_patterns=["*/*"]))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(wanted), ignore_patterns=left))
     except GatedRepoError:
         raise CheckpointError(
             f"'{name}': its owner asks for a consent; give it on its page and log in with: hf auth login"
@@ -107,12 +124,12 @@ def resolve_repo(repo_id: str, revision: str | None) -> Path:
         ) from None
 
 
-def resolve_file(repo_id: str, name: str) -> Path | None:
+def resolve_file(repo_id: str, name: str, revision: str | None = None) -> Path | None:
     """One small file of a Hugging Face repository, downloaded once; None where it cannot be had."""
     try:
         from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(repo_id, name))
+        return Path(hf_hub_download(repo_id, name, revision=revision))
     except (ImportError, OSError, ValueError):
         return None
 

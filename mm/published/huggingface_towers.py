@@ -97,7 +97,7 @@ def _clip_vit(vision: Any, state: Mapping[str, Tensor], pixels: Pixels) -> Pictu
         width=vision.hidden_size,
         layers=vision.num_hidden_layers,
         heads=vision.num_attention_heads,
-        mlp_ratio=_ratio(vision),
+        mlp_ratio=hidden_ratio(vision),
         quick_gelu=vision.hidden_act == "quick_gelu",
         mean=pixels.mean,
         std=pixels.std,
@@ -119,7 +119,7 @@ def _siglip_vit(vision: Any, state: Mapping[str, Tensor], pixels: Pixels) -> Pic
             "embed_dim": vision.hidden_size,
             "depth": vision.num_hidden_layers,
             "num_heads": vision.num_attention_heads,
-            "mlp_ratio": _ratio(vision),
+            "mlp_ratio": hidden_ratio(vision),
             "act_layer": activation,
         },
         pool="map",
@@ -170,7 +170,7 @@ def text_tower(architecture: str, config: Any, state: Mapping[str, Tensor], toke
             "heads": text.num_attention_heads,
             "context_length": text.max_position_embeddings,
             "vocab_size": text.vocab_size,
-            "mlp_ratio": _ratio(text),
+            "mlp_ratio": hidden_ratio(text),
             "causal": not siglip,
             "attend_padding": siglip,
             "pad_id": tokenizer.pad if siglip else 0,
@@ -190,7 +190,7 @@ def _positions(text: Any) -> int:
     return int(text.max_position_embeddings) - reserved
 
 
-def _ratio(section: Any) -> float:
+def hidden_ratio(section: Any) -> float:
     """Hidden width of the feed-forward over the width, so that rounding their product down gives the hidden width again."""
     ratio = section.intermediate_size / section.hidden_size
     return ratio if int(section.hidden_size * ratio) == section.intermediate_size else math.nextafter(ratio, math.inf)

@@ -210,7 +210,7 @@ def _import_vq_model(path: Path, given: Mapping[str, int], trusted: bool) -> Imp
     weights = next((f for f in (folder / (VQ_MODEL_WEIGHTS + suffix) for suffix in WEIGHTS) if f.is_file()), None)
     if weights is None:
         raise CheckpointError(f"{folder}: holds no weights; expected {VQ_MODEL_WEIGHTS}.safetensors")
-    state = dict(_attention(name, tensor) for name, tensor in _read(weights, trusted).items())
+    state = dict(attention_name(name, tensor) for name, tensor in _read(weights, trusted).items())
     return ImportedImageTokenizer(config, put(state, "network.model."), {"source": str(path), "format": "diffusers"})
 
 
@@ -306,10 +306,10 @@ def _vqgan(name: str, tensor: Tensor, last: int) -> tuple[str, Tensor]:
     name = re.sub(r"\.up\.(\d+)\.", lambda match: f".up.{last - int(match[1])}.", name)
     for theirs, ours in VQGAN_NAMES.items():
         name = re.sub(theirs, ours, name)
-    return _attention(name, tensor)
+    return attention_name(name, tensor)
 
 
-def _attention(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+def attention_name(name: str, tensor: Tensor) -> tuple[str, Tensor]:
     """A weight under today's name where it is of attention, 1 x 1 convolutions as matrices; any other as it is."""
     match = ATTENTION.search(name)
     part = ATTENTION_NAMES.get(match[2]) if match else None

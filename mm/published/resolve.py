@@ -14,6 +14,7 @@ from mm.published.image_tokenizers import import_tokenizer_folder
 from mm.published.imported import Imported, read_safetensors
 from mm.published.language_models import import_language_model, is_language_model
 from mm.published.openai import import_openai
+from mm.published.stable_diffusion import import_pipeline_folder
 from mm.published.text_encoders import import_text_encoder, is_text_encoder
 from mm.published.timm_folder import import_timm
 
@@ -58,7 +59,7 @@ def import_model(model: str) -> Imported | None:
 
 
 def import_folder(folder: Path, state: Mapping[str, Tensor] | None = None) -> Imported | None:
-    """A folder in the layout of open_clip, timm or transformers or of a picture tokenizer, or None for any other.
+    """A folder in the layout of open_clip, timm, transformers, diffusers' pipelines or of a picture tokenizer, or None.
 
     Args:
         folder: What to read.
@@ -66,8 +67,10 @@ def import_folder(folder: Path, state: Mapping[str, Tensor] | None = None) -> Im
     """
     if (folder / open_clip.CONFIG_FILE).is_file():
         return open_clip.import_folder(folder, state)
-    if state is None and (found := import_tokenizer_folder(folder) or import_timm(folder)) is not None:
-        return found
+    if state is None:
+        for read in (import_pipeline_folder, import_tokenizer_folder, import_timm):
+            if (found := read(folder)) is not None:
+                return found
     if is_language_model(folder):
         return import_language_model(folder, state)
     if is_text_encoder(folder):

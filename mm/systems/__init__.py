@@ -23,7 +23,9 @@ from mm.systems import (
     image_tower,
     imagen,
     language_model,
+    latent_diffusion,
     muse,
+    published_vae,
     published_vq,
     text_tower,
     vilt,
@@ -42,7 +44,9 @@ from mm.systems.frozen import FrozenConfig
 from mm.systems.image_tower import ImageTowerConfig
 from mm.systems.imagen import ImagenConfig
 from mm.systems.language_model import LanguageConfig
+from mm.systems.latent_diffusion import LatentDiffusionConfig
 from mm.systems.muse import MuseConfig
+from mm.systems.published_vae import PublishedVaeConfig
 from mm.systems.published_vq import PublishedVqConfig
 from mm.systems.text_tower import TextTowerConfig
 from mm.systems.vilt import ViltConfig
@@ -68,6 +72,8 @@ SystemConfig = (
     | FlowConfig
     | ImagenConfig
     | Dalle2Config
+    | PublishedVaeConfig
+    | LatentDiffusionConfig
 )
 """The union of all systems' configurations."""
 
@@ -93,6 +99,8 @@ MODULES: Mapping[str, ModuleType] = {
     "flow": flow,
     "imagen": imagen,
     "dalle2": dalle2,
+    "published-vae": published_vae,
+    "latent-diffusion": latent_diffusion,
 }
 """Name to the file that composes the system."""
 
@@ -115,6 +123,8 @@ CONFIGS: Mapping[str, type[SystemConfig]] = {
     "flow": FlowConfig,
     "imagen": ImagenConfig,
     "dalle2": Dalle2Config,
+    "published-vae": PublishedVaeConfig,
+    "latent-diffusion": LatentDiffusionConfig,
 }
 """Name to the configuration's class."""
 

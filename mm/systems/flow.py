@@ -10,7 +10,7 @@ A class is a text of one word: train on the captions ``{label}``.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +18,16 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 
 from mm.config import TAG_PREFIX, StrictConfig
+from mm.encoders.text import TextEncoderConfig
 from mm.errors import ConfigError, UserError
 from mm.generators.denoiser import Condition, without_vector, without_words
 from mm.generators.dit import Dit, DitConfig, build_dit
 from mm.generators.painting import Denoising
+from mm.generators.schedulers import SchedulerConfig
 from mm.generators.unet import Unet, UnetConfig, build_unet
 from mm.losses.diffusion import Betas, DiffusionPath, Path, Prediction, StraightPath, Weighting
 from mm.nn.freeze import freeze
-from mm.systems import vq
+from mm.systems import published_vae, vq
 from mm.systems.prompted import (
     PromptEncoder,
     PromptEncoderConfig,
@@ -33,6 +35,7 @@ from mm.systems.prompted import (
     text_limits,
     with_vocabulary,
 )
+from mm.systems.published_vae import PublishedVaeConfig
 from mm.systems.settings import SystemSettings
 from mm.systems.vq import VqConfig
 from mm.tokenizers.memory import TokenMemory
@@ -65,7 +68,10 @@ def _latents_kind(value: Any) -> str:
 
 
 LatentsConfig = Annotated[
-    Annotated[str, Tag(REFERENCE)] | Annotated[PixelsConfig, Tag(PIXELS)] | Annotated[VqConfig, Tag("vq")],
+    Annotated[str, Tag(REFERENCE)]
+    | Annotated[PixelsConfig, Tag(PIXELS)]
+    | Annotated[VqConfig, Tag("vq")]
+    | Annotated[PublishedVaeConfig, Tag("published-vae")],
     Discriminator(_latents_kind),
 ]
 """Where a generator works: in the latents of a MODEL, held fixed, or of the configuration of one, or in pixels."""
@@ -137,8 +143,8 @@ class AlignConfig(StrictConfig):
     width: int = Field(default=256, ge=1)
 
 
-class FlowConfig(SystemSettings):
-    """A generator by flow matching or diffusion.
+class FlowSettings(SystemSettings):
+    """Of generators by flow matching or diffusion.
 
     Args:
         latents: Where it works: a MODEL that compresses pictures, or its configuration; ``{image_size: 64}`` for pixels.
@@ -149,11 +155,13 @@ class FlowConfig(SystemSettings):
         weighting: What its errors cost, see there.
         vector_condition: Whether the network is also told the prompt's vector; needed for variations of pictures.
         caption_dropout: Share of captions that are left out in training.
+        empty_prompt: Ids of the text that stands for no prompt, start and end included, for text encoders with
+            ``attend_padding``; by default a learned vector takes the place of the words.
+        scheduler: How to sample where nobody says otherwise.
         align: Draws features towards another model's; none by default.
         remember_latents: Number of pictures whose latents are kept in memory, for data that is not changed at random.
     """
 
-    name: Literal["flow"] = "flow"
     latents: LatentsConfig = "emoji-vq"
     text: PromptEncoderConfig = "emoji-clip"
     denoiser: DenoiserConfig = DitConfig()
@@ -162,6 +170,8 @@ class FlowConfig(SystemSettings):
     weighting: Weighting = "uniform"
     vector_condition: bool = True
     caption_dropout: float = Field(default=0.1, ge=0, lt=1)
+    empty_prompt: tuple[int, ...] = ()
+    scheduler: SchedulerConfig = SchedulerConfig()
     align: AlignConfig | None = None
     remember_latents: int = Field(default=0, ge=0)
 
@@ -174,7 +184,7 @@ class FlowConfig(SystemSettings):
     def text_limits(self) -> tuple[int, int]:
         return text_limits(self.text)
 
-    def with_vocabulary(self, size: int) -> "FlowConfig":
+    def with_vocabulary(self, size: int) -> Self:
         return self.model_copy(update={"text": with_vocabulary(self.text, size)})
 
     def parts(self) -> dict[str, str]:
@@ -183,17 +193,25 @@ class FlowConfig(SystemSettings):
     def training_parts(self) -> dict[str, str]:
         return {} if self.align is None else {"align": self.align.model}
 
-    def for_inference(self) -> "FlowConfig":
+    def for_inference(self) -> Self:
         return self.model_copy(update={"align": None})
 
     @model_validator(mode="after")
-    def _possible(self) -> "FlowConfig":
+    def _possible(self) -> Self:
         check_prediction(self.prediction, self.path)
         if self.align is not None and not (isinstance(self.denoiser, DitConfig) and self.align.layer <= self.denoiser.layers):
             raise ValueError(
                 f"align.layer {self.align.layer}: the denoiser is no transformer of so many layers; take one, or less"
             )
+        if self.empty_prompt and not (isinstance(self.text, TextEncoderConfig) and self.text.attend_padding):
+            raise ValueError("empty_prompt: is for a text encoder with attend_padding; leave it out")
         return self
+
+
+class FlowConfig(FlowSettings):
+    """See `FlowSettings`."""
+
+    name: Literal["flow"] = "flow"
 
 
 class Flow(System):
@@ -208,19 +226,19 @@ class Flow(System):
     """
 
     def __init__(
-        self, latents: Any, text: Any, denoiser: Dit | Unet, config: FlowConfig, align: nn.Module | None = None
+        self, latents: Any, text: Any, denoiser: Dit | Unet, config: FlowSettings, align: nn.Module | None = None
     ) -> None:
         super().__init__()
         self.latents = freeze(latents)
         self.text = text
         self.denoiser = denoiser
         self.config = config
-        self.denoising = Denoising(config.path.build(), config.prediction, config.weighting)
+        self.denoising = Denoising(config.path.build(), config.prediction, config.weighting, config.scheduler)
         self._encode = (
             TokenMemory(latents.to_latents, config.remember_latents) if config.remember_latents else latents.to_latents
         )
         self._reader = PromptEncoder(text)
-        self.no_words = nn.Parameter(torch.zeros(self._reader.words_width))
+        self.no_words = None if config.empty_prompt else nn.Parameter(torch.zeros(self._reader.words_width))
         self.alignment: nn.Module | None = None
         self._align: list[nn.Module] = []
         if config.align is not None:
@@ -256,7 +274,8 @@ class Flow(System):
         """Hold the networks in another floating type, for inference, except for the latents' if these must stay."""
         self.denoiser.to(dtype)
         self.text.cast_(dtype)
-        self.no_words.data = self.no_words.data.to(dtype)
+        if self.no_words is not None:
+            self.no_words.data = self.no_words.data.to(dtype)
         if isinstance(self.latents, System):
             self.latents.cast_(dtype)
 
@@ -305,6 +324,7 @@ class Flow(System):
         """See `mm.types.Varies`: the vector of a picture stands in for that of a text, and there are no words."""
         if "varies" in self.lacks:
             raise UserError("this model does not know vectors of pictures; train with text: emoji-clip, vector_condition: true")
+        assert self.no_words is not None, "a dual tower has no padding that is attended to"
         vector = self._reader.of_picture(image)
         words = self.no_words.expand(len(image), 1, -1)
         known = torch.ones(words.shape[:2], dtype=torch.bool, device=words.device)
@@ -337,8 +357,16 @@ class Flow(System):
 
     def _without(self, condition: Condition, dropped: Tensor | None = None) -> Condition:
         """In the rows that are dropped, all if None, one learned vector takes the place of the words, nothing that of the
-        vector."""
-        return without_vector(without_words(condition, self.no_words, dropped), dropped)
+        vector; or the empty prompt takes the place of both."""
+        if self.no_words is not None:
+            return without_vector(without_words(condition, self.no_words, dropped), dropped)
+        dropped = torch.ones_like(condition.known[:, 0]) if dropped is None else dropped
+        ids = torch.tensor([self.config.empty_prompt], device=dropped.device)
+        empty = self.condition(TextBatch(ids, torch.tensor([ids.shape[1]], device=dropped.device)))
+        vector = condition.vector
+        if vector is not None and empty.vector is not None:
+            vector = torch.where(dropped[:, None], empty.vector, vector)
+        return replace(condition, words=torch.where(dropped[:, None, None], empty.words, condition.words), vector=vector)
 
     def _alignment(self, hidden: Tensor, image: Tensor) -> Tensor:
         """1 minus the mean cosine between projected features and those of the tower at the same places."""
@@ -386,10 +414,12 @@ def build_latents(config: Any, parts: Mapping[str, Any] | None) -> Any:
         return given
     if isinstance(config, str):
         raise ConfigError(f"latents: '{config}' names a model; give it as a part, or its configuration in its place")
-    return Pixels(config.image_size) if isinstance(config, PixelsConfig) else vq.build(config)
+    if isinstance(config, PixelsConfig):
+        return Pixels(config.image_size)
+    return published_vae.build(config) if isinstance(config, PublishedVaeConfig) else vq.build(config)
 
 
-def build(config: FlowConfig, parts: Mapping[str, Any] | None = None) -> Flow:
+def build(config: FlowSettings, parts: Mapping[str, Any] | None = None) -> Flow:
     """Build the generator with fresh weights; ``parts`` may hold ``latents``, ``text`` and ``align``."""
     latents, text = build_latents(config.latents, parts), build_prompt_network(config.text, parts)
     shape = latents.latent_shape
@@ -399,5 +429,6 @@ def build(config: FlowConfig, parts: Mapping[str, Any] | None = None) -> Flow:
     reader = PromptEncoder(text)
     widths = reader.words_width, reader.vector_width if config.vector_condition else None
     flow = Flow(latents, text, build_denoiser(config.denoiser, shape, *widths), config, align)
-    nn.init.normal_(flow.no_words, std=0.02)
+    if flow.no_words is not None:
+        nn.init.normal_(flow.no_words, std=0.02)
     return flow

@@ -1,15 +1,20 @@
 """The list of systems is whole: each has its configuration, its file, its words in the catalogue, its capabilities."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
+import tiny_stable_diffusion as tiny
 import torch
+from tiny_stable_diffusion import SIDE, UNET
 
 from mm.errors import ConfigError
+from mm.generators.unet import FIXED
 from mm.run.catalogue import catalogue
 from mm.systems import CONFIGS, MODULES, SystemConfig, build, read_system
 from mm.systems.imagen import Imagen
 from mm.systems.text_tower import TextTower
+from mm.tokenizers.library_vae import FIXED as FIXED_IN_VAE
 from mm.types import (
     CAPABILITIES,
     MEDIUM,
@@ -23,6 +28,7 @@ from mm.types import (
     Sampling,
     System,
     TextBatch,
+    Tokenizes,
     Writes,
     capabilities,
 )
@@ -36,6 +42,7 @@ T5 = {
     "context_length": 12,
     "vocab_size": 40,
 }
+VAE = {"vae": {"image_size": SIDE, "options": {name: value for name, value in tiny.VAE.items() if name not in FIXED_IN_VAE}}}
 REQUIRED: Mapping[str, Mapping[str, object]] = {
     "published-vq": PUBLISHED_VQ,
     "dalle": VQ,
@@ -45,6 +52,13 @@ REQUIRED: Mapping[str, Mapping[str, object]] = {
     "text-tower": {"text": T5},
     "imagen": {"text": {"name": "text-tower", "text": T5}, "base": {"image_size": 16, "denoiser": {"patch": 4}}},
     "dalle2": {"latents": VQ["tokenizer"], "text": {"name": "clip"}},
+    "published-vae": VAE,
+    "latent-diffusion": {
+        "latents": VAE | {"name": "published-vae"},
+        "text": {"width": 16, "layers": 1, "heads": 2, "attend_padding": True},
+        "denoiser": {"kind": "unet", "options": {name: value for name, value in UNET.items() if name not in FIXED}},
+        "empty_prompt": [1, 2],
+    },
 }
 TOLD_BY_A_MODEL = ("imagen", "dalle2")
 """Their texts are read by a given model, which keeps its vocabulary."""
@@ -68,6 +82,8 @@ ABLE = {
     "flow": {"paints"},
     "imagen": {"paints"},
     "dalle2": {"paints", "varies"},
+    "published-vae": {"compresses"},
+    "latent-diffusion": {"paints"},
 }
 
 
@@ -155,12 +171,11 @@ def _what_it_gives(system: System, image: torch.Tensor) -> torch.Tensor:  # noqa
     if isinstance(system, Captions):
         texts = TextBatch(torch.tensor([[1, 5, 6, 7], [1, 7, 2, 0]]), torch.tensor([4, 3]))
         return torch.stack([system.caption_likelihoods(image, texts) for image in (image, 255 - image)])
+    whole: Any = system
     if isinstance(system, Imagen):
-        return (
-            system.paint(TextBatch(torch.ones(2, 3).long(), torch.tensor([3, 2])), [0, 1], Sampling(steps=1)).flatten(1) / 255
-        )
-    tokenizer = getattr(system, "latents", getattr(system, "tokenizer", None)) if "paints" in able else system
-    return tokenizer.encode(image)  # pyright: ignore[reportCallIssue, reportOptionalMemberAccess]
+        return whole.paint(TextBatch(torch.ones(2, 3).long(), torch.tensor([3, 2])), [0, 1], Sampling(steps=1)).flatten(1) / 255
+    tokenizer = getattr(system, "latents", getattr(system, "tokenizer", None)) if "paints" in able else whole
+    return tokenizer.encode(image) if isinstance(tokenizer, Tokenizes) else tokenizer.to_latents(image).flatten(1)
 
 
 def test_an_unknown_system_is_told_with_the_nearest_one() -> None:
