@@ -43,6 +43,13 @@ def joined(first: Condition, second: Condition) -> Condition:
     return Condition(stacked(first.words, second.words), stacked(first.known, second.known), vector)
 
 
+def repeated(condition: Condition, times: int) -> Condition:
+    """All samples so many times, one round after the other; not prepared."""
+    assert condition.prepared is None
+    vector = None if condition.vector is None else condition.vector.repeat(times, 1)
+    return Condition(condition.words.repeat(times, 1, 1), condition.known.repeat(times, 1), vector)
+
+
 class Denoiser(Protocol):
     """A network that answers noisy samples."""
 

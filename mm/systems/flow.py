@@ -4,6 +4,8 @@ Papers: flow matching https://arxiv.org/abs/2210.02747, rectified flow https://a
 https://arxiv.org/abs/2403.03206 (Stable Diffusion 3), latent diffusion https://arxiv.org/abs/2112.10752, diffusion transformers
 https://arxiv.org/abs/2212.09748, guidance https://arxiv.org/abs/2207.12598 (``caption_dropout``), alignment of features
 https://arxiv.org/abs/2410.06940 (``align``). ``path: {kind: diffusion}`` trains DDPM instead, with everything else the same.
+``distil`` makes a generator of few steps of a trained one: reflow https://arxiv.org/abs/2209.03003, latent consistency
+https://arxiv.org/abs/2310.04378.
 
 A class is a text of one word: train on the captions ``{label}``.
 """
@@ -20,13 +22,16 @@ from torch import Tensor, nn
 from mm.config import TAG_PREFIX, StrictConfig
 from mm.encoders.text import TextEncoder
 from mm.errors import ConfigError, UserError
-from mm.generators.denoiser import Condition, joined, without_padding
-from mm.generators.diffusion import Known, diffuse
+from mm.generators.denoiser import Condition, joined, repeated, without_padding
+from mm.generators.diffusion import Denoise, Known, diffuse
 from mm.generators.dit import Dit, DitConfig, build_dit
+from mm.generators.few_steps import Network, Student, Teacher, consistency_loss, reflow_loss
 from mm.generators.unet import Unet, UnetConfig, build_unet
 from mm.losses import diffusion as objective
+from mm.losses.consistency import Distance
 from mm.losses.diffusion import Betas, DiffusionPath, Path, Prediction, StraightPath, Weighting
 from mm.nn.freeze import freeze
+from mm.nn.momentum import Momentum
 from mm.systems import vq
 from mm.systems.clip import Clip
 from mm.systems.prompted import (
@@ -130,6 +135,56 @@ class AlignConfig(StrictConfig):
     width: int = Field(default=256, ge=1)
 
 
+class ReflowConfig(StrictConfig):
+    """Straight lines are learned between noise and what the teacher makes of it, in place of noise and pictures.
+
+    Pictures of the data are not looked at, their captions are. Every caption of a batch gets one solution of the teacher.
+
+    Args:
+        teacher: A MODEL of this kind, for training only.
+        guidance: Of the teacher: the student needs none.
+        steps: Of the teacher.
+        solver: Of the teacher.
+        moments: Moments that the student is asked at of each solution.
+    """
+
+    method: Literal["reflow"] = "reflow"
+    teacher: str
+    guidance: float = Field(default=3.0, ge=0)
+    steps: int = Field(default=8, ge=1)
+    solver: Literal["euler", "heun", "dpm++"] = "dpm++"
+    moments: int = Field(default=4, ge=1)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the teacher is sampled."""
+        return Sampling(self.guidance, steps=self.steps, solver=self.solver)
+
+
+class ConsistencyConfig(StrictConfig):
+    """From every moment of the teacher's way the student learns to tell the data that its own average tells a step later.
+
+    Args:
+        teacher: A MODEL of this kind on the same path, for training only.
+        guidance: Of the teacher: the student needs none.
+        steps: That the teacher's way is cut into; the teacher takes one of them at a time, by DDIM.
+        shift: Above 1 puts more of them where there is noise.
+        decay: Share of the student's average that stays at each update; 0 for the student itself.
+        distance: Between what is told at both moments, see `mm.losses.consistency.distance`.
+    """
+
+    method: Literal["consistency"] = "consistency"
+    teacher: str
+    guidance: float = Field(default=3.0, ge=0)
+    steps: int = Field(default=32, ge=2)
+    shift: float = Field(default=1.0, gt=0)
+    decay: float = Field(default=0.95, ge=0, lt=1)
+    distance: Distance = "huber"
+
+
+DistilConfig = Annotated[ReflowConfig | ConsistencyConfig, Field(discriminator="method")]
+
+
 class FlowConfig(SystemSettings):
     """A generator by flow matching or diffusion.
 
@@ -143,6 +198,7 @@ class FlowConfig(SystemSettings):
         vector_condition: Whether the network is also told the prompt's vector; needed for variations of pictures.
         caption_dropout: Share of captions that are left out in training.
         align: Draws features towards another model's; none by default.
+        distil: Learn from a teacher to need few steps; not by default. Begin with the teacher's weights (``init_from``).
         remember_latents: Number of pictures whose latents are kept in memory, for data that is not changed at random.
     """
 
@@ -156,6 +212,7 @@ class FlowConfig(SystemSettings):
     vector_condition: bool = True
     caption_dropout: float = Field(default=0.1, ge=0, lt=1)
     align: AlignConfig | None = None
+    distil: DistilConfig | None = None
     remember_latents: int = Field(default=0, ge=0)
 
     @property
@@ -174,10 +231,11 @@ class FlowConfig(SystemSettings):
         return {name: part for name in ("latents", "text") if isinstance(part := getattr(self, name), str)}
 
     def training_parts(self) -> dict[str, str]:
-        return {} if self.align is None else {"align": self.align.model}
+        aligned = {} if self.align is None else {"align": self.align.model}
+        return aligned if self.distil is None else aligned | {"teacher": self.distil.teacher}
 
     def for_inference(self) -> "FlowConfig":
-        return self.model_copy(update={"align": None})
+        return self.model_copy(update={"align": None, "distil": None})
 
     @model_validator(mode="after")
     def _possible(self) -> "FlowConfig":
@@ -191,6 +249,10 @@ class FlowConfig(SystemSettings):
             raise ValueError(
                 f"align.layer {self.align.layer}: the denoiser is no transformer of so many layers; take one, or less"
             )
+        if self.distil is not None and self.align is not None:
+            raise ValueError("distil: a student has its teacher alone to learn from; set align: null")
+        if isinstance(self.distil, ReflowConfig) and not isinstance(self.path, FlowPathConfig):
+            raise ValueError("distil.method reflow: learns straight lines; take path: {kind: flow}, whatever the teacher's is")
         return self
 
 
@@ -203,10 +265,17 @@ class Flow(System):
         denoiser: The network.
         config: Sizes and weights.
         align: A system whose picture tower gives features to be drawn to; no part of the saved weights.
+        teacher: To be distilled; no part of the saved weights.
     """
 
     def __init__(
-        self, latents: Any, text: TextEncoder | Clip, denoiser: Dit | Unet, config: FlowConfig, align: nn.Module | None = None
+        self,
+        latents: Any,
+        text: TextEncoder | Clip,
+        denoiser: Dit | Unet,
+        config: FlowConfig,
+        align: nn.Module | None = None,
+        teacher: "Flow | None" = None,
     ) -> None:
         super().__init__()
         self.latents = freeze(latents)
@@ -227,6 +296,10 @@ class Flow(System):
             tower = freeze(align.encoders()["image"])
             self._align = [tower]  # in a list: not a child, so not saved
             self.alignment = _projector(config.denoiser.width, config.align.width, tower.token_width)
+        self._teacher = [] if teacher is None else [freeze(teacher)]  # no child, either
+        self.slow: Momentum[Dit | Unet] | None = None
+        if isinstance(config.distil, ConsistencyConfig) and config.distil.decay:
+            self.slow = Momentum(denoiser, config.distil.decay)
 
     @property
     def lacks(self) -> frozenset[str]:
@@ -236,7 +309,7 @@ class Flow(System):
     @property
     def only_for_training(self) -> tuple[str, ...]:
         """See `mm.types.System`."""
-        return ("alignment.",)
+        return ("alignment.", "slow.")
 
     @property
     def may_be_added(self) -> tuple[str, ...]:
@@ -245,7 +318,7 @@ class Flow(System):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Flow":
         """Take what is no child along to other devices."""
-        for network in self._align:
+        for network in (*self._align, *self._teacher):
             network._apply(fn)
         return super()._apply(fn, recurse)
 
@@ -258,14 +331,19 @@ class Flow(System):
             self.latents.cast_(dtype)
 
     def loss(self, batch: Batch, step: int) -> Losses:
-        """Mean weighted squared error of the prediction at moments drawn at random, and of the alignment where configured."""
+        """Mean weighted squared error of the prediction at moments drawn at random, and of the alignment where configured.
+
+        Of a student, what `ReflowConfig` or `ConsistencyConfig` says.
+        """
         assert batch.image is not None
         assert batch.text is not None
+        if self.config.distil is not None:
+            return self._distilled(batch.image, batch.text, self.config.distil)
         sample = self._encode(batch.image)
         time, noise = self.path.draw(len(sample), sample.device), torch.randn_like(sample)
         condition = self.condition(batch.text)
         if self.training and self.config.caption_dropout:
-            condition = self._without(condition, torch.rand(len(sample), device=sample.device) < self.config.caption_dropout)
+            condition = self._without(condition, self._dropped(condition))
         x, config = objective.mixed(self.path, sample, noise, time), self.config
         options = {} if self.alignment is None or config.align is None else {"features": config.align.layer}
         output = self.denoiser(x, self.path.read(time), without_padding(condition), **options)
@@ -276,6 +354,34 @@ class Flow(System):
             parts["alignment"] = alignment = self._alignment(hidden, batch.image)
             total = total + config.align.weight * alignment
         return Losses(total, {name: part.detach() for name, part in parts.items()})
+
+    def after_step(self, step: int) -> None:
+        """Move the average of a student."""
+        if self.slow is not None:
+            self.slow.update()
+
+    def _distilled(self, image: Tensor, text: TextBatch, config: DistilConfig) -> Losses:
+        """What a student's answers cost. Where a caption is left out, teacher and student go without."""
+        [system], condition = self._teacher, self.condition(text)
+        with torch.no_grad():
+            told = system.condition(text)
+            if self.training and self.config.caption_dropout:
+                dropped = self._dropped(condition)
+                condition, told = self._without(condition, dropped), system._without(told, dropped)
+            teacher = Teacher(system.with_prompts(told, system._without(told)), system.path, system.config.prediction)
+        condition = without_padding(condition)
+        if isinstance(config, ReflowConfig):
+            pairs = teacher.pairs(self.latents.latent_shape, len(image), config.sampling, image.device)
+            noise, sample = (part.repeat(config.moments, 1, 1, 1) for part in pairs)
+            loss = reflow_loss(self._student(repeated(condition, config.moments)), noise, sample, self.config.weighting).mean()
+            return Losses(loss, {"straightness": loss.detach()})
+        student, moments = self._student(condition), self.path.schedule(config.steps, config.shift).to(image.device)
+        follower = student.network if self.slow is None else _told(self.slow.average.eval(), condition)
+        losses = consistency_loss(student, follower, teacher, self._encode(image), moments, config.guidance, config.distance)
+        return Losses(losses.mean(), {"consistency": losses.detach().mean()})
+
+    def _student(self, condition: Condition) -> Student:
+        return Student(_told(self.denoiser, condition), self.path, self.config.prediction)
 
     def condition(self, text: TextBatch) -> Condition:
         """What the network is told of prompts."""
@@ -311,6 +417,16 @@ class Flow(System):
         condition = Condition(words, known, vector.to(words.dtype))
         return self._paint(condition, self._without(condition), seeds, sampling, None, None, on_picture)
 
+    def with_prompts(self, condition: Condition, other: Condition) -> Denoise:
+        """The network with what it is told of prompts, and what instead where guidance leads away from it."""
+        both, count = self.denoiser.prepare(without_padding(joined(condition, other))), len(condition.words)
+        single, device = both[:count], condition.words.device
+
+        def denoise(x: Tensor, time: Tensor, *, guided: bool) -> Tensor:
+            return self.denoiser(x, time.to(device), both if guided else single)  # pyright: ignore[reportReturnType]
+
+        return denoise
+
     def _paint(
         self,
         condition: Condition,
@@ -323,13 +439,7 @@ class Flow(System):
     ) -> Tensor:
         if sampling.threshold and not isinstance(self.latents, Pixels):
             raise UserError("threshold: is for pixels, this model works in latents; leave it out")
-        both = self.denoiser.prepare(without_padding(joined(condition, other)))
-        single = both[: len(seeds)]
-        device = condition.words.device
-
-        def denoise(x: Tensor, time: Tensor, *, guided: bool) -> Tensor:
-            return self.denoiser(x, time.to(device), both if guided else single)  # pyright: ignore[reportReturnType]
-
+        denoise, device = self.with_prompts(condition, other), condition.words.device
         given = None if image is None else self.latents.to_latents(image)
         known = None if given is None or keep is None else Known(given, _kept(keep, self.latents.latent_shape[1:]))
         start = given if known is None or sampling.strength < 1 else None
@@ -346,6 +456,10 @@ class Flow(System):
         if on_picture is not None:
             on_picture(made, 1.0)
         return made
+
+    def _dropped(self, condition: Condition) -> Tensor:
+        """Rows whose captions are left out this time, ``(B,)``."""
+        return torch.rand(len(condition.words), device=condition.words.device) < self.config.caption_dropout
 
     def _without(self, condition: Condition, dropped: Tensor | None = None) -> Condition:
         """In the rows that are dropped, all if None, one learned vector takes the place of the words, nothing that of the
@@ -371,6 +485,11 @@ class Flow(System):
         cells = hidden.float().transpose(1, 2).unflatten(2, grid)
         cells = F.adaptive_avg_pool2d(cells, (rows, columns)).flatten(2).transpose(1, 2)
         return 1 - F.cosine_similarity(self.alignment(cells), wanted.float(), dim=-1).mean()
+
+
+def _told(denoiser: Dit | Unet, condition: Condition) -> Network:
+    """The network with its prompts."""
+    return lambda x, time: denoiser(x, time, condition)  # pyright: ignore[reportReturnType]
 
 
 def _kept(keep: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -400,16 +519,32 @@ def build_latents(config: Any, parts: Mapping[str, Any] | None) -> Any:
     return Pixels(config.image_size) if isinstance(config, PixelsConfig) else vq.build(config)
 
 
+def _check_teacher(config: FlowConfig, teacher: Any) -> None:
+    """Raises `ConfigError` where a student could not learn from it."""
+    assert config.distil is not None
+    name = f"distil.teacher: '{config.distil.teacher}'"
+    if not isinstance(teacher, Flow):
+        raise ConfigError(f"{name} is no generator by flow matching or diffusion; take a run of configs/flow.yaml")
+    if (teacher.config.latents, teacher.config.text) != (config.latents, config.text):
+        raise ConfigError(f"{name} has other latents or reads texts in another way; take its latents and text for the student")
+    straight = isinstance(teacher.path, StraightPath) and isinstance(config.path, FlowPathConfig)
+    if isinstance(config.distil, ConsistencyConfig) and not straight and teacher.path != config.path.build():
+        raise ConfigError(f"{name} goes another way from noise to data; take its path for the student")
+
+
 def build(config: FlowConfig, parts: Mapping[str, Any] | None = None) -> Flow:
-    """Build the generator with fresh weights; ``parts`` may hold ``latents``, ``text`` and ``align``."""
+    """Build the generator with fresh weights; ``parts`` may hold ``latents``, ``text``, ``align`` and ``teacher``."""
     latents, text = build_latents(config.latents, parts), build_prompt_network(config.text, parts)
     shape = latents.latent_shape
     align = (parts or {}).get("align")
     if config.align is not None and not isinstance(align, Embeds):
         raise ConfigError(f"align.model: '{config.align.model}' has no picture tower; take a model such as emoji-clip")
+    teacher = (parts or {}).get("teacher")
+    if config.distil is not None:
+        _check_teacher(config, teacher)
     reader = PromptEncoder(text)
     widths = reader.words_width, reader.vector_width if config.vector_condition else None
     build_denoiser = build_unet if isinstance(config.denoiser, UnetConfig) else build_dit
-    flow = Flow(latents, text, build_denoiser(config.denoiser, shape, *widths), config, align)  # pyright: ignore[reportArgumentType]
+    flow = Flow(latents, text, build_denoiser(config.denoiser, shape, *widths), config, align, teacher)  # pyright: ignore[reportArgumentType]
     nn.init.normal_(flow.no_words, std=0.02)
     return flow
