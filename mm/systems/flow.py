@@ -105,9 +105,9 @@ class DiffusionPathConfig(StrictConfig):
         return DiffusionPath(self.betas, self.beta_start, self.beta_end)
 
 
-def _kind(value: Any) -> str | None:
+def _kind(value: Any, field: str = "kind") -> str | None:
     """The ``kind`` of a part, where one is said."""
-    return value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+    return value.get(field) if isinstance(value, Mapping) else getattr(value, field, None)
 
 
 DenoiserConfig = Annotated[
@@ -182,7 +182,10 @@ class ConsistencyConfig(StrictConfig):
     distance: Distance = "huber"
 
 
-DistilConfig = Annotated[ReflowConfig | ConsistencyConfig, Field(discriminator="method")]
+DistilConfig = Annotated[
+    Annotated[ReflowConfig, Tag("reflow")] | Annotated[ConsistencyConfig, Tag("consistency")],
+    Discriminator(lambda value: _kind(value, "method") or "reflow"),
+]
 
 
 class FlowConfig(SystemSettings):
@@ -363,12 +366,14 @@ class Flow(System):
     def _distilled(self, image: Tensor, text: TextBatch, config: DistilConfig) -> Losses:
         """What a student's answers cost. Where a caption is left out, teacher and student go without."""
         [system], condition = self._teacher, self.condition(text)
+        dropped = torch.zeros_like(text.lengths, dtype=torch.bool)
+        if self.training and self.config.caption_dropout:
+            dropped = self._dropped(condition)
+            condition = self._without(condition, dropped)
         with torch.no_grad():
             told = system.condition(text)
-            if self.training and self.config.caption_dropout:
-                dropped = self._dropped(condition)
-                condition, told = self._without(condition, dropped), system._without(told, dropped)
-            teacher = Teacher(system.with_prompts(told, system._without(told)), system.path, system.config.prediction)
+            asked = system.with_prompts(system._without(told, dropped), system._without(told))
+        teacher = Teacher(asked, system.path, system.config.prediction)
         condition = without_padding(condition)
         if isinstance(config, ReflowConfig):
             pairs = teacher.pairs(self.latents.latent_shape, len(image), config.sampling, image.device)
