@@ -378,8 +378,9 @@ class Answers(Protocol):
         ...
 
 
-Solver = Literal["euler", "heun", "dpm++"]
-"""The suite's own ways from noise to data: of first order (DDIM), of second order with two looks at each step, and with one."""
+Solver = Literal["euler", "heun", "dpm++", "lcm"]
+"""The suite's own ways from noise to data: of first order (DDIM), of second order with two looks at each step, and with one.
+The last is for models distilled for consistency, which tell the data at once: fresh noise is added to it between the steps."""
 
 
 @dataclass(frozen=True)

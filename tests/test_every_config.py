@@ -67,7 +67,10 @@ def test_system_builds_and_every_parameter_learns(path: Path, published: Mapping
     network = config.system.with_answers(("yes", "no")) if config.system.answer_limit else config.system
     parts = {name: _part(reference) for name, reference in config.system.parts().items()}
     known = {"answer_text": TextBatch(torch.tensor([[1, 5, 2], [1, 6, 2]]), torch.tensor([3, 3]))}
-    system = build(network, {name: build(part) for name, part in parts.items()} | (known if network.learns_answers else {}))
+    built: dict[str, Any] = {name: build(part) for name, part in parts.items()}
+    if "teacher" in network.training_parts():  # a run that is not there; a network of the same kind teaches as well
+        built["teacher"] = build(network.for_inference(), built)
+    system = build(network, built | (known if network.learns_answers else {}))
     system.train()
     size, length = config.system.model_copy(update=parts).picture_side, 8
     image = None if size is None else torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8)

@@ -71,6 +71,13 @@ def without_vector(condition: Condition, dropped: Bool[Tensor, " b"] | None = No
     return replace(condition, vector=condition.vector.masked_fill(dropped[:, None], 0.0))
 
 
+def repeated(condition: Condition, times: int) -> Condition:
+    """All samples so many times, one round after the other; not prepared."""
+    assert condition.prepared is None
+    vector = None if condition.vector is None else condition.vector.repeat(times, 1)
+    return Condition(condition.words.repeat(times, 1, 1), condition.known.repeat(times, 1), vector)
+
+
 class Denoiser(Protocol):
     """A network that answers noisy samples."""
 

@@ -5,8 +5,9 @@ place by its class name.
 
 Shapes: B samples, the rest of a sample's shape is arbitrary.
 Sources: DDIM https://arxiv.org/abs/2010.02502, Heun https://arxiv.org/abs/2206.00364, DPM-Solver++
-https://arxiv.org/abs/2211.01095, guidance https://arxiv.org/abs/2207.12598, its interval https://arxiv.org/abs/2404.07724, its
-rescaling https://arxiv.org/abs/2305.08891, dynamic thresholds https://arxiv.org/abs/2205.11487.
+https://arxiv.org/abs/2211.01095, consistency in several steps https://arxiv.org/abs/2310.04378, guidance
+https://arxiv.org/abs/2207.12598, its interval https://arxiv.org/abs/2404.07724, its rescaling https://arxiv.org/abs/2305.08891,
+dynamic thresholds https://arxiv.org/abs/2205.11487.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor
 from mm.errors import UserError
 from mm.generators.sampling import guided, sample_generators
 from mm.generators.schedulers import SchedulerConfig, check_scheduler, library_steps, remaining_steps
-from mm.losses.diffusion import Path, Prediction, mixed, output_of, predicted_sample
+from mm.losses.diffusion import Path, Prediction, advanced, mixed, output_of, predicted_sample
 from mm.types import Sampling, Solver
 
 
@@ -32,7 +33,7 @@ class Denoise(Protocol):
 
         Args:
             x: Samples at a moment, ``(B, ...)``, or ``(2 B, ...)`` where ``guided``: the same ones twice.
-            time: The moment as networks read it, ``()``.
+            time: The moment as networks read it, ``()``, or one a row of ``x``.
             guided: The second half is to be answered without the prompt, or with the negative one.
         """
         ...
@@ -132,10 +133,11 @@ def diffuse(
         return
     times = path.schedule(sampling.steps, sampling.shift).to(device)
     if start is None:
-        yield from _solve(predict, path, prediction, noise, times, sampling)
+        yield from _solve(predict, path, prediction, noise, times, sampling, generators)
     else:
         times = times[-1 - remaining_steps(sampling) :]
-        yield from _solve(predict, path, prediction, mixed(path, start, noise, times[0]), times, sampling)
+        mixture = mixed(path, start, noise, times[0])
+        yield from _solve(predict, path, prediction, mixture, times, sampling, generators)
 
 
 def check_diffusion(sampling: Sampling) -> None:
@@ -171,26 +173,25 @@ Predict = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def _solve(
-    predict: Predict, path: Path, prediction: Prediction, x: Tensor, times: Tensor, sampling: Sampling
+    predict: Predict,
+    path: Path,
+    prediction: Prediction,
+    x: Tensor,
+    times: Tensor,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
 ) -> Iterator[Step]:
     """The suite's own solvers.
 
-    With data held constant from a moment to the next, the exact solution is ``x_s = (sigma_s / sigma_t) x_t + (alpha_s -
-    alpha_t sigma_s / sigma_t) data``: DDIM, which on straight paths is Euler's method. The second-order methods put a better
-    guess of the data into the same formula.
+    Each holds data constant from a moment to the next (`advanced`): what the network says of them, or in the second-order
+    methods a better guess. "lcm" takes what it says for the data themselves, and adds new noise to them.
     """
     count = len(times) - 1
     alphas, sigmas = path.coefficients(times)
     earlier: tuple[Tensor, Tensor] | None = None
     for i in range(count):
-        time, progress = times[i], i / max(1, count - 1)
-
-        def advanced(x: Tensor, sample: Tensor, i: int = i) -> Tensor:
-            kept = sigmas[i + 1] / sigmas[i]
-            return kept * x + (alphas[i + 1] - alphas[i] * kept) * sample
-
+        time, later, progress, last = times[i], times[i + 1], i / max(1, count - 1), i == count - 1
         sample = predicted_sample(path, prediction, predict(x, time, progress), x, time)
-        last = i == count - 1
         guess = sample
         if sampling.solver == "dpm++" and earlier is not None and not last:
             before, log_ratio = earlier
@@ -198,9 +199,12 @@ def _solve(
             step, step_before = torch.log(alphas[i + 1] / sigmas[i + 1]) - now, now - log_ratio
             guess = sample + (sample - before) * (step / (2 * step_before))
         elif sampling.solver == "heun" and not last:
-            ahead = advanced(x, sample)
-            corrected = predicted_sample(path, prediction, predict(ahead, times[i + 1], progress), ahead, times[i + 1])
+            ahead = advanced(path, x, sample, time, later)
+            corrected = predicted_sample(path, prediction, predict(ahead, later, progress), ahead, later)
             guess = (sample + corrected) / 2
-        x = advanced(x, guess)
+        if sampling.solver == "lcm":
+            x = sample if last else mixed(path, sample, gaussian_noise(generators, x.shape[1:], x.device), later)
+        else:
+            x = advanced(path, x, guess, time, later)
         earlier = sample, torch.log(alphas[i] / sigmas[i])
         yield Step(x if last else sample, (i + 1) / count)

@@ -13,11 +13,14 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from mm.generators.denoiser import Condition, joined, without_padding
-from mm.generators.diffusion import Known, Step, diffuse
+from mm.generators.diffusion import Denoise, Known, Step, diffuse
 from mm.generators.schedulers import SchedulerConfig
 from mm.losses import diffusion as objective
 from mm.losses.diffusion import Path, Prediction, Weighting
 from mm.types import Compresses, OnPicture, Sampling
+
+
+USUAL = SchedulerConfig()
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Denoising:
     path: Path
     prediction: Prediction = "velocity"
     weighting: Weighting = "uniform"
-    scheduler: SchedulerConfig = SchedulerConfig()
+    scheduler: SchedulerConfig = USUAL
 
     def loss(
         self, denoiser: Any, sample: Float[Tensor, "b ..."], condition: Condition, **options: Any
@@ -66,13 +69,8 @@ class Denoising:
         known: Known | None = None,
     ) -> Iterator[Step]:
         """Samples of ``shape``, step by step, see `mm.generators.diffusion.diffuse`; guidance leads away from ``other``."""
-        both = denoiser.prepare(without_padding(joined(condition, other)))
-        single, device = both[: len(seeds)], condition.words.device
-
-        def denoise(x: Tensor, time: Tensor, *, guided: bool) -> Tensor:
-            return denoiser(x, time.to(device), both if guided else single)
-
-        options = {"device": device, "start": start, "known": known, "usual": self.scheduler}
+        denoise = with_prompts(denoiser, condition, other)
+        options = {"device": condition.words.device, "start": start, "known": known, "usual": self.scheduler}
         return diffuse(denoise, self.path, self.prediction, shape, seeds, sampling, **options)
 
     def paint(
@@ -103,6 +101,17 @@ class Denoising:
         if on_picture is not None:
             on_picture(made, 1.0)
         return made
+
+
+def with_prompts(denoiser: Any, condition: Condition, other: Condition) -> Denoise:
+    """A network with what it is told of prompts, and what instead where guidance leads away from it."""
+    both = denoiser.prepare(without_padding(joined(condition, other)))
+    single, device = both[: len(condition.words)], condition.words.device
+
+    def denoise(x: Tensor, time: Tensor, *, guided: bool) -> Tensor:
+        return denoiser(x, time.to(device), both if guided else single)
+
+    return denoise
 
 
 def whole_cells(keep: Bool[Tensor, "b h w"], grid: tuple[int, int]) -> Bool[Tensor, "b r c"]:

@@ -188,6 +188,18 @@ def output_of(path: Path, prediction: Prediction, sample: Tensor, x: Tensor, tim
     return target(path, prediction, sample, (x - alpha * sample) / sigma, time)
 
 
+def advanced(path: Path, x: Tensor, sample: Tensor, time: Tensor, later: Tensor) -> Float[Tensor, "b ..."]:
+    """``x_s`` at a moment nearer to the data, given ``x_t`` and data that stay the same on the way, at moments above 0.
+
+    The exact solution is ``x_s = (sigma_s / sigma_t) x_t + (alpha_s - alpha_t sigma_s / sigma_t) data``: DDIM
+    (https://arxiv.org/abs/2010.02502), which on straight paths is Euler's method. Moments are one for all or one a sample.
+    """
+    alpha, sigma = (_beside(part, x) for part in path.coefficients(time))
+    alpha_later, sigma_later = (_beside(part, x) for part in path.coefficients(later))
+    kept = sigma_later / sigma
+    return kept * x + (alpha_later - alpha * kept) * sample
+
+
 def loss(
     path: Path,
     prediction: Prediction,

@@ -262,8 +262,9 @@ def _with_vocabulary(config: RunConfig, processor: Processor, start: Model | Non
     if not processor.has_text:
         return config
     size = processor.tokenizer.vocab_size
-    if start is not None and start.config.name == config.system.name and start.config.text_limits is not None:
-        size = start.config.text_limits[0]
+    if start is not None and start.config.name == config.system.name:
+        known = with_parts(start.config, load_parts(start.config.parts())).text_limits  # which a part may have to tell
+        size = size if known is None else known[0]
     return config.model_copy(update={"system": config.system.with_vocabulary(size)})
 
 

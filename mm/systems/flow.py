@@ -4,6 +4,8 @@ Papers: flow matching https://arxiv.org/abs/2210.02747, rectified flow https://a
 https://arxiv.org/abs/2403.03206 (Stable Diffusion 3), latent diffusion https://arxiv.org/abs/2112.10752, diffusion transformers
 https://arxiv.org/abs/2212.09748, guidance https://arxiv.org/abs/2207.12598 (``caption_dropout``), alignment of features
 https://arxiv.org/abs/2410.06940 (``align``). ``path: {kind: diffusion}`` trains DDPM instead, with everything else the same.
+``distil`` makes a generator of few steps of a trained one: reflow https://arxiv.org/abs/2209.03003, latent consistency
+https://arxiv.org/abs/2310.04378.
 
 A class is a text of one word: train on the captions ``{label}``.
 """
@@ -20,13 +22,16 @@ from torch import Tensor, nn
 from mm.config import TAG_PREFIX, StrictConfig
 from mm.encoders.text import TextEncoderConfig
 from mm.errors import ConfigError, UserError
-from mm.generators.denoiser import Condition, without_vector, without_words
+from mm.generators.denoiser import Condition, repeated, without_padding, without_vector, without_words
 from mm.generators.dit import Dit, DitConfig, build_dit
-from mm.generators.painting import Denoising
+from mm.generators.few_steps import Network, Student, Teacher, consistency_loss, reflow_loss
+from mm.generators.painting import Denoising, with_prompts
 from mm.generators.schedulers import SchedulerConfig
 from mm.generators.unet import Unet, UnetConfig, build_unet
+from mm.losses.consistency import Distance
 from mm.losses.diffusion import Betas, DiffusionPath, Path, Prediction, StraightPath, Weighting
 from mm.nn.freeze import freeze
+from mm.nn.momentum import Momentum
 from mm.systems import published_vae, vq
 from mm.systems.prompted import (
     PromptEncoder,
@@ -103,9 +108,9 @@ class DiffusionPathConfig(StrictConfig):
         return DiffusionPath(self.betas, self.beta_start, self.beta_end)
 
 
-def _kind(value: Any) -> str | None:
+def _kind(value: Any, field: str = "kind") -> str | None:
     """The ``kind`` of a part, where one is said."""
-    return value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+    return value.get(field) if isinstance(value, Mapping) else getattr(value, field, None)
 
 
 DenoiserConfig = Annotated[
@@ -143,6 +148,59 @@ class AlignConfig(StrictConfig):
     width: int = Field(default=256, ge=1)
 
 
+class ReflowConfig(StrictConfig):
+    """Straight lines are learned between noise and what the teacher makes of it, in place of noise and pictures.
+
+    Pictures of the data are not looked at, their captions are. Every caption of a batch gets one solution of the teacher.
+
+    Args:
+        teacher: A MODEL of this kind, for training only.
+        guidance: Of the teacher: the student needs none.
+        steps: Of the teacher.
+        solver: Of the teacher.
+        moments: Moments that the student is asked at of each solution.
+    """
+
+    method: Literal["reflow"] = "reflow"
+    teacher: str
+    guidance: float = Field(default=3.0, ge=0)
+    steps: int = Field(default=8, ge=1)
+    solver: Literal["euler", "heun", "dpm++"] = "dpm++"
+    moments: int = Field(default=4, ge=1)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the teacher is sampled."""
+        return Sampling(self.guidance, steps=self.steps, solver=self.solver)
+
+
+class ConsistencyConfig(StrictConfig):
+    """From every moment of the teacher's way the student learns to tell the data that its own average tells a step later.
+
+    Args:
+        teacher: A MODEL of this kind on the same path, for training only.
+        guidance: Of the teacher: the student needs none.
+        steps: That the teacher's way is cut into; the teacher takes one of them at a time, by DDIM.
+        shift: Above 1 puts more of them where there is noise.
+        decay: Share of the student's average that stays at each update; 0 for the student itself.
+        distance: Between what is told at both moments, see `mm.losses.consistency.distance`.
+    """
+
+    method: Literal["consistency"] = "consistency"
+    teacher: str
+    guidance: float = Field(default=3.0, ge=0)
+    steps: int = Field(default=32, ge=2)
+    shift: float = Field(default=1.0, gt=0)
+    decay: float = Field(default=0.95, ge=0, lt=1)
+    distance: Distance = "huber"
+
+
+DistilConfig = Annotated[
+    Annotated[ReflowConfig, Tag("reflow")] | Annotated[ConsistencyConfig, Tag("consistency")],
+    Discriminator(lambda value: _kind(value, "method") or "reflow"),
+]
+
+
 class FlowSettings(SystemSettings):
     """Of generators by flow matching or diffusion.
 
@@ -159,6 +217,7 @@ class FlowSettings(SystemSettings):
             ``attend_padding``; by default a learned vector takes the place of the words.
         scheduler: How to sample where nobody says otherwise.
         align: Draws features towards another model's; none by default.
+        distil: Learn from a teacher to need few steps; not by default. Begin with the teacher's weights (``init_from``).
         remember_latents: Number of pictures whose latents are kept in memory, for data that is not changed at random.
     """
 
@@ -173,6 +232,7 @@ class FlowSettings(SystemSettings):
     empty_prompt: tuple[int, ...] = ()
     scheduler: SchedulerConfig = SchedulerConfig()
     align: AlignConfig | None = None
+    distil: DistilConfig | None = None
     remember_latents: int = Field(default=0, ge=0)
 
     @property
@@ -191,10 +251,11 @@ class FlowSettings(SystemSettings):
         return {name: part for name in ("latents", "text") if isinstance(part := getattr(self, name), str)}
 
     def training_parts(self) -> dict[str, str]:
-        return {} if self.align is None else {"align": self.align.model}
+        aligned = {} if self.align is None else {"align": self.align.model}
+        return aligned if self.distil is None else aligned | {"teacher": self.distil.teacher}
 
     def for_inference(self) -> Self:
-        return self.model_copy(update={"align": None})
+        return self.model_copy(update={"align": None, "distil": None})
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -205,6 +266,10 @@ class FlowSettings(SystemSettings):
             )
         if self.empty_prompt and not (isinstance(self.text, TextEncoderConfig) and self.text.attend_padding):
             raise ValueError("empty_prompt: is for a text encoder with attend_padding; leave it out")
+        if self.distil is not None and self.align is not None:
+            raise ValueError("distil: a student has its teacher alone to learn from; set align: null")
+        if isinstance(self.distil, ReflowConfig) and not isinstance(self.path, FlowPathConfig):
+            raise ValueError("distil.method reflow: learns straight lines; take path: {kind: flow}, whatever the teacher's is")
         return self
 
 
@@ -223,10 +288,17 @@ class Flow(System):
         denoiser: The network.
         config: Sizes and weights.
         align: A system whose picture tower gives features to be drawn to; no part of the saved weights.
+        teacher: To be distilled; no part of the saved weights.
     """
 
     def __init__(
-        self, latents: Any, text: Any, denoiser: Dit | Unet, config: FlowSettings, align: nn.Module | None = None
+        self,
+        latents: Any,
+        text: Any,
+        denoiser: Dit | Unet,
+        config: FlowSettings,
+        align: nn.Module | None = None,
+        teacher: "Flow | None" = None,
     ) -> None:
         super().__init__()
         self.latents = freeze(latents)
@@ -247,6 +319,10 @@ class Flow(System):
             tower = freeze(align.encoders()["image"])
             self._align = [tower]  # in a list: not a child, so not saved
             self.alignment = _projector(config.denoiser.width, config.align.width, tower.token_width)
+        self._teacher = [] if teacher is None else [freeze(teacher)]  # no child, either
+        self.slow: Momentum[Dit | Unet] | None = None
+        if isinstance(config.distil, ConsistencyConfig) and config.distil.decay:
+            self.slow = Momentum(denoiser, config.distil.decay)
 
     @property
     def lacks(self) -> frozenset[str]:
@@ -257,7 +333,7 @@ class Flow(System):
     def only_for_training(self) -> tuple[str, ...]:
         """See `mm.types.System`."""
         of_text = self.text.only_for_training if isinstance(self.text, System) else ()
-        return ("alignment.", *(f"text.{name}" for name in of_text))
+        return ("alignment.", "slow.", *(f"text.{name}" for name in of_text))
 
     @property
     def may_be_added(self) -> tuple[str, ...]:
@@ -266,7 +342,7 @@ class Flow(System):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Flow":
         """Take what is no child along to other devices."""
-        for network in self._align:
+        for network in (*self._align, *self._teacher):
             network._apply(fn)
         return super()._apply(fn, recurse)
 
@@ -280,13 +356,18 @@ class Flow(System):
             self.latents.cast_(dtype)
 
     def loss(self, batch: Batch, step: int) -> Losses:
-        """Mean weighted squared error of the prediction at moments drawn at random, and of the alignment where configured."""
+        """Mean weighted squared error of the prediction at moments drawn at random, and of the alignment where configured.
+
+        Of a student, what `ReflowConfig` or `ConsistencyConfig` says.
+        """
         assert batch.image is not None
         assert batch.text is not None
+        if self.config.distil is not None:
+            return self._distilled(batch.image, batch.text, self.config.distil)
         sample = self._encode(batch.image)
         condition = self.condition(batch.text)
         if self.training and self.config.caption_dropout:
-            condition = self._without(condition, torch.rand(len(sample), device=sample.device) < self.config.caption_dropout)
+            condition = self._without(condition, self._dropped(condition))
         config = self.config
         options = {} if self.alignment is None or config.align is None else {"features": config.align.layer}
         losses, hidden = self.denoising.loss(self.denoiser, sample, condition, **options)
@@ -295,6 +376,36 @@ class Flow(System):
             parts["alignment"] = alignment = self._alignment(hidden, batch.image)
             total = total + config.align.weight * alignment
         return Losses(total, {name: part.detach() for name, part in parts.items()})
+
+    def after_step(self, step: int) -> None:
+        """Move the average of a student."""
+        if self.slow is not None:
+            self.slow.update()
+
+    def _distilled(self, image: Tensor, text: TextBatch, config: DistilConfig) -> Losses:
+        """What a student's answers cost. Where a caption is left out, teacher and student go without."""
+        [system], condition = self._teacher, self.condition(text)
+        dropped = torch.zeros_like(text.lengths, dtype=torch.bool)
+        if self.training and self.config.caption_dropout:
+            dropped = self._dropped(condition)
+            condition = self._without(condition, dropped)
+        with torch.no_grad():
+            told = system.condition(text)
+            asked = with_prompts(system.denoiser, system._without(told, dropped), system._without(told))
+        teacher = Teacher(asked, system.denoising.path, system.config.prediction)
+        condition = without_padding(condition)
+        if isinstance(config, ReflowConfig):
+            pairs = teacher.pairs(self.latents.latent_shape, len(image), config.sampling, image.device)
+            noise, sample = (part.repeat(config.moments, 1, 1, 1) for part in pairs)
+            loss = reflow_loss(self._student(repeated(condition, config.moments)), noise, sample, self.config.weighting).mean()
+            return Losses(loss, {"straightness": loss.detach()})
+        student, moments = self._student(condition), self.denoising.path.schedule(config.steps, config.shift).to(image.device)
+        follower = student.network if self.slow is None else _told(self.slow.average.eval(), condition)
+        losses = consistency_loss(student, follower, teacher, self._encode(image), moments, config.guidance, config.distance)
+        return Losses(losses.mean(), {"consistency": losses.detach().mean()})
+
+    def _student(self, condition: Condition) -> Student:
+        return Student(_told(self.denoiser, condition), self.denoising.path, self.config.prediction)
 
     def condition(self, text: TextBatch) -> Condition:
         """What the network is told of prompts."""
@@ -355,6 +466,10 @@ class Flow(System):
             on_picture=on_picture,
         )
 
+    def _dropped(self, condition: Condition) -> Tensor:
+        """Rows whose captions are left out this time, ``(B,)``."""
+        return torch.rand(len(condition.words), device=condition.words.device) < self.config.caption_dropout
+
     def _without(self, condition: Condition, dropped: Tensor | None = None) -> Condition:
         """In the rows that are dropped, all if None, one learned vector takes the place of the words, nothing that of the
         vector; or the empty prompt takes the place of both."""
@@ -381,6 +496,11 @@ class Flow(System):
         cells = hidden.float().transpose(1, 2).unflatten(2, grid)
         cells = F.adaptive_avg_pool2d(cells, (rows, columns)).flatten(2).transpose(1, 2)
         return 1 - F.cosine_similarity(self.alignment(cells), wanted.float(), dim=-1).mean()
+
+
+def _told(denoiser: Dit | Unet, condition: Condition) -> Network:
+    """The network with its prompts."""
+    return lambda x, time: denoiser(x, time, condition)  # pyright: ignore[reportReturnType]
 
 
 def _projector(width: int, hidden: int, out_width: int) -> nn.Sequential:
@@ -419,16 +539,32 @@ def build_latents(config: Any, parts: Mapping[str, Any] | None) -> Any:
     return published_vae.build(config) if isinstance(config, PublishedVaeConfig) else vq.build(config)
 
 
+def _check_teacher(config: FlowSettings, teacher: Any) -> None:
+    """Raises `ConfigError` where a student could not learn from it."""
+    assert config.distil is not None
+    name = f"distil.teacher: '{config.distil.teacher}'"
+    if not isinstance(teacher, Flow):
+        raise ConfigError(f"{name} is no generator by flow matching or diffusion; take a run of configs/flow.yaml")
+    if (teacher.config.latents, teacher.config.text) != (config.latents, config.text):
+        raise ConfigError(f"{name} has other latents or reads texts in another way; take its latents and text for the student")
+    straight = isinstance(teacher.denoising.path, StraightPath) and isinstance(config.path, FlowPathConfig)
+    if isinstance(config.distil, ConsistencyConfig) and not straight and teacher.denoising.path != config.path.build():
+        raise ConfigError(f"{name} goes another way from noise to data; take its path for the student")
+
+
 def build(config: FlowSettings, parts: Mapping[str, Any] | None = None) -> Flow:
-    """Build the generator with fresh weights; ``parts`` may hold ``latents``, ``text`` and ``align``."""
+    """Build the generator with fresh weights; ``parts`` may hold ``latents``, ``text``, ``align`` and ``teacher``."""
     latents, text = build_latents(config.latents, parts), build_prompt_network(config.text, parts)
     shape = latents.latent_shape
     align = (parts or {}).get("align")
     if config.align is not None and not isinstance(align, Embeds):
         raise ConfigError(f"align.model: '{config.align.model}' has no picture tower; take a model such as emoji-clip")
+    teacher = (parts or {}).get("teacher")
+    if config.distil is not None:
+        _check_teacher(config, teacher)
     reader = PromptEncoder(text)
     widths = reader.words_width, reader.vector_width if config.vector_condition else None
-    flow = Flow(latents, text, build_denoiser(config.denoiser, shape, *widths), config, align)
+    flow = Flow(latents, text, build_denoiser(config.denoiser, shape, *widths), config, align, teacher)
     if flow.no_words is not None:
         nn.init.normal_(flow.no_words, std=0.02)
     return flow

@@ -22,10 +22,10 @@ def exact(path: Path, prediction: Prediction) -> Any:
 
     def denoise(x: Tensor, time: Tensor, *, guided: bool) -> Tensor:
         moment = time / 1000 if isinstance(path, StraightPath) else (time + 1) / 1000
-        alpha, sigma = path.coefficients(moment)
+        alpha, sigma = (part.reshape(-1, 1, 1) for part in path.coefficients(moment))
         variance = (alpha * SPREAD) ** 2 + sigma**2
         distance = (x[:, None] - alpha * MEANS).square().sum(-1)
-        weights = (SHARES.log() - distance / (2 * variance)).softmax(-1)
+        weights = (SHARES.log() - distance / (2 * variance[..., 0])).softmax(-1)
         means = MEANS + (alpha * SPREAD**2 / variance) * (x[:, None] - alpha * MEANS)
         return output_of(path, prediction, (weights[..., None] * means).sum(1), x, moment)
 
@@ -43,7 +43,7 @@ def run(path: Path, prediction: Prediction, count: int = 4000, **options: Any) -
 CASES = [(name, prediction) for name in PATHS for prediction in get_args(Prediction) if (name, prediction) != ("flow", "noise")]
 
 
-@pytest.mark.parametrize("solver", [*get_args(Solver), "scheduler"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "dpm++", "scheduler"])
 @pytest.mark.parametrize(("name", "prediction"), CASES)
 def test_a_gaussian_mixture_comes_back(name: str, prediction: Prediction, solver: str) -> None:
     """Shares of the modes within 0.03 (sampling error 0.008), their means within 0.05, their spreads within 0.03."""
