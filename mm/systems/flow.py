@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mm.config import TAG_PREFIX, StrictConfig
 from mm.encoders.text import TextEncoder
 from mm.errors import ConfigError, UserError
-from mm.generators.denoiser import Condition, joined, without_padding
+from mm.generators.denoiser import Compiled, Condition, joined, without_padding
 from mm.generators.diffusion import Known, diffuse
 from mm.generators.dit import Dit, DitConfig, build_dit
 from mm.generators.unet import Unet, UnetConfig, build_unet
@@ -218,6 +218,7 @@ class Flow(System):
             TokenMemory(latents.to_latents, config.remember_latents) if config.remember_latents else latents.to_latents
         )
         self._reader = PromptEncoder(text)
+        self._compiled: Compiled | None = None
         self.no_words = nn.Parameter(torch.zeros(self._reader.words_width))
         self.alignment: nn.Module | None = None
         self._align: list[nn.Module] = []
@@ -256,6 +257,10 @@ class Flow(System):
         self.no_words.data = self.no_words.data.to(dtype)
         if isinstance(self.latents, System):
             self.latents.cast_(dtype)
+
+    def compile_sampling(self) -> None:
+        """See `mm.types.CompilesSampling`."""
+        self._compiled = Compiled(self.denoiser)  # pyright: ignore[reportArgumentType]
 
     def loss(self, batch: Batch, step: int) -> Losses:
         """Mean weighted squared error of the prediction at moments drawn at random, and of the alignment where configured."""
@@ -323,12 +328,13 @@ class Flow(System):
     ) -> Tensor:
         if sampling.threshold and not isinstance(self.latents, Pixels):
             raise UserError("threshold: is for pixels, this model works in latents; leave it out")
-        both = self.denoiser.prepare(without_padding(joined(condition, other)))
+        denoiser = self._compiled or self.denoiser
+        both = denoiser.prepare(without_padding(joined(condition, other)))
         single = both[: len(seeds)]
         device = condition.words.device
 
         def denoise(x: Tensor, time: Tensor, *, guided: bool) -> Tensor:
-            return self.denoiser(x, time.to(device), both if guided else single)  # pyright: ignore[reportReturnType]
+            return denoiser(x, time.to(device), both if guided else single)  # pyright: ignore[reportReturnType]
 
         given = None if image is None else self.latents.to_latents(image)
         known = None if given is None or keep is None else Known(given, _kept(keep, self.latents.latent_shape[1:]))
