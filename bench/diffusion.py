@@ -2,13 +2,13 @@
 
     python bench/diffusion.py --compile --json diffusion.json    (half an hour of one core; --steps 4 --widths 32 64 for a look)
 
-All sides hold the same random UNet2DConditionModel (128, 256 and 256 channels, attention in heads of 64 to 77 words of 256 numbers,
-34.9 M weights) and make latents of 32 x 32 in 20 steps of DDIM at guidance scale 5, both halves in one batch, from the same noise and
-the same features of a prompt and a negative one; nothing is decoded. In fp32 the latents must agree within 1e-3 of their spread,
-and all others must have a cosine of 0.99 to them, or no speed is reported.
+All sides hold the same random UNet2DConditionModel (128, 256 and 256 channels, attention in heads of 64, 77 words of 256
+numbers, 34.9 M weights) and make latents of 32 x 32 in 20 steps of DDIM at guidance scale 5, both halves in one batch, from the
+same noise and the same features of a prompt and a negative one; nothing is decoded. In fp32 the latents must agree within 1e-3 of
+their spread, and all others must have a cosine of 0.99 to them, or no speed is reported.
 
-A second part times a whole picture of a flow-matching transformer of the sizes of ``configs/flow.yaml`` with random weights, from
-tokens to pixels.
+A second part times a whole picture of a flow-matching transformer of the sizes of ``configs/flow.yaml`` with random weights,
+from tokens to pixels, in the suite's own ways.
 
 With ``--processor-time`` the seconds are those that this process computed, for a machine that others use, too.
 """

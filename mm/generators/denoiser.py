@@ -70,7 +70,8 @@ class Compiled:
     """A network that denoises, compiled by torch.compile, once for each number of rows and of words. Keep it for later calls.
 
     Args:
-        network: Its weights must not change any more: on CPUs they become part of what is compiled, in the layout that suits it.
+        network: Its weights must not change any more: on CPUs they become part of what is compiled, in the layout that suits
+            it.
     """
 
     def __init__(self, network: Denoiser) -> None:
