@@ -4,8 +4,8 @@
 
 All sides hold the same random UNet2DConditionModel (128, 256 and 256 channels, attention in heads of 64, 77 words of 256
 numbers, 34.9 M weights) and make latents of 32 x 32 in 20 steps of DDIM at guidance scale 5, both halves in one batch, from the
-same noise and the same features of a prompt and a negative one; nothing is decoded. In fp32 the latents must agree within 1e-3 of
-their spread, and all others must have a cosine of 0.99 to them, or no speed is reported.
+same noise and the same features of a prompt and a negative one; nothing is decoded. In fp32 the latents must agree within 1e-3
+of their spread, and all others must have a cosine of 0.99 to them, or no speed is reported.
 
 A second part times a whole picture of a flow-matching transformer of the sizes of ``configs/flow.yaml`` with random weights,
 from tokens to pixels, in the suite's own ways.
@@ -91,7 +91,7 @@ def their_painter(network: Any, words: Tensor, sampling: Sampling, compiled: boo
     from diffusers.schedulers import DDIMScheduler
 
     scheduler = DDIMScheduler(
-        trained_betas=PATH.variances.float().numpy(), clip_sample=False, timestep_spacing="trailing", prediction_type="epsilon"
+        trained_betas=PATH.variances.float().numpy(), clip_sample=False, timestep_spacing="trailing", steps_offset=1
     )
     parts = {"vae": None, "text_encoder": None, "tokenizer": None, "safety_checker": None, "feature_extractor": None}
     pipeline: Any = StableDiffusionPipeline(**parts, unet=network, scheduler=scheduler, requires_safety_checker=False)  # pyright: ignore[reportArgumentType]

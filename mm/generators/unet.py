@@ -6,7 +6,6 @@ Shapes as in `mm.generators.denoiser`.
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import JsonValue
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from mm.config import StrictConfig
 from mm.errors import ConfigError
 from mm.generators.denoiser import Condition
+from mm.nn.attention import attend_by_products
 
 NETWORK_FAILURES = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError, ArithmeticError)
 """What diffusers and torch raise for sizes that a network cannot have."""
@@ -40,32 +40,30 @@ class UnetConfig(StrictConfig):
     gradient_checkpointing: bool = False
 
 
-class AttentionToWords:
+class PlainAttention:
     """An attention processor of diffusers that can take keys and values of the words as they were computed in advance.
 
     Args:
-        place: Of this attention among all that go to words.
-        usual: The processor for everything else.
+        place: Of this attention among all that go to words; 0 where it does not.
     """
 
-    def __init__(self, place: int, usual: Any) -> None:
-        self.place, self.usual = place, usual
+    def __init__(self, place: int = 0) -> None:
+        self.place = place
 
     def __call__(
         self,
         attn: Any,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | tuple[KeysAndValues, ...],
+        encoder_hidden_states: Tensor | tuple[KeysAndValues, ...] | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """Attend, under diffusers' names: from a sequence ``(B, N, C)`` to words, or to what `Unet.prepare` made of them."""
-        if not isinstance(encoder_hidden_states, tuple):
-            return self.usual(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        key, value = encoder_hidden_states[self.place]
+        """Attend, under diffusers' names: from a sequence ``(B, N, C)`` to itself, to words, or to what `Unet.prepare` made."""
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        key, value = source[self.place] if isinstance(source, tuple) else keys_and_values(attn, source)
         mask = None if attention_mask is None else attention_mask[:, None]
-        attended = F.scaled_dot_product_attention(_heads(attn, attn.to_q(hidden_states)), key, value, attn_mask=mask)
-        return attn.to_out[0](attended.transpose(1, 2).flatten(2))
+        attended = attend_by_products(_heads(attn, attn.to_q(hidden_states)), key, value, mask)
+        return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))
 
 
 class Unet(nn.Module):
@@ -79,8 +77,9 @@ class Unet(nn.Module):
         super().__init__()
         self.network: Any = network
         self._to_words = _attentions_to_words(network)
-        for place, attention in enumerate(self._to_words):
-            attention.set_processor(AttentionToWords(place, attention.processor))
+        for attention in filter(_is_plain, network.modules()):
+            place = self._to_words.index(attention) if attention in self._to_words else 0
+            attention.set_processor(PlainAttention(place))  # pyright: ignore[reportCallIssue]
 
     def forward(self, x: Float[Tensor, "b c h w"], time: Tensor, condition: Condition) -> Float[Tensor, "b c h w"]:
         """See `mm.generators.denoiser.Denoiser`. Words are masked only where some row has fewer than others."""
@@ -101,7 +100,7 @@ class Unet(nn.Module):
         """See `mm.generators.denoiser.Denoiser`: keys and values of the words in every layer, if all are of the plain kind."""
         mask, words = self._told(condition)
         if self._to_words:
-            words = tuple((_heads(part, part.to_k(words)), _heads(part, part.to_v(words))) for part in self._to_words)
+            words = tuple(keys_and_values(part, words) for part in self._to_words)
         return replace(condition, prepared=(mask, words))
 
     def _told(self, condition: Condition) -> tuple[Tensor | None, Tensor]:
@@ -135,21 +134,29 @@ def build_unet(config: UnetConfig, shape: tuple[int, int, int], words_width: int
     return Unet(network)
 
 
+def keys_and_values(attention: Any, x: Tensor) -> KeysAndValues:
+    """What a sequence ``(B, T, D)`` offers to an attention of diffusers."""
+    return _heads(attention, attention.to_k(x)), _heads(attention, attention.to_v(x))
+
+
 def _attentions_to_words(network: Any) -> list[Any]:
     """Every attention to the words, in order; none where some do more than attend, or the network itself changes the words."""
-    from diffusers.models.attention_processor import AttnProcessor2_0
-
     config = network.config
     found = [part for part in network.modules() if getattr(part, "is_cross_attention", False)]
     changed = config.encoder_hid_dim_type or config.addition_embed_type or config.dual_cross_attention
-    plain = all(
-        type(part.processor) is AttnProcessor2_0
+    return found if all(map(_is_plain, found)) and not changed else []
+
+
+def _is_plain(part: Any) -> bool:
+    """Whether a module is an attention of diffusers that does nothing but attend."""
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    return (
+        type(getattr(part, "processor", None)) is AttnProcessor2_0
         and not part.residual_connection
         and part.rescale_output_factor == 1
         and all(norm is None for norm in (part.norm_cross, part.norm_q, part.norm_k, part.group_norm, part.spatial_norm))
-        for part in found
     )
-    return found if plain and not changed else []
 
 
 def _heads(attention: Any, x: Tensor) -> Tensor:
