@@ -38,7 +38,7 @@ format: setup
 
 bench: setup
 	@mkdir -p bench/results
-	for name in contrastive retrieval rerank input_pipeline clip decode writing painters; do \
+	for name in contrastive retrieval rerank input_pipeline clip decode writing painters diffusion; do \
 	    $(BIN)/python bench/$$name.py --json bench/results/$$name.json || exit 1; done
 
 published: setup

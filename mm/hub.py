@@ -39,6 +39,7 @@ from mm.types import (
     AnswersFreely,
     Candidates,
     CompilesDecoding,
+    CompilesSampling,
     Decoding,
     Embeds,
     Grounds,
@@ -121,8 +122,11 @@ class Model:
 
         Batches are filled up to ``rows``, texts to multiples of 8 tokens, so that few shapes are compiled. A CPU needs a C++
         compiler for it; weights are folded into the compiled code, so they must not change afterwards. Of a model that decodes
-        step by step the step is compiled, for each number of rows when it is first met.
+        or samples step by step the step is compiled, for each number of rows when it is first met.
         """
+        if isinstance(self.system, CompilesSampling):
+            self.system.compile_sampling()
+            return self
         if isinstance(self.system, CompilesDecoding):
             self.system.compile_decoding()
             return self

@@ -614,6 +614,15 @@ class CompilesDecoding(Protocol):
         ...
 
 
+@runtime_checkable
+class CompilesSampling(Protocol):
+    """Systems whose way from noise to data, step by step, can be compiled."""
+
+    def compile_sampling(self) -> None:
+        """Compile the step, once for each number of rows when it is first met; weights must not change afterwards."""
+        ...
+
+
 CAPABILITIES: Mapping[str, type] = {
     "embeds": Embeds,
     "tokenizes": Tokenizes,

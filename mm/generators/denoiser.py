@@ -8,10 +8,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mm.nn.freeze import folded_weights
 from mm.nn.stacked import stacked
+
+LENGTH_MULTIPLE = 32
+"""Compiled networks see numbers of words that are multiples of it, where some rows have fewer than others."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,30 @@ class Denoiser(Protocol):
     def prepare(self, condition: Condition) -> Condition:
         """The same condition with what every step would compute of it again."""
         ...
+
+
+class Compiled:
+    """A network that denoises, compiled by torch.compile, once for each number of rows and of words. Keep it for later calls.
+
+    Args:
+        network: Its weights must not change any more: on CPUs they become part of what is compiled, in the layout that suits
+            it.
+    """
+
+    def __init__(self, network: Denoiser) -> None:
+        self._network = network
+        self._compiled = torch.compile(network, dynamic=False)
+
+    def __call__(self, x: Float[Tensor, "b c h w"], time: Tensor, condition: Condition) -> Float[Tensor, "b c h w"]:
+        """See `Denoiser`; the condition must be prepared."""
+        with folded_weights(x.device):
+            return self._compiled(x, time, condition)
+
+    def prepare(self, condition: Condition) -> Condition:
+        """See `Denoiser`; the words are filled up to one of a few numbers of them, unless none of any row is missing."""
+        missing = 0 if bool(condition.known.all()) else -condition.words.shape[1] % LENGTH_MULTIPLE
+        words, known = F.pad(condition.words, [0, 0, 0, missing]), F.pad(condition.known, [0, missing])
+        return self._network.prepare(replace(condition, words=words, known=known))
 
 
 def without_padding(condition: Condition) -> Condition:

@@ -19,7 +19,6 @@ from mm.losses import diffusion as objective
 from mm.losses.diffusion import Path, Prediction, Weighting
 from mm.types import Compresses, OnPicture, Sampling
 
-
 USUAL = SchedulerConfig()
 
 

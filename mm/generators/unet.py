@@ -3,6 +3,7 @@
 Shapes as in `mm.generators.denoiser`.
 """
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from jaxtyping import Float
@@ -12,9 +13,13 @@ from torch import Tensor, nn
 from mm.config import StrictConfig
 from mm.errors import ConfigError
 from mm.generators.denoiser import Condition, seen
+from mm.nn.attention import attend_by_products
 
 NETWORK_FAILURES = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError, ArithmeticError)
 """What diffusers and torch raise for sizes that a network cannot have."""
+
+KeysAndValues = tuple[Tensor, Tensor]
+"""Of the words, in heads: ``(B, H, T, C / H)`` each."""
 
 FIXED = ("in_channels", "out_channels", "sample_size", "cross_attention_dim", "time_cond_proj_dim")
 """Options that follow from the latents and the text."""
@@ -35,6 +40,32 @@ class UnetConfig(StrictConfig):
     gradient_checkpointing: bool = False
 
 
+class PlainAttention:
+    """An attention processor of diffusers that can take keys and values of the words as they were computed in advance.
+
+    Args:
+        place: Of this attention among all that go to words; 0 where it does not.
+    """
+
+    def __init__(self, place: int = 0) -> None:
+        self.place = place
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | tuple[KeysAndValues, ...] | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Attend, under diffusers' names: from a sequence ``(B, N, C)`` to itself, to words, or to what `Unet.prepare` made."""
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        key, value = source[self.place] if isinstance(source, tuple) else keys_and_values(attn, source)
+        mask = None if attention_mask is None else attention_mask[:, None]
+        attended = attend_by_products(_heads(attn, attn.to_q(hidden_states)), key, value, mask)
+        return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))
+
+
 class Unet(nn.Module):
     """See above.
 
@@ -45,16 +76,20 @@ class Unet(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network: Any = network
+        self._to_words = _attentions_to_words(network)
+        for attention in filter(_is_plain, network.modules()):
+            place = self._to_words.index(attention) if attention in self._to_words else 0
+            attention.set_processor(PlainAttention(place))  # pyright: ignore[reportCallIssue]
 
     def forward(self, x: Float[Tensor, "b c h w"], time: Tensor, condition: Condition) -> Float[Tensor, "b c h w"]:
         """See `mm.generators.denoiser.Denoiser`. Words are masked only where some row has fewer than others."""
         dtype = self.network.conv_in.weight.dtype
-        mask = None if bool(condition.known.all()) else condition.known
+        mask, words = self._told(condition) if condition.prepared is None else condition.prepared
         vector = condition.vector if self.network.config.time_cond_proj_dim is not None else None
         [output] = self.network(
             seen(x, condition).to(dtype),
             time.expand(len(x)),
-            condition.words.to(dtype),
+            words,
             timestep_cond=None if vector is None else vector.to(dtype),
             encoder_attention_mask=mask,
             return_dict=False,
@@ -62,8 +97,16 @@ class Unet(nn.Module):
         return output
 
     def prepare(self, condition: Condition) -> Condition:
-        """See `mm.generators.denoiser.Denoiser`: nothing is computed in advance."""
-        return condition
+        """See `mm.generators.denoiser.Denoiser`: keys and values of the words in every layer, if all are of the plain kind."""
+        mask, words = self._told(condition)
+        if self._to_words:
+            words = tuple(keys_and_values(part, words) for part in self._to_words)
+        return replace(condition, prepared=(mask, words))
+
+    def _told(self, condition: Condition) -> tuple[Tensor | None, Tensor]:
+        """Mask and words as the network takes them; whether a mask is needed is asked of the device, which waits for it."""
+        words = condition.words.to(self.network.conv_in.weight.dtype)
+        return None if bool(condition.known.all()) else condition.known, words
 
 
 def build_unet(
@@ -91,3 +134,33 @@ def build_unet(
     if config.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     return Unet(network)
+
+
+def keys_and_values(attention: Any, x: Tensor) -> KeysAndValues:
+    """What a sequence ``(B, T, D)`` offers to an attention of diffusers."""
+    return _heads(attention, attention.to_k(x)), _heads(attention, attention.to_v(x))
+
+
+def _attentions_to_words(network: Any) -> list[Any]:
+    """Every attention to the words, in order; none where some do more than attend, or the network itself changes the words."""
+    config = network.config
+    found = [part for part in network.modules() if getattr(part, "is_cross_attention", False)]
+    changed = config.encoder_hid_dim_type or config.addition_embed_type or config.dual_cross_attention
+    return found if all(map(_is_plain, found)) and not changed else []
+
+
+def _is_plain(part: Any) -> bool:
+    """Whether a module is an attention of diffusers that does nothing but attend."""
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    return (
+        type(getattr(part, "processor", None)) is AttnProcessor2_0
+        and not part.residual_connection
+        and part.rescale_output_factor == 1
+        and all(norm is None for norm in (part.norm_cross, part.norm_q, part.norm_k, part.group_norm, part.spatial_norm))
+    )
+
+
+def _heads(attention: Any, x: Tensor) -> Tensor:
+    """``(B, N, C)`` to ``(B, H, N, C / H)``."""
+    return x.unflatten(-1, (attention.heads, -1)).transpose(1, 2)

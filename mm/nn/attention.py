@@ -17,6 +17,10 @@ MATRIX_UNITS = torch.cpu._is_amx_tile_supported()
 """Whether this machine's CPU multiplies bf16 matrices in units of their own (AMX)."""
 
 
+SCORES = range(1 << 15, 1 << 21)
+"""Scores of a head for which `attend_by_products` was measured to be quicker than the fused kernel."""
+
+
 class KVCache:
     """Keys and values of one layer, allocated once for ``capacity`` positions and filled from the left.
 
@@ -181,6 +185,23 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout: floa
     with torch.autocast("cpu", enabled=False):
         triple = query.float(), key.float(), value.float()
         return F.scaled_dot_product_attention(*triple, attn_mask=mask.allowed, **options).to(query.dtype)
+
+
+def attend_by_products(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Attention without causality or dropout, by two products a head in bf16 inference on CPUs without matrix units.
+
+    The fused kernel gains nothing from bf16 there. For 1,024 queries and keys of 64 numbers the products take 0.7 of its time,
+    one head after the other so that scores stay in the cache, and for 256 of them in one piece; below a width of 32 it is
+    quicker. Logits are rounded to bf16. Elsewhere it is the fused kernel that attends.
+    """
+    scores = query.shape[2] * key.shape[2]
+    fits = query.shape[-1] >= 32 and scores in SCORES and query.shape == (*key.shape[:2], *query.shape[2:])
+    short = query.device.type == "cpu" and query.dtype == torch.bfloat16 and not MATRIX_UNITS
+    if not (short and fits) or allowed is not None or torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+    triple = [part.flatten(0, 1) for part in (query * query.shape[-1] ** -0.5, key, value)]
+    pieces = zip(*(part.split(1 if scores >= 1 << 19 else len(part)) for part in triple), strict=True)
+    return torch.cat([(a @ b.transpose(-1, -2)).softmax(-1) @ c for a, b, c in pieces]).view(query.shape)
 
 
 def _attention_weights(query: Tensor, key: Tensor, mask: Mask) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mm.config import TAG_PREFIX, StrictConfig
 from mm.encoders.text import TextEncoderConfig
 from mm.errors import ConfigError, UserError
-from mm.generators.denoiser import Condition, repeated, without_padding, without_vector, without_words
+from mm.generators.denoiser import Compiled, Condition, repeated, without_padding, without_vector, without_words
 from mm.generators.dit import Dit, DitConfig, build_dit
 from mm.generators.few_steps import Network, Student, Teacher, consistency_loss, reflow_loss
 from mm.generators.painting import Denoising, with_prompts
@@ -310,6 +310,7 @@ class Flow(System):
             TokenMemory(latents.to_latents, config.remember_latents) if config.remember_latents else latents.to_latents
         )
         self._reader = PromptEncoder(text)
+        self._compiled: Compiled | None = None
         self.no_words = None if config.empty_prompt else nn.Parameter(torch.zeros(self._reader.words_width))
         self.alignment: nn.Module | None = None
         self._align: list[nn.Module] = []
@@ -354,6 +355,10 @@ class Flow(System):
             self.no_words.data = self.no_words.data.to(dtype)
         if isinstance(self.latents, System):
             self.latents.cast_(dtype)
+
+    def compile_sampling(self) -> None:
+        """See `mm.types.CompilesSampling`."""
+        self._compiled = Compiled(self.denoiser)  # pyright: ignore[reportArgumentType]
 
     def loss(self, batch: Batch, step: int) -> Losses:
         """Mean weighted squared error of the prediction at moments drawn at random, and of the alignment where configured.
@@ -455,7 +460,7 @@ class Flow(System):
         if sampling.threshold and not isinstance(self.latents, Pixels):
             raise UserError("threshold: is for pixels, this model works in latents; leave it out")
         return self.denoising.paint(
-            self.denoiser,
+            self._compiled or self.denoiser,
             self.latents,
             condition,
             other,

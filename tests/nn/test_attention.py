@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm.nn.attention import MultiHeadAttention, _attend_once
+from mm.nn import attention as attentions
+from mm.nn.attention import MultiHeadAttention, _attend_once, attend_by_products
 from mm.nn.embeddings import Rotary
 from mm.nn.masks import EVERYTHING, Mask, attention_mask
 
@@ -151,3 +153,17 @@ def test_a_single_query_with_large_logits_stays_finite_in_fp16() -> None:
     found = _attend_once(query.half(), key.half(), value.half(), None)
     assert found.isfinite().all()
     torch.testing.assert_close(found.float(), exact, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(256, 256), (768, 700), (16, 16)])
+@torch.no_grad()
+def test_attention_by_products_is_the_fused_kernel(queries: int, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All heads in one piece, one after the other, and too few scores; within the rounding of bf16."""
+    monkeypatch.setattr(attentions, "MATRIX_UNITS", False)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, length, 32, generator=generator) for length in (queries, keys, keys))
+    expected = F.scaled_dot_product_attention(query, key, value)
+    assert torch.equal(attend_by_products(query, key, value), expected), "fp32 is left to the fused kernel"
+    found = attend_by_products(query.bfloat16(), key.bfloat16(), value.bfloat16())
+    assert torch.cosine_similarity(found.float().flatten(), expected.flatten(), dim=0) > 0.9995
+    assert found.shape == expected.shape
