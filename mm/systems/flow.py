@@ -18,7 +18,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 
 from mm.config import TAG_PREFIX, StrictConfig
-from mm.encoders.text import TextEncoder
+from mm.encoders.text import TextEncoder, TextEncoderConfig
 from mm.errors import ConfigError, UserError
 from mm.generators.denoiser import Condition, joined, without_padding
 from mm.generators.diffusion import Known, diffuse
@@ -176,6 +176,11 @@ class FlowConfig(SystemSettings):
     def training_parts(self) -> dict[str, str]:
         return {} if self.align is None else {"align": self.align.model}
 
+    @property
+    def encodable(self) -> frozenset[str]:
+        pictures = {"latents"} if self.align is None and not isinstance(self.latents, PixelsConfig) else set()
+        return frozenset(pictures | (set() if isinstance(self.text, TextEncoderConfig) else {"text"}))
+
     def for_inference(self) -> "FlowConfig":
         return self.model_copy(update={"align": None})
 
@@ -259,11 +264,13 @@ class Flow(System):
 
     def loss(self, batch: Batch, step: int) -> Losses:
         """Mean weighted squared error of the prediction at moments drawn at random, and of the alignment where configured."""
-        assert batch.image is not None
-        assert batch.text is not None
-        sample = self._encode(batch.image)
+        if batch.latents is None:
+            assert batch.image is not None
+            sample = self._encode(batch.image).contiguous()  # noise is drawn in the order of memory
+        else:
+            sample = batch.latents.float()
         time, noise = self.path.draw(len(sample), sample.device), torch.randn_like(sample)
-        condition = self.condition(batch.text)
+        condition = self._told(batch)
         if self.training and self.config.caption_dropout:
             condition = self._without(condition, torch.rand(len(sample), device=sample.device) < self.config.caption_dropout)
         x, config = objective.mixed(self.path, sample, noise, time), self.config
@@ -273,13 +280,24 @@ class Flow(System):
         losses = objective.loss(self.path, config.prediction, output, sample, noise, time, config.weighting)
         total, parts = losses.mean(), {"denoising": losses.detach().mean()}
         if hidden is not None and config.align is not None:
+            assert batch.image is not None
             parts["alignment"] = alignment = self._alignment(hidden, batch.image)
             total = total + config.align.weight * alignment
         return Losses(total, {name: part.detach() for name, part in parts.items()})
 
     def condition(self, text: TextBatch) -> Condition:
         """What the network is told of prompts."""
-        condition = self._reader(text)
+        return self._fitting(self._reader(text))
+
+    def _told(self, batch: Batch) -> Condition:
+        """What the network is told of the captions of a batch, which may have been read before."""
+        if batch.features is None:
+            assert batch.text is not None
+            return self.condition(batch.text)
+        read = batch.features
+        return self._fitting(Condition(read.tokens.float(), read.mask, read.pooled.float()))
+
+    def _fitting(self, condition: Condition) -> Condition:
         return condition if self.config.vector_condition else replace(condition, vector=None)
 
     @torch.no_grad()
