@@ -20,6 +20,7 @@ from mm.systems import (
     flow,
     frozen,
     image_tower,
+    kl,
     language_model,
     muse,
     published_vq,
@@ -36,6 +37,7 @@ from mm.systems.flamingo import FlamingoConfig
 from mm.systems.flow import FlowConfig
 from mm.systems.frozen import FrozenConfig
 from mm.systems.image_tower import ImageTowerConfig
+from mm.systems.kl import KlConfig
 from mm.systems.language_model import LanguageConfig
 from mm.systems.muse import MuseConfig
 from mm.systems.published_vq import PublishedVqConfig
@@ -47,6 +49,7 @@ SystemConfig = (
     ClipConfig
     | ImageTowerConfig
     | VqConfig
+    | KlConfig
     | PublishedVqConfig
     | DalleConfig
     | MuseConfig
@@ -69,6 +72,7 @@ MODULES: Mapping[str, ModuleType] = {
     "clip": clip,
     "image-tower": image_tower,
     "vq": vq,
+    "kl": kl,
     "published-vq": published_vq,
     "dalle": dalle,
     "muse": muse,
@@ -88,6 +92,7 @@ CONFIGS: Mapping[str, type[SystemConfig]] = {
     "clip": ClipConfig,
     "image-tower": ImageTowerConfig,
     "vq": VqConfig,
+    "kl": KlConfig,
     "published-vq": PublishedVqConfig,
     "dalle": DalleConfig,
     "muse": MuseConfig,

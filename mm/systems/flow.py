@@ -27,8 +27,9 @@ from mm.generators.unet import Unet, UnetConfig, build_unet
 from mm.losses import diffusion as objective
 from mm.losses.diffusion import Betas, DiffusionPath, Path, Prediction, StraightPath, Weighting
 from mm.nn.freeze import freeze
-from mm.systems import vq
+from mm.systems import kl, vq
 from mm.systems.clip import Clip
+from mm.systems.kl import KlConfig
 from mm.systems.prompted import (
     PromptEncoder,
     PromptEncoderConfig,
@@ -68,7 +69,10 @@ def _latents_kind(value: Any) -> str:
 
 
 LatentsConfig = Annotated[
-    Annotated[str, Tag(REFERENCE)] | Annotated[PixelsConfig, Tag(PIXELS)] | Annotated[VqConfig, Tag("vq")],
+    Annotated[str, Tag(REFERENCE)]
+    | Annotated[PixelsConfig, Tag(PIXELS)]
+    | Annotated[VqConfig, Tag("vq")]
+    | Annotated[KlConfig, Tag("kl")],
     Discriminator(_latents_kind),
 ]
 """Where a generator works: in the latents of a MODEL, held fixed, or of the configuration of one, or in pixels."""
@@ -411,11 +415,13 @@ def build_latents(config: Any, parts: Mapping[str, Any] | None) -> Any:
     given = (parts or {}).get("latents")
     if given is not None:
         if not isinstance(given, Compresses):
-            raise ConfigError("latents: this model does not compress pictures; take emoji-vq or a run of configs/vq.yaml")
+            raise ConfigError("latents: this model does not compress pictures; take emoji-vq or a run of configs/kl.yaml")
         return given
     if isinstance(config, str):
         raise ConfigError(f"latents: '{config}' names a model; give it as a part, or its configuration in its place")
-    return Pixels(config.image_size) if isinstance(config, PixelsConfig) else vq.build(config)
+    if isinstance(config, PixelsConfig):
+        return Pixels(config.image_size)
+    return kl.build(config) if isinstance(config, KlConfig) else vq.build(config)
 
 
 def build(config: FlowConfig, parts: Mapping[str, Any] | None = None) -> Flow:

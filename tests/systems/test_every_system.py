@@ -22,6 +22,7 @@ from mm.types import (
     Sampling,
     System,
     TextBatch,
+    Tokenizes,
     Writes,
     capabilities,
 )
@@ -39,6 +40,7 @@ ABLE = {
     "clip": {"embeds"},
     "image-tower": {"embeds"},
     "vq": {"tokenizes", "compresses"},
+    "kl": {"compresses"},
     "published-vq": {"tokenizes"},
     "dalle": {"paints"},
     "muse": {"paints"},
@@ -136,10 +138,8 @@ def _what_it_gives(system: System, image: torch.Tensor) -> torch.Tensor:
     if isinstance(system, Captions):
         texts = TextBatch(torch.tensor([[1, 5, 6, 7], [1, 7, 2, 0]]), torch.tensor([4, 3]))
         return torch.stack([system.caption_likelihoods(image, texts) for image in (image, 255 - image)])
-    if isinstance(system, Flow):
-        return system.latents.encode(image)  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer = system.tokenizer if "paints" in able else system
-    return tokenizer.encode(image)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    coder = system.latents if isinstance(system, Flow) else system.tokenizer if "paints" in able else system
+    return coder.encode(image) if isinstance(coder, Tokenizes) else coder.to_latents(image).flatten(1)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
 
 
 def test_an_unknown_system_is_told_with_the_nearest_one() -> None:

@@ -47,7 +47,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "frozen": READER,
     "flamingo": READER | {"latents": 2, "resampler_layers": 1, "resampler_heads": 2},
 }
-WITHOUT_BLOCKS = {"vq", "published-vq", "image-tower"}
+WITHOUT_BLOCKS = {"vq", "kl", "published-vq", "image-tower"}
 METHODS: dict[str, Any] = {
     "lora": {"rank": 2},
     "adapter": {"width": 4, "behind": ["attention", "cross_attention", "feed_forward"]},
