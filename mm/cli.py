@@ -847,6 +847,47 @@ def data_pack(
     show.packed(packed, out)
 
 
+@data_app.command("encode")
+def data_encode(
+    source: SourceArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="New or empty folder for the shards.")],
+    latents: Annotated[
+        str, typer.Option("--latents", metavar="MODEL", help="Compresses pictures: system.latents of training.")
+    ],
+    text: Annotated[
+        str | None, typer.Option("--text", metavar="MODEL", help="Reads captions: system.text.", show_default=False)
+    ] = None,
+    flip: Annotated[bool, typer.Option("--flip", help="Also mirror images, for data.augment.flip.")] = False,
+    dtype: Annotated[str, typer.Option(help="What numbers are stored as: fp16 or bf16.")] = "fp16",
+    samples_per_shard: Annotated[int, typer.Option(min=1)] = 10_000,
+    image_field: ImageFieldOption = None,
+    text_field: TextFieldOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Compute once what the frozen parts of a generator make of samples: shards to train on without them."""
+    from mm import show
+    from mm.data.features import DTYPES
+    from mm.run.encoding import encode_samples
+
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: take {' or '.join(DTYPES)}")
+    with show.progress_bar("encoding") as progress:
+        packed = encode_samples(
+            source,
+            out,
+            latents,
+            text=text,
+            flip=flip,
+            dtype=dtype,  # pyright: ignore[reportArgumentType]
+            samples_per_shard=samples_per_shard,
+            image_field=image_field,
+            text_field=text_field,
+            device=device,
+            progress=progress,
+        )
+    show.packed(packed, out)
+
+
 @data_app.command("filter")
 def data_filter(
     source: SourceArgument,

@@ -468,6 +468,11 @@ def _lasting(system: System) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in system.state_dict().items() if not name.startswith(system.only_for_training)}
 
 
+def network_fingerprint(config: SystemConfig, state: Mapping[str, Tensor]) -> str:
+    """Digest of a network alone, whatever is prepared for it; of a part of another network, too (`System.part_state`)."""
+    return _digest(state, config.model_dump_json())
+
+
 def _digest(state: Mapping[str, Tensor], text: str = "") -> str:
     """Of names and weights, behind a text."""
     digest = hashlib.sha256(text.encode())

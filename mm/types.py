@@ -31,6 +31,11 @@ class Encoded:
         """Some samples, which an index may repeat; without extras, which need not have a row a sample."""
         return Encoded(self.tokens[rows], self.mask[rows], self.pooled[rows])
 
+    def to(self, device: torch.device) -> "Encoded":
+        """On another device, without extras."""
+        tokens, mask, pooled = (tensor.to(device, non_blocking=True) for tensor in (self.tokens, self.mask, self.pooled))
+        return Encoded(tokens, mask, pooled)
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -129,6 +134,9 @@ class Batch:
         captions: All captions of each sample, where an evaluation needs them.
         answers: Right answers to each text, which is a question, and how right they are in 0..1, where a system learns them.
         interleaved: Texts in which pictures stand, where these are what is learned from instead of ``image`` and ``text``.
+        latents: What a frozen part made of the pictures (`Compresses`), ``(B, C, h, w)`` in half precision; in place of
+            ``image``.
+        features: What a frozen part made of the captions, words and a vector each, in half precision; in place of ``text``.
     """
 
     ids: tuple[str, ...]
@@ -139,6 +147,8 @@ class Batch:
     captions: tuple[tuple[str, ...], ...] = ()
     answers: tuple[Mapping[str, float], ...] = ()
     interleaved: Interleaved | None = None
+    latents: Tensor | None = None
+    features: Encoded | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -153,6 +163,8 @@ class Batch:
             captions=self.captions[rows],
             answers=self.answers[rows],
             interleaved=None if self.interleaved is None else self.interleaved[rows],
+            latents=None if self.latents is None else self.latents[rows],
+            features=None if self.features is None else self.features[rows],
         )
 
     def to(self, device: torch.device) -> "Batch":
@@ -162,6 +174,8 @@ class Batch:
             text=None if self.text is None else self.text.to(device),
             groups=None if self.groups is None else self.groups.to(device, non_blocking=True),
             interleaved=None if self.interleaved is None else self.interleaved.to(device),
+            latents=None if self.latents is None else self.latents.to(device, non_blocking=True),
+            features=None if self.features is None else self.features.to(device),
         )
 
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 from pydantic import Field, field_validator
 from torch import Tensor
 
@@ -131,6 +131,18 @@ def may_flip(sample: Sample, config: AugmentConfig) -> bool:
 @lru_cache
 def _any_word(words: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile(rf"\b(?:{'|'.join(map(re.escape, words))})s?\b", re.IGNORECASE)
+
+
+def flips_alone(config: AugmentConfig) -> bool:
+    """Whether pictures are at most mirrored."""
+    return config == AugmentConfig(flip=config.flip, no_flip=config.no_flip)
+
+
+def mirrored(seeds: Sequence[int], config: AugmentConfig, flippable: Sequence[bool]) -> Bool[Tensor, " b"]:
+    """Which pictures `augment` would mirror with these seeds, where `flips_alone`."""
+    if not config.flip:
+        return torch.zeros(len(seeds), dtype=torch.bool)
+    return draw_warp(Draws(seeds), config, torch.tensor(flippable)).matrix[:, 0, 0] < 0
 
 
 def augment(

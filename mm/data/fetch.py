@@ -54,10 +54,11 @@ class Fetched:
     error: UserError | None = None
 
     def pin_memory(self) -> "Fetched":
-        """The same with its pictures in page-locked memory; torch's DataLoader calls it."""
-        if self.batch is None or self.batch.image is None:
+        """The same with its pictures or latents in page-locked memory; torch's DataLoader calls it."""
+        if self.batch is None:
             return self
-        return replace(self, batch=replace(self.batch, image=self.batch.image.pin_memory()))
+        large = {name: tensor for name in ("image", "latents") if (tensor := getattr(self.batch, name)) is not None}
+        return replace(self, batch=replace(self.batch, **{name: tensor.pin_memory() for name, tensor in large.items()}))
 
 
 @dataclass

@@ -10,9 +10,9 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,11 @@ import numpy as np
 from mm.data.tar import Listing, Member, TarError, list_members
 from mm.errors import DataError
 
-_MEDIA = {"image": ("jpg", "jpeg", "png", "webp", "gif", "bmp"), "audio": ("wav", "flac", "ogg", "mp3", "opus")}
+_MEDIA = {
+    "image": ("jpg", "jpeg", "png", "webp", "gif", "bmp"),
+    "audio": ("wav", "flac", "ogg", "mp3", "opus"),
+    "features": ("features.safetensors",),
+}
 MODALITY = {extension: modality for modality, extensions in _MEDIA.items() for extension in extensions}
 """Media extensions and their modality, preferred first where a sample has several."""
 
@@ -56,6 +60,7 @@ class ShardIndex:
         other: Entries that are not regular files.
         damage: Places that were skipped, as text; only with ``damaged="skip"``.
         digest: sha256 of the columns: equal for equal content wherever the shard lies.
+        attributes: What the shard says of all its samples (`mm.data.features.Encoding`).
     """
 
     path: Path
@@ -65,6 +70,7 @@ class ShardIndex:
     other: int
     damage: tuple[str, ...]
     digest: str
+    attributes: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -162,7 +168,7 @@ def _collect(members: Iterable[Member], crc32: Callable[[Member], int], listing:
         "ignored": ignored,
         "other": listing.other,
         "damage": [str(damage) for damage in listing.damage],
-    }
+    } | ({"attributes": listing.attributes} if listing.attributes else {})
 
 
 def _from_body(shard: Path, body: dict[str, Any], line: bytes) -> ShardIndex:
@@ -178,6 +184,7 @@ def _from_body(shard: Path, body: dict[str, Any], line: bytes) -> ShardIndex:
         other=body["other"],
         damage=tuple(body["damage"]),
         digest=hashlib.sha256(line).hexdigest(),
+        attributes=dict(body.get("attributes", {})),
     )
 
 

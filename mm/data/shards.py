@@ -19,12 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mm.data.features import MEDIA, common_attributes
 from mm.data.index import MODALITY, Damaged, ShardIndex, index_shard
 from mm.errors import BadSample, DataError
 from mm.types import Sample
 
 MAX_TEXT_BYTES = 1 << 20
 MAX_MEDIA_BYTES = 1 << 30
+MAX_FEATURES_BYTES = 64 << 20
 MAX_BRACE_EXPANSION = 1_000_000
 MAX_OPEN_FILES = 64
 TEXT_KEYS = ("texts", "text", "caption", "captions")
@@ -46,7 +48,7 @@ class ShardSource:
         progress: Called with (shards indexed, shards in all).
 
     Raises:
-        DataError: No shard matches, or one is damaged.
+        DataError: No shard matches, one is damaged, or they were encoded by different models.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class ShardSource:
                 progress(done, len(paths))
         self._starts = list(itertools.accumulate((len(shard) for shard in self.shards), initial=0))
         self._renamed = _repeated_keys(self.shards)
+        self.attributes = common_attributes([shard.attributes for shard in self.shards], self.name)
         self._files = _Files()
         digest = hashlib.sha256("\n".join(shard.digest for shard in self.shards).encode())
         self.fingerprint = digest.hexdigest()
@@ -99,7 +102,8 @@ class ShardSource:
         for extension in shard.columns:
             modality = MODALITY.get(extension)
             if modality is not None and modality not in media:
-                data = self._member(shard, row, extension, MAX_MEDIA_BYTES)
+                limit = MAX_FEATURES_BYTES if modality == MEDIA else MAX_MEDIA_BYTES
+                data = self._member(shard, row, extension, limit)
                 if data is not None:
                     media[modality] = data
         texts, fields = self._describe(shard, row)

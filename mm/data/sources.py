@@ -15,6 +15,7 @@ from mm.data.benchmarks import is_benchmark, open_benchmark
 from mm.data.captions import look_up
 from mm.data.config import DataConfig
 from mm.data.emoji import open_emoji
+from mm.data.features import common_attributes
 from mm.data.fields import nearest
 from mm.data.folder import FolderSource
 from mm.data.huggingface import HuggingFaceSource, parquet_files
@@ -170,6 +171,11 @@ class Subset:
         return getattr(self.source, "evaluation", None)
 
     @property
+    def attributes(self) -> Mapping[str, str]:
+        """As the source's."""
+        return getattr(self.source, "attributes", {})
+
+    @property
     def revision(self) -> str:
         """As the source's."""
         return _digest("subset", revision(self.source), self.fingerprint)
@@ -206,6 +212,7 @@ class Concat:
                 raise UserError(f"{source.name}: no samples in it")
         self.sources = list(sources)
         self.name = " + ".join(source.name for source in sources)
+        self.attributes = common_attributes([getattr(source, "attributes", {}) for source in sources], self.name)
         sizes = [len(source) for source in sources]
         self.shares = None if weights is None else list(zip(sizes, weights, strict=True))
         self._starts = list(itertools.accumulate(sizes, initial=0))
@@ -275,6 +282,11 @@ class FieldView:
         return getattr(self.source, "evaluation", None)
 
     @property
+    def attributes(self) -> Mapping[str, str]:
+        """As the source's."""
+        return getattr(self.source, "attributes", {})
+
+    @property
     def revision(self) -> str:
         """As the source's."""
         return _digest(revision(self.source), self.fingerprint)
@@ -317,6 +329,11 @@ class CaptionAsField:
         self.name = source.name
         self.fingerprint = _digest("caption as field", source.fingerprint, field)
         self.evaluation = getattr(source, "evaluation", None)
+
+    @property
+    def attributes(self) -> Mapping[str, str]:
+        """As the source's."""
+        return getattr(self.source, "attributes", {})
 
     @property
     def revision(self) -> str:

@@ -16,6 +16,9 @@ MAX_EXTENDED_BYTES = 1 << 20
 
 MAX_NAME_CHARACTERS = 4096
 
+ATTRIBUTE_PREFIX = b"MM."
+"""Of the keywords in global headers that are kept; all others say nothing about samples."""
+
 _REGULAR = frozenset((b"0", b"\0", b"7"))
 _WITHOUT_DATA = frozenset((b"1", b"2", b"3", b"4", b"5", b"6"))
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -48,10 +51,12 @@ class Listing:
 
     Args:
         other: Entries that are not regular files: folders, links, devices. They are never followed.
+        attributes: What global headers say under keywords that begin with ``MM.``.
         damage: The places that had to be skipped; empty unless skipping was asked for.
     """
 
     other: int = 0
+    attributes: dict[str, str] = field(default_factory=dict)
     damage: list[TarError] = field(default_factory=list)
 
 
@@ -109,7 +114,7 @@ def _step(read_at: ReadAt, length: int, position: int, pending: _Pending, listin
         following = _end_of(position, size, length)
         if size > MAX_EXTENDED_BYTES:
             raise TarError(position, f"extended header of {size} bytes")
-        _read_extended(kind, read_at(position + BLOCK, size), position, pending)
+        _read_extended(kind, read_at(position + BLOCK, size), position, pending, listing)
         return None, following
     if kind in (b"S", b"M"):
         raise TarError(position, "sparse or multi-volume member, which is not supported,")
@@ -170,7 +175,7 @@ def _text(raw: bytes) -> str:
     return raw.decode("utf-8", errors="backslashreplace")
 
 
-def _read_extended(kind: bytes, data: bytes, position: int, pending: _Pending) -> None:
+def _read_extended(kind: bytes, data: bytes, position: int, pending: _Pending, listing: Listing) -> None:
     if kind == b"L":
         pending.name = _text(data.split(b"\0", 1)[0])
     if kind in (b"K", b"L"):
@@ -178,6 +183,8 @@ def _read_extended(kind: bytes, data: bytes, position: int, pending: _Pending) -
     for keyword, value in _pax_records(data, position):
         if keyword.startswith(b"GNU.sparse.") or (kind == b"g" and keyword in (b"path", b"size")):
             raise TarError(position, "sparse member or global path, which is not supported,")
+        if kind == b"g" and keyword.startswith(ATTRIBUTE_PREFIX):
+            listing.attributes[_text(keyword)] = _text(value)
         if keyword == b"path":
             pending.name = _text(value)
         elif keyword == b"size":

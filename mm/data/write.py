@@ -5,10 +5,11 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mm.data.features import MEDIA
 from mm.data.index import index_shard
 from mm.errors import BadSample, DataError, UserError
 from mm.media.headers import image_format
@@ -34,6 +35,7 @@ def write_shards(
     folder: str | Path,
     *,
     samples_per_shard: int = DEFAULT_SAMPLES_PER_SHARD,
+    attributes: Mapping[str, str] | None = None,
     total: int | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
@@ -47,6 +49,7 @@ def write_shards(
         samples: In the order to be kept.
         folder: Made if absent; must not hold shards already.
         samples_per_shard: Samples a file.
+        attributes: What each shard says of all its samples, in its header.
         total: How many samples there will be, for ``progress``.
         progress: Called after each sample.
 
@@ -70,7 +73,7 @@ def write_shards(
         shard = target / f"{len(shards):06d}.tar"
         part = target / f".{shard.name}.{os.getpid()}.part"
         try:
-            with tarfile.open(part, "w", format=tarfile.PAX_FORMAT) as archive:
+            with tarfile.open(part, "w", format=tarfile.PAX_FORMAT, pax_headers=attributes) as archive:
                 for sample in _up_to(samples_per_shard, first, iterator):
                     _add(archive, sample)
                     done += 1
@@ -108,7 +111,14 @@ def pack(
             packed.samples += 1
             yield sample
 
-    packed.shards = write_shards(readable(), folder, samples_per_shard=samples_per_shard, total=len(source), progress=progress)
+    packed.shards = write_shards(
+        readable(),
+        folder,
+        samples_per_shard=samples_per_shard,
+        attributes=getattr(source, "attributes", None),
+        total=len(source),
+        progress=progress,
+    )
     return packed
 
 
@@ -156,7 +166,9 @@ def _extension(sample_id: str, modality: str, data: bytes) -> str:
         return {"JPEG": "jpg", None: "jpg"}.get(kind := image_format(data)) or str(kind).lower()
     if modality == "audio":
         return next((name for magic, name in _AUDIO_MAGIC.items() if data.startswith(magic)), "mp3")
-    raise DataError(f"sample '{sample_id}': shards hold image and audio, not '{modality}'")
+    if modality == MEDIA:
+        return f"{MEDIA}.safetensors"
+    raise DataError(f"sample '{sample_id}': shards hold image, audio and features, not '{modality}'")
 
 
 _AUDIO_MAGIC = {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg"}

@@ -5,8 +5,10 @@ Shapes: B pictures, H and W pixels, uint8 in 0..255.
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
+
+from mm.types import Compresses, Tokenizes
 
 MAX_PSNR = 100.0
 """Of equal pictures, in decibels."""
@@ -14,6 +16,16 @@ MAX_PSNR = 100.0
 WINDOW, SIGMA = 11, 1.5
 K1, K2 = 0.01, 0.03
 """SSIM's window in pixels and constants (https://doi.org/10.1109/TIP.2003.819861)."""
+
+
+def reconstructed(
+    system: Tokenizes | Compresses, image: UInt8[Tensor, "b 3 h w"]
+) -> tuple[UInt8[Tensor, "b 3 h w"], Int64[Tensor, "b n"] | None]:
+    """Pictures that went through tokens, and these; or through latents where a system has no tokens."""
+    if isinstance(system, Tokenizes):
+        ids = system.encode(image)
+        return system.decode(ids), ids
+    return system.from_latents(system.to_latents(image)), None
 
 
 def psnr(made: UInt8[Tensor, "b 3 h w"], real: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:

@@ -168,7 +168,7 @@ class VectorQuantizer(nn.Module):
         """Apply what the forward passes since the last call have collected: averages, then new starts of unused codes."""
         if self._latest is None:
             return
-        _sum_over_processes(self.new_uses, self.new_sums)
+        sum_over_processes(self.new_uses, self.new_sums)
         self.uses.lerp_(self.new_uses, 1 - (self.ema_decay or USES_DECAY))
         if self.ema_decay:
             self.sums.lerp_(self.new_sums, 1 - self.ema_decay)
@@ -316,7 +316,8 @@ def _kmeans(features: Tensor, count: int) -> Tensor:
     return centres
 
 
-def _sum_over_processes(*tensors: Tensor) -> None:
+def sum_over_processes(*tensors: Tensor) -> None:
+    """Add up, in place, what each process of a training has."""
     if dist.is_available() and dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)

@@ -12,7 +12,7 @@ from mm.evaluation.fid import distances
 from mm.evaluation.generation import CLIP_SCORE_PREFIX, clip_score, copying, rank_of_prompt
 from mm.evaluation.inception import Inception, open_inception
 from mm.evaluation.metrics import RESAMPLES, Interval, Result, bootstrap, share
-from mm.evaluation.reconstruction import psnr, ssim
+from mm.evaluation.reconstruction import psnr, reconstructed, ssim
 from mm.evaluation.zero_shot import class_vectors
 from mm.hub import Model
 from mm.nn.quantize import CodeUsage
@@ -31,7 +31,7 @@ from mm.run.picture_controls import (
     training_pictures,
 )
 from mm.run.prompts import Classes, Prompts, labels_or_captions, prompts
-from mm.types import Sampling, Source, Tokenizes
+from mm.types import Compresses, Sampling, Source, Tokenizes
 
 Progress = Callable[[int, int | None], None]
 
@@ -50,32 +50,34 @@ def evaluate_reconstruction(
     precision: str = "auto",
     progress: Progress | None = None,
 ) -> Result:
-    """Pictures to tokens and back: PSNR and SSIM with intervals, the share of codes that are used, and their perplexity.
+    """Pictures to tokens or latents and back: PSNR and SSIM with intervals, and of tokens the share of codes that are used and
+    their perplexity.
 
     Args:
-        model: A loaded model or a MODEL reference; it must turn pictures into tokens.
+        model: A loaded model or a MODEL reference; it must turn pictures into tokens or latents.
         data: A source.
         device: Where to compute; ``auto`` chooses.
         precision: See `mm.hub.load`.
         progress: Called with (done, total).
 
     Raises:
-        UserError: The model has no tokens, or no sample of the source can be used.
+        UserError: The model has neither, or no sample of the source can be used.
     """
     model = loaded(model, device, precision)
-    tokenizer = model.system
-    if not isinstance(tokenizer, Tokenizes):
+    system = model.system
+    if not isinstance(system, Tokenizes | Compresses):
         raise UserError(f"{model.name} does not turn pictures into tokens; take emoji-vq, or train one with configs/vq.yaml")
     source = opened(data, model)
-    loader, usage = picture_loader(source, model), CodeUsage(tokenizer.vocab_size)
+    loader = picture_loader(source, model)
+    usage = CodeUsage(system.vocab_size) if isinstance(system, Tokenizes) else None
     noise, likeness = [], []
     for batch in loader.one_epoch():
         assert batch.image is not None
-        ids = tokenizer.encode(batch.image.to(model.device))
-        made = tokenizer.decode(ids).cpu()
-        usage.update(ids)
-        noise.append(psnr(made, batch.image))
-        likeness.append(ssim(made, batch.image))
+        made, ids = reconstructed(system, batch.image.to(model.device))
+        if usage is not None and ids is not None:
+            usage.update(ids)
+        noise.append(psnr(made.cpu(), batch.image))
+        likeness.append(ssim(made.cpu(), batch.image))
         if progress:
             progress(sum(map(len, noise)), len(source))
     if not noise:
@@ -83,14 +85,17 @@ def evaluate_reconstruction(
     values = {"psnr": torch.cat(noise).double().numpy(), "ssim": torch.cat(likeness).double().numpy()}
     found = bootstrap({name: share(value) for name, value in values.items()}, len(values["psnr"]), seed=0)
     metrics = {name: Interval(one.value, one.low, one.high, "number") for name, one in found.items()}
-    metrics["codebook_usage"] = Interval(usage.usage, usage.usage, usage.usage)
-    metrics["perplexity"] = Interval(usage.perplexity, usage.perplexity, usage.perplexity, "number")
-    rows, columns = tokenizer.grid
-    facts = {
-        "tokens": f"{rows} x {columns} of {tokenizer.vocab_size} codes",
-        "psnr": "decibels, mean over pictures",
-        "interval": f"95 % bootstrap over pictures, {RESAMPLES} resamples, seed 0; usage and perplexity are counts",
-    }
+    interval = f"95 % bootstrap over pictures, {RESAMPLES} resamples, seed 0"
+    facts = {"psnr": "decibels, mean over pictures", "interval": interval}
+    if not isinstance(system, Tokenizes):
+        channels, rows, columns = system.latent_shape
+        facts["latents"] = f"{rows} x {columns} of {channels} numbers"
+    elif usage is not None:
+        metrics["codebook_usage"] = Interval(usage.usage, usage.usage, usage.usage)
+        metrics["perplexity"] = Interval(usage.perplexity, usage.perplexity, usage.perplexity, "number")
+        rows, columns = system.grid
+        facts["tokens"] = f"{rows} x {columns} of {system.vocab_size} codes"
+        facts["interval"] += "; usage and perplexity are counts"
     return Result(metrics, stamp(model, source, loader.accounting.describe()) | facts)
 
 

@@ -6,16 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from mm.data.augment import AugmentConfig, augment, may_flip
+from mm.data.augment import AugmentConfig, augment, may_flip, mirrored
 from mm.data.captions import Captioner, look_up
+from mm.data.features import Encoding, TextFeatures, read_features
 from mm.data.questions import question_of
 from mm.errors import BadSample
 from mm.evaluation.vqa import accepted
 from mm.media.image import decode_image, fit_image
 from mm.processor import Processor
 from mm.seeding import derive_seed, generator
-from mm.types import Batch, Sample
+from mm.types import Batch, Encoded, Sample
 
 RGBA_CHANNELS = 4
 
@@ -25,7 +27,8 @@ class Item:
     """One prepared sample: captions, the group of its positives, the seed of its changes.
 
     ``image`` is pixels uint8 ``(3 or 4, S, S)``, None for models without pictures. ``answers`` are the right answers to its
-    question and how right they are, where they are learned.
+    question and how right they are, where they are learned. ``latents`` ``(V, C, h, w)`` stand for the picture and its mirror
+    image, ``features`` for the caption, where these were computed before.
     """
 
     id: str
@@ -36,6 +39,8 @@ class Item:
     augment_seed: int = 0
     flippable: bool = True
     answers: Mapping[str, float] = field(default_factory=dict)
+    latents: Tensor | None = None
+    features: TextFeatures | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class TrainPreparation:
         seed: Seed of the run.
         answers: Whether samples are questions whose answers are learned; captions are then of the question.
         words: Whether captions come with the words that their tokens make.
+        encoding: How samples were encoded, where they hold latents instead of pictures.
     """
 
     processor: Processor
@@ -59,31 +65,45 @@ class TrainPreparation:
     seed: int
     answers: bool = False
     words: bool = False
+    encoding: Encoding | None = None
 
     def __call__(self, sample: Sample, visit: int) -> Item:
         caption = ""
         if self.processor.has_text:
             caption = self.captioner(sample, generator(self.seed, visit, sample.id, "caption"))
+        known = None if self.encoding is None else read_features(sample, self.encoding)
         return Item(
             id=sample.id,
-            image=_pixels(sample, self.processor, keep_alpha=True),
+            image=_pixels(sample, self.processor, keep_alpha=True) if known is None else None,
             texts=(caption,),
             fields=sample.fields,
             group=_group(sample, caption, self.positives) if self.processor.has_text else 0,
             augment_seed=derive_seed(self.seed, visit, sample.id, "augment"),
             flippable=may_flip(sample, self.augment),
             answers=accepted(question_of(sample.fields, sample.id).answers) if self.answers else {},
+            latents=None if known is None else known.latents,
+            features=known.texts[sample.texts.index(caption)] if known is not None and known.texts else None,
         )
 
     def collate(self, items: Sequence[Item], epoch: int) -> Batch:
         """Change all pictures of the batch at once; what becomes of each depends on its own seed alone."""
+        seen = self.processor.has_image and self.encoding is None
+        read = self.processor.has_text and (self.encoding is None or self.encoding.text is None)
         return Batch(
             ids=tuple(item.id for item in items),
-            image=self._augmented(items, epoch) if self.processor.has_image else None,
-            text=self.processor.text([item.texts[0] for item in items], words=self.words) if self.processor.has_text else None,
+            image=self._augmented(items, epoch) if seen else None,
+            text=self.processor.text([item.texts[0] for item in items], words=self.words) if read else None,
             groups=torch.tensor([item.group for item in items], dtype=torch.int64) if self.processor.has_text else None,
             answers=tuple(item.answers for item in items) if self.answers else (),
+            latents=None if self.encoding is None else self._latents(items),
+            features=_padded([item.features for item in items if item.features is not None]),
         )
+
+    def _latents(self, items: Sequence[Item]) -> Tensor:
+        """Of the mirror images where `augment` would mirror the picture."""
+        flips = mirrored([item.augment_seed for item in items], self.augment, [item.flippable for item in items])
+        pairs = zip((item.latents for item in items if item.latents is not None), flips.int().tolist(), strict=True)
+        return torch.stack([latents[flip] for latents, flip in pairs])
 
     def _augmented(self, items: Sequence[Item], epoch: int) -> Tensor:
         return augment(
@@ -124,6 +144,16 @@ class QuestionPreparation:
     def __call__(self, sample: Sample, visit: int) -> Item:
         question_of(sample.fields, sample.id)
         return self.base(sample, visit)
+
+
+def _padded(captions: Sequence[TextFeatures]) -> Encoded | None:
+    """Features of captions as a batch; None where there are none."""
+    if not captions:
+        return None
+    lengths = torch.tensor([len(caption.words) for caption in captions])
+    words = pad_sequence([caption.words for caption in captions], batch_first=True)
+    known = torch.arange(words.shape[1]) < lengths[:, None]
+    return Encoded(words, known, torch.stack([caption.vector for caption in captions]))
 
 
 def _pixels(sample: Sample, processor: Processor, *, keep_alpha: bool) -> Tensor | None:

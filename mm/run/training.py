@@ -13,6 +13,7 @@ from mm.data.accounting import merge_states
 from mm.data.captions import Captioner, corpus
 from mm.data.emoji import MIN_SIZE
 from mm.data.episodes import NAMES, Pool
+from mm.data.features import encoding_of
 from mm.data.loader import Loader
 from mm.data.questions import check_questions, questions_of
 from mm.data.sources import open_source, open_training_source
@@ -22,6 +23,7 @@ from mm.hub import CONFIG_FILE, Model, embed_parts, load, load_parts, with_parts
 from mm.nn.tuning import tune
 from mm.processor import Processor
 from mm.run.config import RunConfig
+from mm.run.encoding import check_encoding
 from mm.run.episodes import EpisodePreparation
 from mm.run.preparation import TrainPreparation
 from mm.run.validation import Validator
@@ -147,6 +149,9 @@ def assemble(config: RunConfig, *, resume: Path | None = None) -> Assembled:
         raise ConfigError(
             f"train.batch_size {config.train.batch_size} is not a multiple of the {world_size} processes, which share it evenly"
         )
+    encoding = encoding_of(source)
+    if encoding is not None:
+        check_encoding(encoding, config, with_parts(config.system, parts), system, processor, source.name)
     captioner = Captioner(config.data.captions)
     preparation = TrainPreparation(
         processor,
@@ -156,6 +161,7 @@ def assemble(config: RunConfig, *, resume: Path | None = None) -> Assembled:
         config.train.seed,
         answers=config.system.learns_answers,
         words=config.system.learns_whole_words,
+        encoding=encoding,
     )
     prepare = _episodes(preparation, config, source, capabilities(system))
     sampling = config.data.sampling

@@ -10,7 +10,7 @@ from mm.data.labels import label_of, label_task
 from mm.data.loader import Loader
 from mm.data.questions import Question, check_questions, question_of
 from mm.errors import UserError
-from mm.evaluation.reconstruction import psnr, ssim
+from mm.evaluation.reconstruction import psnr, reconstructed, ssim
 from mm.evaluation.retrieval import ranks
 from mm.evaluation.vqa import accepted, accuracy
 from mm.evaluation.zero_shot import class_vectors, label_ranks
@@ -19,7 +19,7 @@ from mm.nn.quantize import CodeUsage
 from mm.processor import Processor
 from mm.run.preparation import EvalPreparation, QuestionPreparation
 from mm.systems import SystemConfig
-from mm.types import Batch, Captions, Decoding, Embeds, Source, System, Tokenizes
+from mm.types import Batch, Captions, Compresses, Decoding, Embeds, Source, System, Tokenizes
 
 MAX_SAMPLES = 2000
 BATCH_SIZE = 128
@@ -41,9 +41,10 @@ class Validator:
     """Called by the training loop with the network in evaluation mode.
 
     Figures of systems that embed, as fractions: ``r1`` is the mean of ``image_to_text_r1`` and ``text_to_image_r1``; ``top1``
-    where there are labels. Of picture tokenizers: ``psnr`` in decibels, ``ssim``, ``codebook_usage`` and ``perplexity``. Of all
-    others: the mean of each part of their loss, of systems that answer questions ``accuracy``, by the rules of VQA v2, and of
-    systems that caption ``exact``, the share of pictures whose likeliest caption, with the usual beginning, is the first one.
+    where there are labels. Of picture autoencoders: ``psnr`` in decibels, ``ssim``, and of those with tokens ``codebook_usage``
+    and ``perplexity``. Of all others: the mean of each part of their loss, of systems that answer questions ``accuracy``, by
+    the rules of VQA v2, and of systems that caption ``exact``, the share of pictures whose likeliest caption, with the usual
+    beginning, is the first one.
 
     Args:
         source: Pictures, captioned or labelled ones for systems with text, of which the first 2,000 usable ones are taken.
@@ -73,7 +74,7 @@ class Validator:
     def __call__(self, system: System) -> dict[str, float]:
         held = self._held = self._held or self._read()
         device = next(system.parameters()).device
-        if isinstance(system, Tokenizes):
+        if isinstance(system, Tokenizes | Compresses):
             return self._reconstruction(system, held, device)
         model = Model(system=system, processor=self._processor, config=self._config, name="validation", device=device)
         found: dict[str, float] = {}
@@ -121,20 +122,17 @@ class Validator:
             ),
         )
 
-    def _reconstruction(self, system: Tokenizes, held: _Held, device: torch.device) -> dict[str, float]:
-        usage, rates, likeness = CodeUsage(system.vocab_size), [], []
+    def _reconstruction(self, system: Tokenizes | Compresses, held: _Held, device: torch.device) -> dict[str, float]:
+        usage = CodeUsage(system.vocab_size) if isinstance(system, Tokenizes) else None
+        rates, likeness = [], []
         for pixels in held.pixels:
-            ids = system.encode(pixels.to(device))
-            made = system.decode(ids).cpu()
-            usage.update(ids)
-            rates.append(psnr(made, pixels))
-            likeness.append(ssim(made, pixels))
-        return {
-            "psnr": torch.cat(rates).mean().item(),
-            "ssim": torch.cat(likeness).mean().item(),
-            "codebook_usage": usage.usage,
-            "perplexity": usage.perplexity,
-        }
+            made, ids = reconstructed(system, pixels.to(device))
+            if usage is not None and ids is not None:
+                usage.update(ids)
+            rates.append(psnr(made.cpu(), pixels))
+            likeness.append(ssim(made.cpu(), pixels))
+        found = {"psnr": torch.cat(rates).mean().item(), "ssim": torch.cat(likeness).mean().item()}
+        return found if usage is None else found | {"codebook_usage": usage.usage, "perplexity": usage.perplexity}
 
     def _losses(self, system: System, held: _Held, device: torch.device) -> dict[str, float]:
         """Means over samples; every batch meets the same random choices at every validation."""

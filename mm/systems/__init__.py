@@ -22,6 +22,7 @@ from mm.systems import (
     frozen,
     image_tower,
     imagen,
+    kl,
     language_model,
     latent_diffusion,
     muse,
@@ -43,6 +44,7 @@ from mm.systems.flow import FlowConfig
 from mm.systems.frozen import FrozenConfig
 from mm.systems.image_tower import ImageTowerConfig
 from mm.systems.imagen import ImagenConfig
+from mm.systems.kl import KlConfig
 from mm.systems.language_model import LanguageConfig
 from mm.systems.latent_diffusion import LatentDiffusionConfig
 from mm.systems.muse import MuseConfig
@@ -58,6 +60,7 @@ SystemConfig = (
     | ImageTowerConfig
     | TextTowerConfig
     | VqConfig
+    | KlConfig
     | PublishedVqConfig
     | DalleConfig
     | MuseConfig
@@ -85,6 +88,7 @@ MODULES: Mapping[str, ModuleType] = {
     "image-tower": image_tower,
     "text-tower": text_tower,
     "vq": vq,
+    "kl": kl,
     "published-vq": published_vq,
     "dalle": dalle,
     "muse": muse,
@@ -109,6 +113,7 @@ CONFIGS: Mapping[str, type[SystemConfig]] = {
     "image-tower": ImageTowerConfig,
     "text-tower": TextTowerConfig,
     "vq": VqConfig,
+    "kl": KlConfig,
     "published-vq": PublishedVqConfig,
     "dalle": DalleConfig,
     "muse": MuseConfig,

@@ -32,7 +32,8 @@ from mm.losses.consistency import Distance
 from mm.losses.diffusion import Betas, DiffusionPath, Path, Prediction, StraightPath, Weighting
 from mm.nn.freeze import freeze
 from mm.nn.momentum import Momentum
-from mm.systems import published_vae, vq
+from mm.systems import kl, published_vae, vq
+from mm.systems.kl import KlConfig
 from mm.systems.prompted import (
     PromptEncoder,
     PromptEncoderConfig,
@@ -76,6 +77,7 @@ LatentsConfig = Annotated[
     Annotated[str, Tag(REFERENCE)]
     | Annotated[PixelsConfig, Tag(PIXELS)]
     | Annotated[VqConfig, Tag("vq")]
+    | Annotated[KlConfig, Tag("kl")]
     | Annotated[PublishedVaeConfig, Tag("published-vae")],
     Discriminator(_latents_kind),
 ]
@@ -254,6 +256,13 @@ class FlowSettings(SystemSettings):
         aligned = {} if self.align is None else {"align": self.align.model}
         return aligned if self.distil is None else aligned | {"teacher": self.distil.teacher}
 
+    @property
+    def encodable(self) -> frozenset[str]:
+        if self.distil is not None:
+            return frozenset()
+        pictures = {"latents"} if self.align is None and not isinstance(self.latents, PixelsConfig) else set()
+        return frozenset(pictures | (set() if isinstance(self.text, TextEncoderConfig) else {"text"}))
+
     def for_inference(self) -> Self:
         return self.model_copy(update={"align": None, "distil": None})
 
@@ -365,12 +374,16 @@ class Flow(System):
 
         Of a student, what `ReflowConfig` or `ConsistencyConfig` says.
         """
-        assert batch.image is not None
-        assert batch.text is not None
         if self.config.distil is not None:
+            assert batch.image is not None
+            assert batch.text is not None
             return self._distilled(batch.image, batch.text, self.config.distil)
-        sample = self._encode(batch.image)
-        condition = self.condition(batch.text)
+        if batch.latents is None:
+            assert batch.image is not None
+            sample = self._encode(batch.image).contiguous()  # noise is drawn in the order of memory
+        else:
+            sample = batch.latents.float()
+        condition = self._told(batch)
         if self.training and self.config.caption_dropout:
             condition = self._without(condition, self._dropped(condition))
         config = self.config
@@ -378,6 +391,7 @@ class Flow(System):
         losses, hidden = self.denoising.loss(self.denoiser, sample, condition, **options)
         total, parts = losses.mean(), {"denoising": losses.detach().mean()}
         if hidden is not None and config.align is not None:
+            assert batch.image is not None
             parts["alignment"] = alignment = self._alignment(hidden, batch.image)
             total = total + config.align.weight * alignment
         return Losses(total, {name: part.detach() for name, part in parts.items()})
@@ -405,16 +419,26 @@ class Flow(System):
             loss = reflow_loss(self._student(repeated(condition, config.moments)), noise, sample, self.config.weighting).mean()
             return Losses(loss, {"straightness": loss.detach()})
         student, moments = self._student(condition), self.denoising.path.schedule(config.steps, config.shift).to(image.device)
-        follower = student.network if self.slow is None else _told(self.slow.average.eval(), condition)
+        follower = student.network if self.slow is None else _asked(self.slow.average.eval(), condition)
         losses = consistency_loss(student, follower, teacher, self._encode(image), moments, config.guidance, config.distance)
         return Losses(losses.mean(), {"consistency": losses.detach().mean()})
 
     def _student(self, condition: Condition) -> Student:
-        return Student(_told(self.denoiser, condition), self.denoising.path, self.config.prediction)
+        return Student(_asked(self.denoiser, condition), self.denoising.path, self.config.prediction)
 
     def condition(self, text: TextBatch) -> Condition:
         """What the network is told of prompts."""
-        condition = self._reader(text)
+        return self._fitting(self._reader(text))
+
+    def _told(self, batch: Batch) -> Condition:
+        """What the network is told of the captions of a batch, which may have been read before."""
+        if batch.features is None:
+            assert batch.text is not None
+            return self.condition(batch.text)
+        read = batch.features
+        return self._fitting(Condition(read.tokens.float(), read.mask, read.pooled.float()))
+
+    def _fitting(self, condition: Condition) -> Condition:
         return condition if self.config.vector_condition else replace(condition, vector=None)
 
     @torch.no_grad()
@@ -503,7 +527,7 @@ class Flow(System):
         return 1 - F.cosine_similarity(self.alignment(cells), wanted.float(), dim=-1).mean()
 
 
-def _told(denoiser: Dit | Unet, condition: Condition) -> Network:
+def _asked(denoiser: Dit | Unet, condition: Condition) -> Network:
     """The network with its prompts."""
     return lambda x, time: denoiser(x, time, condition)  # pyright: ignore[reportReturnType]
 
@@ -535,13 +559,15 @@ def build_latents(config: Any, parts: Mapping[str, Any] | None) -> Any:
     given = (parts or {}).get("latents")
     if given is not None:
         if not isinstance(given, Compresses):
-            raise ConfigError("latents: this model does not compress pictures; take emoji-vq or a run of configs/vq.yaml")
+            raise ConfigError("latents: this model does not compress pictures; take emoji-vq or a run of configs/kl.yaml")
         return given
     if isinstance(config, str):
         raise ConfigError(f"latents: '{config}' names a model; give it as a part, or its configuration in its place")
     if isinstance(config, PixelsConfig):
         return Pixels(config.image_size)
-    return published_vae.build(config) if isinstance(config, PublishedVaeConfig) else vq.build(config)
+    if isinstance(config, PublishedVaeConfig):
+        return published_vae.build(config)
+    return kl.build(config) if isinstance(config, KlConfig) else vq.build(config)
 
 
 def _check_teacher(config: FlowSettings, teacher: Any) -> None:

@@ -73,6 +73,11 @@ class SystemSettings(StrictConfig):
         """Fields that name another MODEL which is needed for training only; none of its weights are in the network's state."""
         return {}
 
+    @property
+    def encodable(self) -> frozenset[str]:
+        """Parts whose work `mm data encode` can do before training, as it stays the same: ``latents``, ``text``."""
+        return frozenset()
+
 
 class AnswerSettings(SystemSettings):
     """Of systems that may know answers.

@@ -5,7 +5,7 @@ Sources: VQ-VAE https://arxiv.org/abs/1711.00937, dVAE https://arxiv.org/abs/210
 FSQ https://arxiv.org/abs/2309.15505.
 """
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -86,8 +86,8 @@ class GumbelConfig(StrictConfig):
     kl_steps: int = Field(default=1000, ge=1)
 
 
-class ImageTokenizerConfig(StrictConfig):
-    """The network of a picture tokenizer.
+class PictureNetworkConfig(StrictConfig):
+    """Encoder and decoder of a picture autoencoder.
 
     Args:
         image_size: Side of the square picture in pixels; at least the window of SSIM.
@@ -96,8 +96,6 @@ class ImageTokenizerConfig(StrictConfig):
         num_blocks: Residual blocks of a stage.
         num_heads: Attention heads between the blocks of the coarsest stage; 0 for none.
         refinement: Further blocks in each stage of the decoder, which a trained one may be given.
-        quantizer: What makes features discrete.
-        pixels: What the decoder predicts of a pixel: its value, or the location and scale of a logit-Laplace distribution.
     """
 
     image_size: int = Field(default=64, ge=11)
@@ -106,16 +104,29 @@ class ImageTokenizerConfig(StrictConfig):
     num_blocks: int = Field(default=1, ge=1)
     num_heads: int = Field(default=0, ge=0)
     refinement: int = Field(default=0, ge=0)
-    quantizer: FsqConfig | CodebookConfig | GumbelConfig = Field(default=FsqConfig(), discriminator="kind")
-    pixels: Literal["value", "laplace"] = "value"
 
     @property
     def stride(self) -> int:
-        """Pixels of a token's side."""
+        """Pixels of a cell's side in the coarsest grid."""
         return self.patch * 2 ** (len(self.widths) - 1)
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the coarsest grid."""
+        side = self.image_size // self.stride
+        return side, side
+
+    def encoder(self, out_width: int) -> PictureEncoder:
+        """With fresh weights."""
+        return PictureEncoder(self.patch, self.widths, self.num_blocks, out_width, self.num_heads)
+
+    def decoder(self, in_width: int, out_channels: int = 3) -> PictureDecoder:
+        """With fresh weights."""
+        stages = self.patch, self.widths, self.num_blocks
+        return PictureDecoder(in_width, *stages, out_channels, self.num_heads, self.refinement)
+
     @model_validator(mode="after")
-    def _possible(self) -> "ImageTokenizerConfig":
+    def _possible(self) -> Self:
         if not self.widths:
             raise ValueError("widths: at least one stage is needed")
         if self.image_size % self.stride:
@@ -127,7 +138,52 @@ class ImageTokenizerConfig(StrictConfig):
         return self
 
 
-class ImageTokenizer(nn.Module):
+class ImageTokenizerConfig(PictureNetworkConfig):
+    """The network of a picture tokenizer.
+
+    Args:
+        quantizer: What makes features discrete.
+        pixels: What the decoder predicts of a pixel: its value, or the location and scale of a logit-Laplace distribution.
+    """
+
+    quantizer: FsqConfig | CodebookConfig | GumbelConfig = Field(default=FsqConfig(), discriminator="kind")
+    pixels: Literal["value", "laplace"] = "value"
+
+
+class PictureCoder(nn.Module):
+    """What autoencoders of pictures have in common: how pixels go in and come out.
+
+    Args:
+        image_size: Side of the square picture in pixels.
+        grid: Rows and columns of what the encoder makes of it.
+        laplace: Whether the decoder gives a logit-Laplace distribution.
+    """
+
+    encoder: nn.Module
+    decoder: PictureDecoder
+
+    def __init__(self, *, image_size: int, grid: tuple[int, int], laplace: bool = False) -> None:
+        super().__init__()
+        self.image_size, self.grid, self.laplace = image_size, grid, laplace
+
+    def normalise(self, image: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b 3 H W"]:
+        """uint8 pixels to -1..1, or into (eps, 1 - eps) for the logit-Laplace distribution."""
+        share = image.float() / 255
+        return (1 - 2 * LAPLACE_EPS) * share + LAPLACE_EPS if self.laplace else 2 * share - 1
+
+    def to_pixels(self, output: Float[Tensor, "b c H W"]) -> UInt8[Tensor, "b 3 H W"]:
+        """The decoder's output to uint8 pixels: the inverse of `normalise`."""
+        return (255 * self.shares(output).clamp(0, 1)).round().to(torch.uint8)
+
+    def shares(self, output: Float[Tensor, "b c H W"]) -> Float[Tensor, "b 3 H W"]:
+        """The decoder's output as pixels in 0..1, differentiable; values may lie outside."""
+        output = output.float()
+        if self.laplace:
+            return (output[:, :3].sigmoid() - LAPLACE_EPS) / (1 - 2 * LAPLACE_EPS)
+        return (output + 1) / 2
+
+
+class ImageTokenizer(PictureCoder):
     """Makes token ids of pictures and pictures of token ids.
 
     Args:
@@ -150,9 +206,8 @@ class ImageTokenizer(nn.Module):
         grid: tuple[int, int],
         laplace: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(image_size=image_size, grid=grid, laplace=laplace)
         self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
-        self.image_size, self.grid, self.laplace = image_size, grid, laplace
 
     @property
     def vocab_size(self) -> int:
@@ -214,35 +269,17 @@ class ImageTokenizer(nn.Module):
         features = rearrange(codes, "b (h w) d -> b d h w", h=self.grid[0])
         return self.decoder(features.contiguous(memory_format=torch.channels_last))
 
-    def normalise(self, image: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b 3 H W"]:
-        """uint8 pixels to -1..1, or into (eps, 1 - eps) for the logit-Laplace distribution."""
-        share = image.float() / 255
-        return (1 - 2 * LAPLACE_EPS) * share + LAPLACE_EPS if self.laplace else 2 * share - 1
-
-    def to_pixels(self, output: Float[Tensor, "b c H W"]) -> UInt8[Tensor, "b 3 H W"]:
-        """The decoder's output to uint8 pixels: the inverse of `normalise`."""
-        return (255 * self.shares(output).clamp(0, 1)).round().to(torch.uint8)
-
-    def shares(self, output: Float[Tensor, "b c H W"]) -> Float[Tensor, "b 3 H W"]:
-        """The decoder's output as pixels in 0..1, differentiable; values may lie outside."""
-        output = output.float()
-        if self.laplace:
-            return (output[:, :3].sigmoid() - LAPLACE_EPS) / (1 - 2 * LAPLACE_EPS)
-        return (output + 1) / 2
-
 
 def build_image_tokenizer(config: ImageTokenizerConfig) -> ImageTokenizer:
     """A picture tokenizer with fresh weights."""
     quantizer, in_width = _quantizer(config.quantizer)
     laplace = config.pixels == "laplace"
-    side = config.image_size // config.stride
-    stages = {"patch": config.patch, "widths": config.widths, "num_blocks": config.num_blocks, "num_heads": config.num_heads}
     return ImageTokenizer(
-        PictureEncoder(**stages, out_width=in_width),
+        config.encoder(in_width),
         quantizer,
-        PictureDecoder(quantizer.width, **stages, out_channels=6 if laplace else 3, refinement=config.refinement),
+        config.decoder(quantizer.width, out_channels=6 if laplace else 3),
         image_size=config.image_size,
-        grid=(side, side),
+        grid=config.grid,
         laplace=laplace,
     )
 

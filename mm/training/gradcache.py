@@ -79,7 +79,7 @@ def _push(representations: Mapping[str, Tensor], leaves: dict[str, Tensor], rows
 
 def batch_device(batch: Batch) -> torch.device:
     """Where a batch's tensors are."""
-    for value in (batch.image, batch.text.ids if batch.text is not None else None, batch.groups):
+    for value in (batch.image, batch.text.ids if batch.text is not None else None, batch.groups, batch.latents):
         if value is not None:
             return value.device
     return torch.device("cpu")

@@ -68,6 +68,7 @@ ABLE = {
     "image-tower": {"embeds"},
     "text-tower": {"embeds"},
     "vq": {"tokenizes", "compresses"},
+    "kl": {"compresses"},
     "published-vq": {"tokenizes"},
     "dalle": {"paints"},
     "muse": {"paints"},

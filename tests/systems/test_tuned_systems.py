@@ -48,7 +48,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "frozen": READER,
     "flamingo": READER | {"latents": 2, "resampler_layers": 1, "resampler_heads": 2},
 }
-WITHOUT_BLOCKS = {"vq", "published-vq", "image-tower", "published-vae"}
+WITHOUT_BLOCKS = {"vq", "kl", "published-vq", "image-tower", "published-vae"}
 LIBRARY_BLOCKS = {"latent-diffusion"}
 """Has LoRA alone: tests/systems/test_latent_diffusion.py."""
 
