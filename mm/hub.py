@@ -470,7 +470,7 @@ def _lasting(system: System) -> dict[str, Tensor]:
 
 def network_fingerprint(config: SystemConfig, state: Mapping[str, Tensor]) -> str:
     """Digest of a network alone, whatever is prepared for it; of a part of another network, too (`System.part_state`)."""
-    return _digest(state, config.model_dump_json())
+    return _digest(state, json.dumps(config.model_dump(mode="json"), sort_keys=True))
 
 
 def _digest(state: Mapping[str, Tensor], text: str = "") -> str:

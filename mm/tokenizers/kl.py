@@ -75,9 +75,10 @@ class KlAutoencoder(PictureCoder):
 
     @torch.no_grad()
     def measure(self, mean: Float[Tensor, " d"], variance: Float[Tensor, " d"], decay: float) -> None:
-        """Move the statistics towards those of a batch, by ``1 - decay``, at first by so much that they are plain averages."""
+        """Move the statistics towards those of a batch, by ``1 - decay``, and by ``10 / (10 + n)`` behind n calls where that is
+        more, so that what an encoder gave at first fades quickly, as in `mm.training.ema.Ema`."""
+        rate = (10 / (10 + self.measured)).clamp(min=1 - decay)
         self.measured += 1
-        rate = (1 / self.measured).clamp(min=1 - decay)
         apart = mean - self.mean
         self.mean += rate * apart
         self.variance += rate * (variance - self.variance + (1 - rate) * apart.square())

@@ -270,3 +270,24 @@ def test_pictures_that_cannot_be_used_are_left_out(workshop: Path, tmp_path: Pat
     outcome = encode_samples(str(tmp_path / "pictures"), tmp_path / "out", workshop / "vq", device="cpu")
     assert outcome.samples == 1
     assert sum(outcome.bad.values()) == 1
+
+
+def test_an_autoencoder_is_trained_measured_and_generated_with(workshop: Path, tmp_path: Path) -> None:
+    pictures, out = str(workshop / "pictures"), tmp_path / "kl"
+    network = {"image_size": 16, "patch": 2, "widths": [8, 16]}
+    settings = values(workshop, pictures) | {"system": {"name": "kl", "autoencoder": network}}
+    settings["data"]["validation"] = pictures
+    mm.train(validate(RunConfig, settings, "test"), out=out, progress=False)
+    told = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["validation"]
+    measured = mm.evaluate("reconstruction", str(out), pictures, device="cpu", precision="fp32")
+    assert set(told) == set(measured.metrics) == {"psnr", "ssim"}
+    for name, value in told.items():
+        assert measured.metrics[name].value == pytest.approx(value, rel=1e-4)
+    assert measured.protocol["latents"] == "4 x 4 of 4 numbers"
+    encode_samples(pictures, tmp_path / "encoded", out, device="cpu")
+    shards = str(tmp_path / "encoded" / "*.tar")
+    config = validate(RunConfig, values(workshop, shards, {"latents": str(out)}), "test")
+    mm.train(config, out=tmp_path / "flow", progress=False)
+    model = mm.load(tmp_path / "flow", device="cpu")
+    assert mm.generate(model, ["abab"])[0].pixels.shape == (3, 16, 16)
+    assert mm.load(out, device="cpu").system.autoencoder.measured == 4  # pyright: ignore[reportAttributeAccessIssue]

@@ -135,8 +135,10 @@ def test_pictures_depend_on_their_seed_and_text_not_on_their_batch(variant: str,
         system.paint(text[row : row + 1], seeds[row : row + 1], sampling)
         torch.testing.assert_close(made[-1][0], made[0][row], rtol=1e-4, atol=1e-4)
     assert torch.equal(system.paint(text, seeds, sampling), together)
-    assert not torch.equal(system.paint(text, [8, 9, 10], sampling), together)
-    assert not torch.equal(system.paint(texts(1, 1, 1), seeds, sampling), together)
+    system.paint(text, [8, 9, 10], sampling)
+    assert not torch.allclose(made[-1], made[0])
+    system.paint(texts(1, 1, 1), seeds, sampling)
+    assert not torch.allclose(made[-1], made[0])
 
 
 def test_guidance_and_negative_prompts() -> None:
