@@ -34,6 +34,7 @@ ALBEF: dict[str, Any] = {"image": VIT, "width": 16, "heads": 2, "text_layers": 1
 ALBEF = ALBEF | {"vocab_size": 40, "context_length": 8}
 WORDS = {"width": 16, "layers": 2, "heads": 2, "context_length": 12, "vocab_size": 40}
 READER: dict[str, Any] = {"image": VIT, "language": {"network": WORDS}, "train_language": True}
+DIT = {"patch": 8, "width": 16, "layers": 2, "heads": 2}
 SYSTEMS: dict[str, dict[str, Any]] = {
     "clip": CLIP,
     "albef": ALBEF | {"queue_size": 8},
@@ -46,8 +47,14 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "language-model": {"network": WORDS},
     "frozen": READER,
     "flamingo": READER | {"latents": 2, "resampler_layers": 1, "resampler_heads": 2},
+    "flow": {"text": CLIP, "latents": {"image_size": 16}, "denoiser": DIT},
+    "imagen": {"text": CLIP, "base": {"image_size": 16, "denoiser": DIT}},
+    "dalle2": {"text": CLIP, "latents": {"image_size": 16}, "denoiser": DIT, "prior": {"width": 16, "layers": 1, "heads": 2}},
 }
-WITHOUT_BLOCKS = {"vq", "published-vq", "image-tower"}
+CLOSED = ("gated.", "denoiser.", "stages.")
+"""Parts that begin with zeros behind their blocks."""
+
+WITHOUT_BLOCKS = {"vq", "published-vq", "image-tower", "text-tower"}
 METHODS: dict[str, Any] = {
     "lora": {"rank": 2},
     "adapter": {"width": 4, "behind": ["attention", "cross_attention", "feed_forward"]},
@@ -62,8 +69,8 @@ def small(name: str) -> tuple[SystemConfig, System]:
     torch.manual_seed(0)
     config = read_system({"name": name} | SYSTEMS[name], "test")
     system = build(config)
-    for parameter in (one for part, one in system.named_parameters() if part.startswith("gated.") and not one.any()):
-        torch.nn.init.constant_(parameter, 0.5)  # a closed gate lets no gradient through
+    for parameter in (one for part, one in system.named_parameters() if part.startswith(CLOSED) and not one.any()):
+        torch.nn.init.constant_(parameter, 0.5)  # lets no gradient through at first
     return config, system
 
 
