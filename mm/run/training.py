@@ -265,7 +265,7 @@ def _with_vocabulary(config: RunConfig, processor: Processor, start: Model | Non
 
     Published networks may have room for more words than their tokenizer has; what starts with one keeps that room.
     """
-    if not processor.has_text:
+    if not processor.has_text or "text" in config.system.parts():  # a model that reads the texts keeps its vocabulary
         return config
     size = processor.tokenizer.vocab_size
     if start is not None and start.config.name == config.system.name:

@@ -34,6 +34,7 @@ ALBEF: dict[str, Any] = {"image": VIT, "width": 16, "heads": 2, "text_layers": 1
 ALBEF = ALBEF | {"vocab_size": 40, "context_length": 8}
 WORDS = {"width": 16, "layers": 2, "heads": 2, "context_length": 12, "vocab_size": 40}
 READER: dict[str, Any] = {"image": VIT, "language": {"network": WORDS}, "train_language": True}
+DIT = {"patch": 8, "width": 16, "layers": 2, "heads": 2}
 SYSTEMS: dict[str, dict[str, Any]] = {
     "clip": CLIP,
     "albef": ALBEF | {"queue_size": 8},
@@ -47,8 +48,10 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "language-model": {"network": WORDS},
     "frozen": READER,
     "flamingo": READER | {"latents": 2, "resampler_layers": 1, "resampler_heads": 2},
+    "imagen": {"text": CLIP, "base": {"image_size": 16, "denoiser": DIT}},
+    "dalle2": {"text": CLIP, "latents": {"image_size": 16}, "denoiser": DIT, "prior": {"width": 16, "layers": 1, "heads": 2}},
 }
-WITHOUT_BLOCKS = {"vq", "kl", "published-vq", "image-tower", "published-vae"}
+WITHOUT_BLOCKS = {"vq", "kl", "published-vq", "image-tower", "text-tower", "published-vae"}
 LIBRARY_BLOCKS = {"latent-diffusion"}
 """Has LoRA alone: tests/systems/test_latent_diffusion.py."""
 
@@ -58,7 +61,7 @@ METHODS: dict[str, Any] = {
     "prefix": {"length": 3},
     "prompt": {"length": 3},
 }
-CLOSED = ("gated.", "denoiser.")
+CLOSED = ("gated.", "denoiser.", "stages.")
 """Beginnings of the names of parameters that begin at zero."""
 
 WALK = pytest.mark.parametrize("method", METHODS)
