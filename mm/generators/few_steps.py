@@ -73,7 +73,8 @@ class Teacher:
             output = self.denoise(x, self.path.read(time), guided=False).float()
         else:
             both = self.denoise(torch.cat([x, x]), self.path.read(torch.cat([time, time])), guided=True).float()
-            output = guided(*both.chunk(2), guidance)
+            with_prompt, without = both.chunk(2)
+            output = guided(with_prompt, without, guidance)
         return advanced(self.path, x, predicted_sample(self.path, self.prediction, output, x, time), time, later)
 
 
