@@ -86,7 +86,7 @@ SolverOption = Annotated[
     typer.Option(
         "--solver",
         metavar="NAME",
-        help="From noise to data: euler, heun, dpm++ or a scheduler of diffusers such as DDIM; default: the model's.",
+        help="From noise to data: euler, heun, dpm++, lcm or a scheduler of diffusers such as DDIM; default: the model's.",
         show_default=False,
     ),
 ]
