@@ -397,6 +397,6 @@ def build(config: FlowConfig, parts: Mapping[str, Any] | None = None) -> Flow:
         raise ConfigError(f"align.model: '{config.align.model}' has no picture tower; take a model such as emoji-clip")
     reader = PromptEncoder(text)
     widths = reader.words_width, reader.vector_width if config.vector_condition else None
-    flow = Flow(latents, text, build_denoiser(config.denoiser, shape, *widths), config, align)
+    flow = Flow(latents, text, build_denoiser(config.denoiser, shape, *widths), config, align)  # pyright: ignore[reportArgumentType]
     nn.init.normal_(flow.no_words, std=0.02)
     return flow
