@@ -79,7 +79,7 @@ class GatedBlock(Block):
     def forward(
         self,
         x: Float[Tensor, "b t d"],
-        context: Float[Tensor, "b s c"] | None = None,
+        context: Float[Tensor, "b s c"] | tuple[Tensor, Tensor] | None = None,
         *,
         context_mask: Mask = EVERYTHING,
         cache: KVCache | None = None,

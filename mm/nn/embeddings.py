@@ -132,7 +132,7 @@ class TimeEmbedding(_Exact):
         """Vectors of moments, which are in 0 to about 1000."""
         angles = time[:, None].float() * self.frequencies
         waves = torch.cat([angles.cos(), angles.sin()], -1)
-        return self.layers(waves.to(self.layers[0].weight.dtype))
+        return self.layers(waves.to(next(self.layers.parameters()).dtype))
 
 
 def rotate(x: Float[Tensor, "b h t e"], rotation: tuple[Tensor, Tensor]) -> Float[Tensor, "b h t e"]:

@@ -322,11 +322,11 @@ class Flow(System):
         self._compiled: Compiled | None = None
         self.no_words = None if config.empty_prompt else nn.Parameter(torch.zeros(self._reader.words_width))
         self.alignment: nn.Module | None = None
-        self._align: list[nn.Module] = []
+        self._align: list[Any] = []
         if config.align is not None:
             assert isinstance(align, Embeds)
             assert isinstance(config.denoiser, DitConfig)
-            tower = freeze(align.encoders()["image"])
+            tower: Any = freeze(align.encoders()["image"])
             self._align = [tower]  # in a list: not a child, so not saved
             self.alignment = _projector(config.denoiser.width, config.align.width, tower.token_width)
         self._teacher = [] if teacher is None else [freeze(teacher)]  # no child, either
@@ -514,7 +514,8 @@ class Flow(System):
 
     def _alignment(self, hidden: Tensor, image: Tensor) -> Tensor:
         """1 minus the mean cosine between projected features and those of the tower at the same places."""
-        [tower], grid = self._align, self.denoiser.grid  # pyright: ignore[reportAssignmentType]
+        assert isinstance(self.denoiser, Dit)
+        grid, tower = self.denoiser.grid, self._align[0]
         side = tower.image_size
         with torch.no_grad():
             pixels = image if image.shape[-1] == side else F.interpolate(image.float(), (side, side), mode="area") / 255
@@ -587,7 +588,7 @@ def build(config: FlowSettings, parts: Mapping[str, Any] | None = None) -> Flow:
     """Build the generator with fresh weights; ``parts`` may hold ``latents``, ``text``, ``align`` and ``teacher``."""
     latents, text = build_latents(config.latents, parts), build_prompt_network(config.text, parts)
     shape = latents.latent_shape
-    align = (parts or {}).get("align")
+    align: Any = (parts or {}).get("align")
     if config.align is not None and not isinstance(align, Embeds):
         raise ConfigError(f"align.model: '{config.align.model}' has no picture tower; take a model such as emoji-clip")
     teacher = (parts or {}).get("teacher")
