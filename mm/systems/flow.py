@@ -596,7 +596,8 @@ def build(config: FlowSettings, parts: Mapping[str, Any] | None = None) -> Flow:
         _check_teacher(config, teacher)
     reader = PromptEncoder(text)
     widths = reader.words_width, reader.vector_width if config.vector_condition else None
-    flow = Flow(latents, text, build_denoiser(config.denoiser, shape, *widths), config, align, teacher)
+    tower: Any = align  # a network with the capability that was asked for
+    flow = Flow(latents, text, build_denoiser(config.denoiser, shape, *widths), config, tower, teacher)
     if flow.no_words is not None:
         nn.init.normal_(flow.no_words, std=0.02)
     return flow

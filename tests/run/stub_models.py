@@ -48,6 +48,7 @@ class StubPainter(System):
         image: Tensor | None = None,
         keep: Tensor | None = None,
         on_picture: OnPicture | None = None,
+        negative: TextBatch | None = None,
     ) -> Tensor:
         prompts = [TEXT.decode(row[:length].tolist()) for row, length in zip(text.ids, text.lengths.tolist(), strict=True)]
         pictures = torch.stack([self.answer(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)])
