@@ -21,7 +21,7 @@ quickstart: setup
 	$(BIN)/mm quickstart
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: setup
 	$(BIN)/python -m pytest -m 'not gpu'

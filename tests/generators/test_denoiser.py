@@ -117,7 +117,7 @@ def sampled(denoiser: Any, condition: Condition, other: Condition, **options: An
     return last.sample
 
 
-@pytest.mark.parametrize("kind", ["dit", "unet"])
+@pytest.mark.parametrize("kind", ["dit", pytest.param("unet", marks=pytest.mark.slow)])
 def test_a_step_is_one_graph_for_all_moments_and_prompts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     made, counter = network(kind), CompileCounter()
