@@ -136,8 +136,12 @@ def _time(path: Path, moment: Tensor) -> Tensor:
 
 
 def _scheduler_class(name: str) -> Any:
-    from diffusers import schedulers
-
+    try:
+        from diffusers import schedulers
+    except ImportError:
+        raise UserError(
+            f"solver '{name}' needs diffusers; pip install \"mm-suite[diffusion]\", or take euler, heun, dpm++"
+        ) from None
     whole = name if name.endswith(LAST_WORD) else name + LAST_WORD
     every = [known for known in dir(schedulers) if known.endswith(LAST_WORD) and not any(word in known for word in OTHER_TASKS)]
     if whole not in every:

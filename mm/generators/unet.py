@@ -11,7 +11,7 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from mm.config import StrictConfig
-from mm.errors import ConfigError
+from mm.errors import ConfigError, UserError
 from mm.generators.denoiser import Condition, seen
 from mm.nn.attention import attend_by_products
 
@@ -113,8 +113,10 @@ def build_unet(
     config: UnetConfig, shape: tuple[int, int, int], words_width: int, vector_width: int | None, beside: int = 0
 ) -> Unet:
     """A UNet with fresh weights for samples of ``shape``. Raises `ConfigError` for options that it cannot have."""
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
+    try:
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    except ImportError:
+        raise UserError('a denoiser of kind unet needs diffusers; pip install "mm-suite[diffusion]"') from None
     for name in FIXED:
         if name in config.options:
             raise ConfigError(f"denoiser.options.{name}: follows from the latents and the text; leave it out")

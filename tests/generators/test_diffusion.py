@@ -1,5 +1,6 @@
 """From noise to data: known distributions come back, solvers agree with diffusers', guidance and kept parts act as they say."""
 
+import sys
 from typing import Any, get_args
 
 import pytest
@@ -176,3 +177,10 @@ def test_thresholds_and_rescaling() -> None:
 def test_bad_settings_are_told(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         run(StraightPath(), "velocity", 2, **options)
+
+
+def test_without_diffusers_its_schedulers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(UserError, match=r"needs diffusers; pip install"):
+        run(StraightPath(), "velocity", 2, solver="DDIM")
+    assert run(StraightPath(), "velocity", 2, solver="euler").shape == (2, 2)
