@@ -753,6 +753,8 @@ def generate(
         raise UserError(f"--keep {keep}: says what stays of a picture; give the picture with --image")
     if strength is not None and image is None:
         raise UserError(f"--strength {strength}: says how much of a picture is forgotten; give the picture with --image")
+    if strength is not None and keep is not None:
+        raise UserError("--strength changes all of --image, --keep says what of it stays: give one of both")
     show.check_outputs(out, json_file)
     share = 1.0 if strength is None else strength
     sampling = Sampling(

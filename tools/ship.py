@@ -46,7 +46,7 @@ PROMPTS = (
     "blue apple",
 )
 JUDGED = {"judge": "emoji-judge", "limit": 100, "best_of": 8, "train": "emoji:train/core"}
-UNCHOSEN = {"judge": "emoji-judge", "limit": 1000}
+UNCHOSEN = {"judge": "emoji-judge", "limit": 1000, "best_of": 1}
 """As many pictures as a distance between sets needs, the first one of each prompt."""
 
 
@@ -324,7 +324,7 @@ def main() -> None:
     parser.add_argument("--first-stages", nargs="*", type=Path, default=[], help="the runs that they start from")
     arguments = parser.parse_args()
     shipment = SHIPMENTS[arguments.name]
-    models = [replace(mm.load(run, precision="fp32"), name=arguments.name) for run in arguments.runs]
+    models = [rounded(replace(mm.load(run, precision="fp32"), name=arguments.name)) for run in arguments.runs]
     validation = [[measure(model) for measure in shipment.validation] for model in models]
     chosen = max(range(len(models)), key=lambda seed: validation[seed][0].metrics[shipment.headline].value)
     test = [[measure(model) for measure in shipment.test] for model in models]
@@ -353,13 +353,22 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
     shipped = mm.load(arguments.name, precision="fp32")
-    card["validation_as_shipped"] = shipment.validation[0](shipped).to_json()["metrics"][shipment.headline]
+    card["validation_as_shipped"] = card["validation"][shipment.headline]
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     page = _page(arguments.name, shipment, card, shipped, validation[chosen], test[chosen])
     if shipment.sheet:
         save_picture(shipment.sheet(shipped), Path(f"docs/images/{arguments.name}.png"))
     Path(f"docs/cards/{arguments.name}.md").write_text(page, encoding="utf-8")
     print(page)
+
+
+def rounded(model: Model) -> Model:
+    """The model with its weights as they will be in the file: every figure is of what ships."""
+    with torch.no_grad():
+        for tensor in model.system.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.bfloat16())
+    return model
 
 
 def models_seed(run: Path) -> int:
@@ -412,7 +421,6 @@ def _page(
         artist: "\n\n".join(f"`{m.command(name)}`\n\n{_table(r)}" for m, r in zip(measurements, results, strict=True))
         for artist, measurements, results in (("test", shipment.test, test), ("validation", shipment.validation, validation))
     }
-    as_shipped = _shown(card["validation_as_shipped"]["value"], validation[0].metrics[shipment.headline].unit)
     sheet = f"\n![what it makes](../images/{name}.png)\n" if shipment.sheet else ""
     return f"""# {name}
 {sheet}
@@ -437,7 +445,7 @@ def _page(
 
 {parts["validation"]}
 
-Rounding to bf16 for shipping gives `{shipment.headline}` {as_shipped}.
+All figures are of the weights as they ship, rounded to bf16.
 
 ## Limits
 

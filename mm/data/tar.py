@@ -185,6 +185,8 @@ def _read_extended(kind: bytes, data: bytes, position: int, pending: _Pending, l
             raise TarError(position, "sparse member or global path, which is not supported,")
         if kind == b"g" and keyword.startswith(ATTRIBUTE_PREFIX):
             listing.attributes[_text(keyword)] = _text(value)
+            if sum(len(name) + len(text) for name, text in listing.attributes.items()) > MAX_EXTENDED_BYTES:
+                raise TarError(position, "more attributes in global headers than one may hold")
         if keyword == b"path":
             pending.name = _text(value)
         elif keyword == b"size":

@@ -10,6 +10,7 @@ https://arxiv.org/abs/2207.12598, its interval https://arxiv.org/abs/2404.07724,
 dynamic thresholds https://arxiv.org/abs/2205.11487.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, get_args
@@ -19,9 +20,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mm.errors import UserError
-from mm.generators.sampling import guided, sample_generators
+from mm.generators.sampling import guided, guided_range, sample_generators
 from mm.generators.schedulers import SchedulerConfig, check_scheduler, library_steps, remaining_steps
-from mm.losses.diffusion import Path, Prediction, advanced, mixed, output_of, predicted_sample
+from mm.losses.diffusion import NUM_STEPS, DiffusionPath, Path, Prediction, advanced, mixed, output_of, predicted_sample
 from mm.types import Sampling, Solver
 
 
@@ -106,6 +107,9 @@ def diffuse(
     usual = SchedulerConfig() if usual is None else usual
     sampling = sampling if sampling.solver else replace(sampling, solver=usual.solver)
     check_diffusion(sampling)
+    guided_range(sampling, sampling.steps if start is None else remaining_steps(sampling))
+    if isinstance(path, DiffusionPath) and sampling.steps >= NUM_STEPS:
+        raise UserError(f"steps is {sampling.steps}; a diffusion of {NUM_STEPS} steps is sampled in fewer")
     generators = sample_generators(seeds)
     noise = gaussian_noise(generators, shape, device)
 
@@ -132,6 +136,10 @@ def diffuse(
             yield Step(sample, progress)
         return
     times = path.schedule(sampling.steps, sampling.shift).to(device)
+    if not bool((times.diff() < 0).all()):
+        raise UserError(
+            f"steps {sampling.steps} with shift {sampling.shift} meet a moment twice; take fewer steps or less shift"
+        )
     if start is None:
         yield from _solve(predict, path, prediction, noise, times, sampling, generators)
     else:
@@ -150,7 +158,7 @@ def check_diffusion(sampling: Sampling) -> None:
         raise UserError(f"rescale is {sampling.rescale}; take 0 for none to 1")
     if sampling.threshold and not 0.5 <= sampling.threshold <= 1:
         raise UserError(f"threshold is {sampling.threshold}; take 0 for none, or a share of the pixels from 0.5 to 1")
-    if sampling.shift <= 0:
+    if not 0 < sampling.shift < math.inf:
         raise UserError(f"shift is {sampling.shift}; take 1 for none, or more to spend more steps on noise")
 
 

@@ -90,7 +90,7 @@ class Denoising:
         shape = latents.latent_shape
         given = None if image is None else latents.to_latents(image)
         known = None if given is None or keep is None else Known(given, whole_cells(keep, shape[1:])[:, None])
-        start = given if known is None or sampling.strength < 1 else None
+        start = given if sampling.strength < 1 else None
         step = None
         for step in self.steps(denoiser, shape, condition, other, seeds, sampling, start=start, known=known):
             if on_picture is not None and step.progress < 1:

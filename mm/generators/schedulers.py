@@ -76,11 +76,14 @@ def library_steps(
         UserError: The scheduler does not go with the path or the prediction.
     """
     scheduler, wanted = scheduler_for(sampling, path, prediction, options)
+    timing: dict[str, Any] = {"num_inference_steps": sampling.steps}
     if isinstance(path, StraightPath) and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
-        even = torch.linspace(1, 0, sampling.steps + 1)[:-1].numpy()  # diffusers' own end is a thousandth before the data
-        scheduler.set_timesteps(sigmas=even, device=noise.device)
-    else:
-        scheduler.set_timesteps(sampling.steps, device=noise.device)
+        # diffusers' own end is a thousandth before the data
+        timing = {"sigmas": torch.linspace(1, 0, sampling.steps + 1)[:-1].numpy()}
+    try:
+        scheduler.set_timesteps(**timing, device=noise.device)
+    except ValueError as error:
+        raise UserError(f"solver {sampling.solver}, steps {sampling.steps}: {' '.join(str(error).split())}") from None
     moments = scheduler.timesteps
     if start is None:
         x = noise * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else noise
@@ -125,6 +128,10 @@ def scheduler_for(sampling: Sampling, path: Path, prediction: Prediction, given:
         raise UserError(f"solver {sampling.solver}: has no straight paths; take FlowMatchEulerDiscrete or UniPCMultistep")
     if not isinstance(path, DiffusionPath) or not {"trained_betas", "prediction_type"} <= known.keys():
         raise UserError(f"solver {sampling.solver}: has no diffusion of given variances; take DDIM or DPMSolverMultistep")
+    if sampling.shift != 1:
+        raise UserError(
+            f"solver {sampling.solver}: knows no shift on a diffusion; take euler, heun or dpm++, or leave shift out"
+        )
     wanted = "velocity" if prediction == "sample" else prediction  # which some schedulers do not know
     names = {"num_train_timesteps": NUM_STEPS, "trained_betas": path.variances.numpy(), "prediction_type": NAMES[wanted]}
     return kind(**options | names), wanted

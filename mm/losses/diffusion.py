@@ -218,7 +218,7 @@ def loss(
     | "velocity" | what makes it the error of a velocity; noise below 0.05 counts as 0.05 |
     """  # noqa: E501 - a table
     error = (output.float() - target(path, prediction, sample, noise, time)).square().flatten(1).mean(1)
-    if weighting == "uniform":
+    if weighting in ("uniform", prediction):
         return error
     alpha, sigma = path.coefficients(time)
     of_sample, of_noise = path.velocity_coefficients(time)

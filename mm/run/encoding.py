@@ -142,7 +142,9 @@ def check_encoding(
     if encoding.text is None:
         return
     if "text" not in whole.encodable:
-        raise ConfigError(f"{name}: holds features of captions, but system.text is trained along; encode it without --text")
+        raise ConfigError(
+            f"{name}: holds features of captions, but system.text is an encoder of its own; encode it without --text"
+        )
     _check_part("text", encoding.text.fingerprint, encoding.text.model, whole, system, name, _reading(processor))
     if data.captions != (CaptionTemplate(template="{text}"),) or data.text_field is not None:
         raise ConfigError(

@@ -104,7 +104,7 @@ def generate(
     """
     model = loaded(model, device, precision)
     painter, sampling = _painter(model), sampling or Sampling()
-    _check(prompts, count, best_of, ranker, sampling)
+    _check(prompts, count, best_of, ranker, sampling, negative)
     chooser = None if ranker is None else ranking(loaded(ranker, device, precision))
     given = canvas(model, image, keep)
     finish = given.pasted if given and paste else _as_it_is
@@ -146,7 +146,7 @@ def best(paintings: Sequence[Painting], ranker: Model, best_of: int = 1) -> list
 
 def ranking(ranker: Model) -> Model:
     """The model itself, where it can choose among pictures. Raises `UserError` where it has no shared space."""
-    if not isinstance(ranker.system, Embeds):
+    if not isinstance(ranker.system, Embeds) or not {"image", "text"} <= ranker.system.encoders().keys():
         raise UserError(f"ranker {ranker.name}: has no shared space of pictures and texts; take a model such as emoji-clip")
     return ranker
 
@@ -266,7 +266,7 @@ def _abilities(model: Model) -> str:
     return ", ".join(sorted(model.capabilities)) or "nothing yet"
 
 
-def _check(prompts: Sequence[str], count: int, best_of: int, ranker: object, sampling: Sampling) -> None:
+def _check(prompts: Sequence[str], count: int, best_of: int, ranker: object, sampling: Sampling, negative: str | None) -> None:
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise UserError("nothing to paint: give at least one prompt that is not empty")
     if count < 1 or best_of < 1:
@@ -274,3 +274,5 @@ def _check(prompts: Sequence[str], count: int, best_of: int, ranker: object, sam
     if best_of > 1 and ranker is None:
         raise UserError("best_of needs a ranker that chooses; give one such as emoji-clip")
     check_sampling(sampling)
+    if negative is not None and (sampling.guidance == 1 or not negative.strip()):
+        raise UserError("negative: is what guidance leads away from; give some words, and guidance other than 1")

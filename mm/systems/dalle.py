@@ -36,7 +36,7 @@ from mm.nn.transformer import Block, FeedForward, Transformer
 from mm.systems.published_vq import PublishedVq, TokenizerConfig, build_tokenizer
 from mm.systems.settings import SystemSettings
 from mm.systems.vq import Vq
-from mm.tokenizers.image import check_kept, kept_tokens
+from mm.tokenizers.image import check_kept, check_token_sampling, kept_tokens
 from mm.tokenizers.memory import TokenMemory
 from mm.types import Batch, Losses, OnPicture, Sampling, System, TextBatch
 
@@ -200,6 +200,7 @@ class Dalle(System):
     ) -> Tensor:
         """See `mm.types.Paints`. Tokens are made from the top left on, so the kept part of ``image`` must be its upper rows."""
         check_kept(image, keep)
+        check_token_sampling(sampling)
         prompt = self.prompt(text)
         nothing = self.prompt(TextBatch(text.ids, torch.zeros_like(text.lengths)) if negative is None else negative)
         prefix = None if image is None or keep is None else self._kept(image, keep)

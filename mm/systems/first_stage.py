@@ -173,7 +173,7 @@ def perceptual_network(config: FirstStageSettings, parts: Mapping[str, Any] | No
     if not parts or "perceptual" not in parts:
         return None
     system = parts["perceptual"]
-    network = system.encoders()["image"] if isinstance(system, Embeds) else None
+    network = system.encoders().get("image") if isinstance(system, Embeds) else None
     if not isinstance(network, Stages):
         raise ConfigError(
             f"perceptual: '{config.perceptual}' has no picture encoder with feature maps; take a model such as emoji-clip"

@@ -589,7 +589,7 @@ def build(config: FlowSettings, parts: Mapping[str, Any] | None = None) -> Flow:
     latents, text = build_latents(config.latents, parts), build_prompt_network(config.text, parts)
     shape = latents.latent_shape
     align: Any = (parts or {}).get("align")
-    if config.align is not None and not isinstance(align, Embeds):
+    if config.align is not None and not (isinstance(align, Embeds) and "image" in align.encoders()):
         raise ConfigError(f"align.model: '{config.align.model}' has no picture tower; take a model such as emoji-clip")
     teacher = (parts or {}).get("teacher")
     if config.distil is not None:

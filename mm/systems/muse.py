@@ -30,7 +30,7 @@ from mm.nn.transformer import Block, FeedForward, Transformer
 from mm.systems.published_vq import PublishedVq, TokenizerConfig, build_tokenizer
 from mm.systems.settings import SystemSettings
 from mm.systems.vq import Vq
-from mm.tokenizers.image import check_kept, kept_tokens
+from mm.tokenizers.image import check_kept, check_token_sampling, kept_tokens
 from mm.tokenizers.memory import TokenMemory
 from mm.types import Batch, Losses, OnPicture, Sampling, System, TextBatch
 
@@ -179,6 +179,7 @@ class Muse(System):
     ) -> Tensor:
         """See `mm.types.Paints`. Any part of ``image`` may be kept: in- and out-painting."""
         check_kept(image, keep)
+        check_token_sampling(sampling)
         ids = torch.full((len(text), self.num_tokens), self.mask_id, device=text.ids.device)
         if image is not None and keep is not None:
             ids = torch.where(kept_tokens(keep, self.tokenizer.grid), self.tokenizer.encode(image), ids)

@@ -126,4 +126,4 @@ def build_prompt_network(config: "PromptEncoderConfig", parts: Mapping[str, Any]
         raise ConfigError(f"text: '{config}' names a model; give it as a part, or its configuration in its place")
     if isinstance(config, TextEncoderConfig):
         return build_text_encoder(config)
-    return freeze(MODULES[config.name].build(config))  # pyright: ignore[reportArgumentType] - each builds its own
+    return freeze(MODULES[config.name].build(config.for_inference()))  # pyright: ignore[reportArgumentType] - each builds its own

@@ -20,7 +20,9 @@ from mm.nn.conv import PictureDecoder, PictureEncoder
 from mm.nn.precision import full_precision
 from mm.nn.quantize import FiniteScalarQuantizer, GumbelQuantizer, Quantized, VectorQuantizer
 from mm.tokenizers.limits import check_ids, check_pictures
+from mm.types import Sampling
 
+USUAL = Sampling()
 LAPLACE_EPS = 0.1
 """Pixels are squeezed into (eps, 1 - eps) for logit-Laplace distributions (https://arxiv.org/abs/2102.12092, A.3)."""
 
@@ -300,6 +302,19 @@ def kept_tokens(keep: Bool[Tensor, "b H W"], grid: tuple[int, int]) -> Bool[Tens
     """Tokens all of whose pixels are kept, in raster order."""
     share = F.adaptive_avg_pool2d(keep.float()[:, None], grid)
     return (share == 1).flatten(1)
+
+
+NOISE_OPTIONS = ("solver", "rescale", "threshold", "strength", "shift")
+"""Of `mm.types.Sampling`: they mean nothing to painters with tokens."""
+
+
+def check_token_sampling(sampling: Sampling) -> None:
+    """Raises `UserError` for settings that are for generators from noise."""
+    for name in NOISE_OPTIONS:
+        if getattr(sampling, name) != getattr(USUAL, name):
+            raise UserError(
+                f"{name}: is for generators from noise, not for painters with tokens; leave it out, or take emoji-flow"
+            )
 
 
 def check_kept(image: Tensor | None, keep: Tensor | None) -> None:

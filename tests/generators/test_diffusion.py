@@ -132,7 +132,8 @@ def test_guidance_one_is_none_and_the_interval_limits_it() -> None:
     assert not torch.equal(guided, without)
     last(guidance=3.0, guidance_interval=(0.25, 0.5))
     assert calls == [False, False, True, True, True, False, False, False, False]
-    torch.testing.assert_close(last(guidance=3.0, guidance_interval=(0.3, 0.3)), without)
+    with pytest.raises(UserError, match="holds none of the 9 choices"):
+        last(guidance=3.0, guidance_interval=(0.3, 0.3))
 
 
 def test_what_is_known_stays_and_strength_keeps_the_rest_near() -> None:
@@ -172,6 +173,7 @@ def test_thresholds_and_rescaling() -> None:
         ({"rescale": 2.0}, "rescale is 2.0"),
         ({"threshold": 0.2}, "threshold is 0.2"),
         ({"shift": 0.0}, "shift is 0.0"),
+        ({"shift": float("inf")}, "shift is inf"),
     ],
 )
 def test_bad_settings_are_told(options: dict[str, Any], message: str) -> None:
@@ -184,3 +186,17 @@ def test_without_diffusers_its_schedulers_are_told(monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError, match=r"needs diffusers; pip install"):
         run(StraightPath(), "velocity", 2, solver="DDIM")
     assert run(StraightPath(), "velocity", 2, solver="euler").shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 1000}, "is sampled in fewer"),
+        ({"steps": 200, "shift": 10.0}, "meet a moment twice"),
+        ({"solver": "DDIM", "shift": 2.0}, "knows no shift on a diffusion"),
+        ({"solver": "LCM", "steps": 60}, "solver LCM, steps 60"),
+    ],
+)
+def test_what_a_diffusion_cannot_do_is_told(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(PATHS["ddpm"], "velocity", 2, **options)

@@ -122,6 +122,7 @@ def test_command_line(workshop: Path, tmp_path: Path) -> None:
         ({"sampling": Sampling(threshold=0.9)}, "threshold: is for pixels"),
         ({"sampling": Sampling(steps=0)}, "steps is 0"),
         ({"sampling": Sampling(strength=2.0)}, "strength is 2.0"),
+        ({"negative": "blue", "sampling": Sampling(guidance=1.0)}, "what guidance leads away from"),
     ],
 )
 def test_bad_requests(workshop: Path, options: dict[str, Any], message: str) -> None:

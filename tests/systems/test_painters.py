@@ -190,6 +190,10 @@ def test_only_the_upper_part_can_be_kept_by_an_autoregressive_model() -> None:
     with pytest.raises(UserError, match="from the top left on"):
         system.paint(texts(6, 2), [1, 2], Sampling(), image=data.image, keep=keep)
     muse = spread(small("muse"))
+    with pytest.raises(UserError, match="solver: is for generators from noise"):
+        muse.paint(texts(6, 2), [1, 2], Sampling(solver="euler"))
+    with pytest.raises(UserError, match="not changed as a whole"):
+        muse.paint(texts(6, 2), [1, 2], Sampling(), image=data.image)
     made = muse.paint(texts(6, 2), [1, 2], Sampling(), image=data.image, keep=keep)
     assert made.shape == data.image.shape
 
