@@ -68,6 +68,8 @@ def test_system_builds_and_every_parameter_learns(path: Path, published: Mapping
     parts = {name: _part(reference) for name, reference in config.system.parts().items()}
     known = {"answer_text": TextBatch(torch.tensor([[1, 5, 2], [1, 6, 2]]), torch.tensor([3, 3]))}
     built: dict[str, Any] = {name: build(part) for name, part in parts.items()}
+    if "align" in network.training_parts():
+        built["align"] = build(_part(network.training_parts()["align"]))
     if "teacher" in network.training_parts():  # a run that is not there; a network of the same kind teaches as well
         built["teacher"] = build(network.for_inference(), built)
     system = build(network, built | (known if network.learns_answers else {}))
