@@ -26,6 +26,8 @@ MAX_SAME_VALUE_TRIES = 16
 MAX_OTHER_TRIES = 64
 SUBSTITUTE_DRAWS = 512
 
+_OF_THE_JOB = {signal.SIGINT, signal.SIGTERM}
+
 
 @dataclass(frozen=True)
 class Task:
@@ -188,7 +190,8 @@ def _in_workers(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
-        stream = iter(loader)
+        with _signals_held():
+            stream = iter(loader)
     _report_deaths_clearly()
     try:
         while True:
@@ -207,12 +210,27 @@ def _as_it_is(fetched: Fetched) -> Fetched:
     return fetched
 
 
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Workers start with these signals blocked: one that arrives before `_start_worker` waits for it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_JOB)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(_: int) -> None:
     """Leave signals sent to all processes of a training job (Ctrl-C, a scheduler's SIGTERM) to the training process."""
     with contextlib.suppress(AttributeError, OSError):
         os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _let_pass_once)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_THE_JOB)
 
 
 def _let_pass_once(number: int, _: FrameType | None) -> None:
