@@ -3,8 +3,8 @@
 Papers: Muse https://arxiv.org/abs/2301.00704, MaskGIT https://arxiv.org/abs/2202.04200 (the schedule and the decoding),
 classifier-free guidance https://arxiv.org/abs/2207.12598 (``caption_dropout``).
 
-Deviations from Muse: the text encoder is small and trained along (Muse's is a frozen T5-XXL); one resolution, without a second
-stage for a finer one; ``text_fusion: concat`` puts words and picture tokens into one sequence instead of attending across.
+Deviations from Muse: one resolution, without a second stage for a finer one; the text encoder may also be small and trained along
+(Muse's is a frozen T5-XXL); ``text_fusion: concat`` puts words and picture tokens into one sequence instead of attending across.
 """
 
 import functools
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mm.encoders.text import TextEncoder, TextEncoderConfig, build_text_encoder
+from mm.encoders.text import TextEncoderConfig
 from mm.generators.masked import generate
 from mm.nn.attention import MultiHeadAttention
 from mm.nn.embeddings import GridPositions
@@ -27,6 +27,7 @@ from mm.nn.initialise import initialise
 from mm.nn.masks import attention_mask
 from mm.nn.stacked import stacked
 from mm.nn.transformer import Block, FeedForward, Transformer
+from mm.systems.prompted import PromptEncoder, PromptEncoderConfig, build_prompt_network, text_limits, with_vocabulary
 from mm.systems.published_vq import PublishedVq, TokenizerConfig, build_tokenizer
 from mm.systems.settings import SystemSettings
 from mm.systems.vq import Vq
@@ -43,7 +44,7 @@ class MuseConfig(SystemSettings):
 
     Args:
         tokenizer: A MODEL that turns pictures into tokens, held fixed, or its configuration.
-        text: The text encoder, trained along.
+        text: A MODEL with a text tower, held fixed, or the configuration of a text encoder that is trained along.
         text_fusion: Picture tokens attend to the words in layers of their own (``cross``), or share a sequence (``concat``).
         width: Feature width.
         layers: Number of blocks.
@@ -57,7 +58,7 @@ class MuseConfig(SystemSettings):
 
     name: Literal["muse"] = "muse"
     tokenizer: TokenizerConfig = "emoji-vq"
-    text: TextEncoderConfig = TextEncoderConfig(
+    text: PromptEncoderConfig = TextEncoderConfig(
         width=192, layers=2, context_length=16, vocab_size=2048, causal=False, pooling="mean"
     )
     text_fusion: Literal["cross", "concat"] = "cross"
@@ -77,13 +78,13 @@ class MuseConfig(SystemSettings):
 
     @property
     def text_limits(self) -> tuple[int, int]:
-        return self.text.vocab_size, self.text.context_length
+        return text_limits(self.text)
 
     def with_vocabulary(self, size: int) -> "MuseConfig":
-        return self.model_copy(update={"text": self.text.model_copy(update={"vocab_size": size})})
+        return self.model_copy(update={"text": with_vocabulary(self.text, size)})
 
     def parts(self) -> dict[str, str]:
-        return {"tokenizer": self.tokenizer} if isinstance(self.tokenizer, str) else {}
+        return {name: part for name in ("tokenizer", "text") if isinstance(part := getattr(self, name), str)}
 
     @model_validator(mode="after")
     def _possible(self) -> "MuseConfig":
@@ -97,30 +98,38 @@ class Muse(System):
 
     Args:
         tokenizer: Pictures to ids and back; held fixed.
-        text: Encodes the words.
+        text: Reads the words; held fixed or trained along.
         transformer: Ends with its own norm; has cross-attention for ``text_fusion: cross``.
         config: Sizes and weights.
     """
 
-    def __init__(self, tokenizer: Vq | PublishedVq, text: TextEncoder, transformer: Transformer, config: MuseConfig) -> None:
+    def __init__(self, tokenizer: Vq | PublishedVq, text: Any, transformer: Transformer, config: MuseConfig) -> None:
         super().__init__()
         self.tokenizer = freeze(tokenizer)
         self.text = text
+        self._reader = PromptEncoder(text)
         self.transformer = transformer
         self.config = config
         self._encode = TokenMemory(tokenizer.encode, config.remember_tokens) if config.remember_tokens else tokenizer.encode
         self.mask_id, self.num_tokens = tokenizer.vocab_size, tokenizer.grid[0] * tokenizer.grid[1]
         self.tokens = nn.Embedding(tokenizer.vocab_size + 1, config.width)  # the last is the hidden token
         self.positions = GridPositions(*tokenizer.grid, config.width)
-        self.words = nn.Linear(text.width, config.width)
+        self.words = nn.Linear(self._reader.words_width, config.width)
         self.no_words = nn.Parameter(torch.zeros(config.width))
         self.dropout = nn.Dropout(config.dropout)
         self.head = end(nn.Linear(config.width, tokenizer.vocab_size))
 
+    @property
+    def only_for_training(self) -> tuple[str, ...]:
+        """See `mm.types.System`."""
+        return tuple(f"text.{name}" for name in self.text.only_for_training) if isinstance(self.text, System) else ()
+
     def cast_(self, dtype: torch.dtype) -> None:
         """Hold all but the tokenizer in another floating type, for inference."""
         for name, part in self.named_children():
-            if name != "tokenizer":
+            if isinstance(part, System):
+                part.cast_(dtype)
+            elif name != "tokenizer":
                 part.to(dtype)
         self.no_words.data = self.no_words.data.to(dtype)
 
@@ -145,8 +154,8 @@ class Muse(System):
 
     def context(self, text: TextBatch) -> tuple[Tensor, Tensor]:
         """Word features ``(B, T, D)`` and which of them are there ``(B, T)``."""
-        encoded = self.text(text)
-        return self.words(encoded.tokens), encoded.mask
+        read = self._reader(text)
+        return self.words(read.words.to(self.words.weight.dtype)), read.known
 
     def predict(self, ids: Tensor, words: Tensor, known: Tensor) -> Tensor:
         """Logits ``(B, N, K)`` of every picture token.
@@ -216,7 +225,7 @@ def hide(ids: Tensor) -> Tensor:
 
 
 def build(config: MuseConfig, parts: Mapping[str, Any] | None = None) -> Muse:
-    """Build Muse with fresh weights; ``parts["tokenizer"]`` may hold a trained tokenizer."""
+    """Build Muse with fresh weights; ``parts`` may hold a trained ``tokenizer``, and a system that reads texts as ``text``."""
     tokenizer = build_tokenizer(config.tokenizer, parts)
 
     def make_block(_: int) -> Block:
@@ -231,7 +240,7 @@ def build(config: MuseConfig, parts: Mapping[str, Any] | None = None) -> Muse:
         )
 
     transformer = Transformer(make_block, config.layers, final_norm=nn.LayerNorm(config.width))
-    muse = Muse(tokenizer, build_text_encoder(config.text), transformer, config)
+    muse = Muse(tokenizer, build_prompt_network(config.text, parts), transformer, config)
     initialise(muse.transformer)
     initialise(muse.positions)
     nn.init.normal_(muse.tokens.weight, std=0.02)
