@@ -7,12 +7,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mm.config import StrictConfig, read_json, validate
 from mm.errors import CheckpointError, UserError
+from mm.media.audio import AudioSpec, fit_audio, open_audio
 from mm.media.image import ImageSpec, fit_image, open_image
 from mm.tokenizers.text import TextTokenizer
-from mm.types import TextBatch
+from mm.types import AudioBatch, TextBatch
 
 PROCESSOR_FILE = "processor.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -29,6 +31,7 @@ class ProcessorConfig(StrictConfig):
         background: RGB colour under transparent pixels, and of the padding.
         tokenizer: ``bpe`` is trained on the captions of the training data, ``clip`` is the vocabulary of OpenAI's CLIP.
         templates: Prompts that surround a class name, ``{}`` being the name.
+        audio: How recordings become waves, for systems that take them.
     """
 
     fit: Literal["crop", "squash", "content"] = "crop"
@@ -37,6 +40,7 @@ class ProcessorConfig(StrictConfig):
     background: tuple[int, int, int] = (255, 255, 255)
     tokenizer: Literal["bpe", "clip"] = "bpe"
     templates: tuple[str, ...] = ("{}",)
+    audio: AudioSpec = AudioSpec()
 
     def image_spec(self, size: int) -> ImageSpec:
         """The picture preparation for one side length in pixels."""
@@ -49,6 +53,7 @@ class SavedProcessor(StrictConfig):
     """The content of ``processor.json``."""
 
     image: ImageSpec | None = None
+    audio: AudioSpec | None = None
     context_length: int
     templates: tuple[str, ...]
 
@@ -61,6 +66,7 @@ class Processor:
         tokenizer: Text to ids; None for models without text.
         context_length: Longest text in tokens, start and end included; 0 for models without text.
         templates: Prompts for class names.
+        audio: What waves are made of recordings; None for models without sound.
     """
 
     def __init__(
@@ -70,8 +76,10 @@ class Processor:
         tokenizer: TextTokenizer | None = None,
         context_length: int = 0,
         templates: Sequence[str] = ("{}",),
+        audio: AudioSpec | None = None,
     ) -> None:
         self._image_spec = image
+        self._audio_spec = audio
         self._tokenizer = tokenizer
         self.context_length = context_length
         self.templates = tuple(templates)
@@ -85,8 +93,20 @@ class Processor:
     def image_spec(self) -> ImageSpec:
         """Geometry of the pictures. Raises `UserError` for models without pictures."""
         if self._image_spec is None:
-            raise UserError("this model takes texts only, no pictures; choose another model")
+            raise UserError("this model takes no pictures; choose another model")
         return self._image_spec
+
+    @property
+    def has_audio(self) -> bool:
+        """Whether the model takes recordings."""
+        return self._audio_spec is not None
+
+    @property
+    def audio_spec(self) -> AudioSpec:
+        """What waves the model takes. Raises `UserError` for models without sound."""
+        if self._audio_spec is None:
+            raise UserError("this model takes no recordings; choose one that hears, such as emoji-audio")
+        return self._audio_spec
 
     @property
     def has_text(self) -> bool:
@@ -97,7 +117,7 @@ class Processor:
     def tokenizer(self) -> TextTokenizer:
         """Text to ids. Raises `UserError` for models without text."""
         if self._tokenizer is None:
-            raise UserError("this model takes pictures only, no text; choose another model")
+            raise UserError("this model takes no text; choose another model")
         return self._tokenizer
 
     def image(self, raw: Any) -> Tensor:
@@ -114,6 +134,15 @@ class Processor:
         """Several pictures to uint8 ``(B, 3, S, S)``."""
         return torch.stack([self.image(raw) for raw in raws])
 
+    def audio(self, raw: Any) -> Tensor:
+        """One recording (path, bytes of a file, or an array at the model's rate) to a wave ``(T,)``, fp32, always the same."""
+        spec = self.audio_spec
+        return fit_audio(open_audio(raw, spec.rate, max_seconds=spec.max_seconds), spec)
+
+    def audios(self, raws: Sequence[Any]) -> AudioBatch:
+        """Several recordings, filled up with zeros behind their ends."""
+        return padded([self.audio(raw) for raw in raws])
+
     def text(self, texts: Sequence[str], *, words: bool = False) -> TextBatch:
         """Texts to ids, trimmed to the longest of them, and on demand which of these make a word."""
         return self.tokenizer(texts, self.context_length, words=words)
@@ -125,11 +154,18 @@ class Processor:
             tokenizer=self.tokenizer.without_start(),
             context_length=self.context_length,
             templates=self.templates,
+            audio=self._audio_spec,
         )
 
     def with_image(self, image: ImageSpec) -> "Processor":
         """The same, but it prepares pictures like this."""
-        return Processor(image=image, tokenizer=self._tokenizer, context_length=self.context_length, templates=self.templates)
+        return Processor(
+            image=image,
+            tokenizer=self._tokenizer,
+            context_length=self.context_length,
+            templates=self.templates,
+            audio=self._audio_spec,
+        )
 
     def beginnings(self, texts: Sequence[str]) -> TextBatch:
         """Texts that are to be continued: as `text`, but without the end. Raises `UserError` where a text leaves no room."""
@@ -141,15 +177,21 @@ class Processor:
 
     def stamp(self) -> dict[str, Any]:
         """What an evaluation's protocol stamp says of the preparation."""
-        if not self.has_image:
-            return {}
-        spec = self.image_spec
-        return {"resize": f"{spec.fit} to {spec.size} px, {spec.interpolation}, antialiased"}
+        facts: dict[str, Any] = {}
+        if self.has_image:
+            spec = self.image_spec
+            facts["resize"] = f"{spec.fit} to {spec.size} px, {spec.interpolation}, antialiased"
+        if self.has_audio:
+            facts["sound"] = f"{self.audio_spec.rate} Hz, mono, the first {self.audio_spec.max_seconds:g} s"
+        return facts
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the vocabulary, JSON ready: the content of ``processor.json``."""
-        saved = SavedProcessor(image=self._image_spec, context_length=self.context_length, templates=self.templates)
-        return saved.model_dump(mode="json", exclude=None if self.has_image else {"image"})
+        saved = SavedProcessor(
+            image=self._image_spec, audio=self._audio_spec, context_length=self.context_length, templates=self.templates
+        )
+        absent = {name for name, there in (("image", self.has_image), ("audio", self.has_audio)) if not there}
+        return saved.model_dump(mode="json", exclude=absent)
 
     def save(self, folder: Path) -> None:
         """Write ``processor.json`` and ``tokenizer.json`` into an existing folder."""
@@ -169,4 +211,10 @@ class Processor:
             tokenizer=TextTokenizer.load(folder / TOKENIZER_FILE) if saved.context_length else None,
             context_length=saved.context_length,
             templates=saved.templates,
+            audio=saved.audio,
         )
+
+
+def padded(waves: Sequence[Tensor]) -> AudioBatch:
+    """Waves ``(T,)`` of any lengths, with zeros behind their ends."""
+    return AudioBatch(pad_sequence(list(waves), batch_first=True), torch.tensor([len(wave) for wave in waves]))

@@ -89,6 +89,32 @@ class TextBatch:
         return TextBatch(self.ids.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True), words)
 
 
+@dataclass(frozen=True)
+class AudioBatch:
+    """Waves of one channel.
+
+    Args:
+        waves: fp32 about -1..1, ``(B, T)``, zeros behind the end.
+        lengths: Number of real samples of each row, ``(B,)`` int64.
+    """
+
+    waves: Tensor
+    lengths: Tensor
+
+    def __len__(self) -> int:
+        return len(self.waves)
+
+    def __getitem__(self, rows: slice | Tensor) -> "AudioBatch":
+        return AudioBatch(self.waves[rows], self.lengths[rows])
+
+    def valid(self) -> Tensor:
+        """True for real samples, False behind the end, ``(B, T)``."""
+        return torch.arange(self.waves.shape[1], device=self.waves.device) < self.lengths[:, None]
+
+    def to(self, device: torch.device) -> "AudioBatch":
+        return AudioBatch(self.waves.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True))
+
+
 MEDIUM = -1
 """Stands in the ids of a text for a medium, such as a picture."""
 
@@ -137,6 +163,7 @@ class Batch:
         latents: What a frozen part made of the pictures (`Compresses`), ``(B, C, h, w)`` in half precision; in place of
             ``image``.
         features: What a frozen part made of the captions, words and a vector each, in half precision; in place of ``text``.
+        audio: One recording a sample.
     """
 
     ids: tuple[str, ...]
@@ -149,6 +176,7 @@ class Batch:
     interleaved: Interleaved | None = None
     latents: Tensor | None = None
     features: Encoded | None = None
+    audio: AudioBatch | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -165,6 +193,7 @@ class Batch:
             interleaved=None if self.interleaved is None else self.interleaved[rows],
             latents=None if self.latents is None else self.latents[rows],
             features=None if self.features is None else self.features[rows],
+            audio=None if self.audio is None else self.audio[rows],
         )
 
     def to(self, device: torch.device) -> "Batch":
@@ -176,6 +205,7 @@ class Batch:
             interleaved=None if self.interleaved is None else self.interleaved.to(device),
             latents=None if self.latents is None else self.latents.to(device, non_blocking=True),
             features=None if self.features is None else self.features.to(device),
+            audio=None if self.audio is None else self.audio.to(device),
         )
 
 
@@ -273,6 +303,34 @@ class Embeds(Protocol):
 
     def encoders(self) -> Mapping[str, nn.Module]:
         """The encoder of each modality, for what concerns encoders alone (compilation, adaptation, export)."""
+        ...
+
+
+@runtime_checkable
+class Hears(Protocol):
+    """Systems with recordings and texts, and maybe pictures (`Embeds`), in a shared space. Vectors have unit length."""
+
+    def embed_audio(self, audio: AudioBatch) -> Tensor:
+        """Unit vectors ``(B, D)``, fp32; a recording's does not depend on the others of its batch."""
+        ...
+
+    def embed_text(self, text: TextBatch) -> Tensor: ...
+
+    def scores(self, queries: Tensor, items: Tensor) -> Tensor:
+        """See `Embeds.scores`."""
+        ...
+
+    def encoders(self) -> Mapping[str, nn.Module]:
+        """See `Embeds.encoders`."""
+        ...
+
+
+@runtime_checkable
+class Transcribes(Protocol):
+    """Systems that write down what is said."""
+
+    def transcribe(self, audio: AudioBatch, *, beams: int = 1) -> list[tuple[int, ...]]:
+        """Token ids of what recording i says, by the most likely path, or with ``beams`` the most likely words."""
         ...
 
 
@@ -639,6 +697,8 @@ class CompilesSampling(Protocol):
 
 CAPABILITIES: Mapping[str, type] = {
     "embeds": Embeds,
+    "hears": Hears,
+    "transcribes": Transcribes,
     "tokenizes": Tokenizes,
     "compresses": Compresses,
     "matches": Matches,

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from mm.config import StrictConfig
 from mm.data.augment import AugmentConfig
+from mm.data.augment_audio import AudioAugmentConfig
 from mm.data.captions import CaptionTemplate
 from mm.data.episodes import EpisodeConfig
 
@@ -55,6 +56,7 @@ class DataConfig(StrictConfig):
         label_field: Column or key that holds the class.
         captions: Templates of training captions, chosen by weight.
         augment: Random changes of training pictures.
+        augment_audio: Random changes of training recordings.
         sampling: Which samples may meet in a batch.
         positives: Which samples of a batch show the same thing: those with equal captions (``text``), none, or those with equal
             values of the named field.
@@ -72,6 +74,7 @@ class DataConfig(StrictConfig):
     label_field: str | None = None
     captions: tuple[CaptionTemplate, ...] = Field(default=(CaptionTemplate(template="{text}"),), min_length=1)
     augment: AugmentConfig = AugmentConfig()
+    augment_audio: AudioAugmentConfig = AudioAugmentConfig()
     sampling: SamplingConfig = SamplingConfig()
     positives: str = "text"
     episodes: EpisodeConfig | None = None

@@ -127,23 +127,38 @@ def build(size: int, cache: str | Path | None = None, progress: Progress | None 
     """
     if not MIN_SIZE <= size <= MAX_SIZE:
         raise UserError(f"emoji are drawn at {MIN_SIZE} to {MAX_SIZE} pixels, not {size}")
+    return built_once(f"emoji-{size}-{_digest()}", lambda folder: _draw_all(folder, size, progress), cache, rebuild=rebuild)
+
+
+def built_once(name: str, write: Callable[[Path], None], cache: str | Path | None = None, *, rebuild: bool = False) -> Path:
+    """A folder of the cache that ``write`` fills at the first call; see `build` for what it withstands.
+
+    Args:
+        name: Of the folder; says what is in it, its version included.
+        write: Makes the folder that it is given.
+        cache: Folder for caches; default: `mm.paths.cache_folder`.
+        rebuild: Make it again even if it is there.
+
+    Raises:
+        UserError: A cache folder that cannot be written.
+    """
     root = Path(cache) if cache is not None else cache_folder()
-    target = root / f"emoji-{size}-{_digest()}"
+    target = root / name
     if target.is_dir() and not rebuild:
         return target
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _lock(root / f".{target.name}.lock"):
-            for leftover in root.glob(f".{target.name}.part-*"):
+        with _lock(root / f".{name}.lock"):
+            for leftover in root.glob(f".{name}.part-*"):
                 shutil.rmtree(leftover)
             if rebuild and target.is_dir():
                 shutil.rmtree(target)
             if not target.is_dir():
-                part = root / f".{target.name}.part-{os.getpid()}"
-                _draw_all(part, size, progress)
+                part = root / f".{name}.part-{os.getpid()}"
+                write(part)
                 os.replace(part, target)
     except OSError as error:
-        raise UserError(f"{root}: the emoji cannot be built there: {error}; set MM_CACHE to a writable folder") from None
+        raise UserError(f"{root}: {name} cannot be built there: {error}; set MM_CACHE to a writable folder") from None
     return target
 
 

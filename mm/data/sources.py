@@ -21,6 +21,7 @@ from mm.data.folder import FolderSource
 from mm.data.huggingface import HuggingFaceSource, parquet_files
 from mm.data.questions import open_emoji_questions
 from mm.data.shards import ShardSource
+from mm.data.speech import open_speech
 from mm.data.table import TABLE_SUFFIXES, TableSource
 from mm.errors import BadSample, UserError
 from mm.types import Sample, Source
@@ -29,12 +30,17 @@ Progress = Callable[[int, int | None], None]
 
 PROBED_SAMPLES = 50
 
-EMBEDDED: Mapping[str, Callable[[str, int, Any], Source]] = {"emoji": open_emoji, "emoji-vqa": open_emoji_questions}
+EMBEDDED: Mapping[str, Callable[[str, int, Any], Source]] = {
+    "emoji": open_emoji,
+    "emoji-vqa": open_emoji_questions,
+    "emoji-speech": open_speech,
+}
 """Openers of the data that come with the package, by what a source begins with."""
 
 EXPECTED = (
-    "a source is emoji:train (or :validation, :test), emoji-vqa:train, a folder of pictures, a CSV, TSV or JSONL table, "
-    "tar shards such as 'shards/{000..010}.tar', a Hugging Face datasets folder, or an evaluation set such as imagenet:FOLDER"
+    "a source is emoji:train (or :validation, :test), emoji-vqa:train, emoji-speech:train, a folder of pictures, a CSV, TSV or "
+    "JSONL table, tar shards such as 'shards/{000..010}.tar', a Hugging Face datasets folder, or an evaluation set such as "
+    "imagenet:FOLDER"
 )
 
 

@@ -9,15 +9,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mm.data.augment import AugmentConfig, augment, may_flip, mirrored
+from mm.data.augment_audio import AudioAugmentConfig, augment_audio
 from mm.data.captions import Captioner, look_up
 from mm.data.features import Encoding, TextFeatures, read_features
 from mm.data.questions import question_of
 from mm.errors import BadSample
 from mm.evaluation.vqa import accepted
+from mm.media.audio import decode_audio, fit_audio
 from mm.media.image import decode_image, fit_image
-from mm.processor import Processor
+from mm.processor import Processor, padded
 from mm.seeding import derive_seed, generator
-from mm.types import Batch, Encoded, Sample
+from mm.types import AudioBatch, Batch, Encoded, Sample
 
 RGBA_CHANNELS = 4
 
@@ -28,7 +30,8 @@ class Item:
 
     ``image`` is pixels uint8 ``(3 or 4, S, S)``, None for models without pictures. ``answers`` are the right answers to its
     question and how right they are, where they are learned. ``latents`` ``(V, C, h, w)`` stand for the picture and its mirror
-    image, ``features`` for the caption, where these were computed before.
+    image, ``features`` for the caption, where these were computed before. ``audio`` is a wave ``(T,)``, None for models without
+    sound.
     """
 
     id: str
@@ -41,6 +44,7 @@ class Item:
     answers: Mapping[str, float] = field(default_factory=dict)
     latents: Tensor | None = None
     features: TextFeatures | None = None
+    audio: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class TrainPreparation:
         answers: Whether samples are questions whose answers are learned; captions are then of the question.
         words: Whether captions come with the words that their tokens make.
         encoding: How samples were encoded, where they hold latents instead of pictures.
+        augment_audio: Augmentation of recordings.
     """
 
     processor: Processor
@@ -66,6 +71,7 @@ class TrainPreparation:
     answers: bool = False
     words: bool = False
     encoding: Encoding | None = None
+    augment_audio: AudioAugmentConfig = field(default_factory=AudioAugmentConfig)
 
     def __call__(self, sample: Sample, visit: int) -> Item:
         caption = ""
@@ -83,6 +89,7 @@ class TrainPreparation:
             answers=accepted(question_of(sample.fields, sample.id).answers) if self.answers else {},
             latents=None if known is None else known.latents,
             features=known.texts[sample.texts.index(caption)] if known is not None and known.texts else None,
+            audio=self._heard(sample, visit) if self.processor.has_audio else None,
         )
 
     def collate(self, items: Sequence[Item], epoch: int) -> Batch:
@@ -97,7 +104,15 @@ class TrainPreparation:
             answers=tuple(item.answers for item in items) if self.answers else (),
             latents=None if self.encoding is None else self._latents(items),
             features=_padded([item.features for item in items if item.features is not None]),
+            audio=_heard(items) if self.processor.has_audio else None,
         )
+
+    def _heard(self, sample: Sample, visit: int) -> Tensor:
+        """A part of the recording, changed at random."""
+        spec, seed = self.processor.audio_spec, derive_seed(self.seed, visit, sample.id, "audio")
+        begin = float(generator(self.seed, visit, sample.id, "begin").random())
+        wave = recording(sample, self.processor, begin=begin)
+        return fit_audio(augment_audio(wave, seed, self.augment_audio, spec.rate), spec)
 
     def _latents(self, items: Sequence[Item]) -> Tensor:
         """Of the mirror images where `augment` would mirror the picture."""
@@ -124,7 +139,13 @@ class EvalPreparation:
 
     def __call__(self, sample: Sample, visit: int) -> Item:
         texts = tuple(text for text in sample.texts if text.strip())
-        return Item(id=sample.id, image=_pixels(sample, self.processor, keep_alpha=False), texts=texts, fields=sample.fields)
+        return Item(
+            id=sample.id,
+            image=_pixels(sample, self.processor, keep_alpha=False),
+            texts=texts,
+            fields=sample.fields,
+            audio=fit_audio(recording(sample, self.processor), self.processor.audio_spec) if self.processor.has_audio else None,
+        )
 
     def collate(self, items: Sequence[Item], epoch: int) -> Batch:
         return Batch(
@@ -132,6 +153,7 @@ class EvalPreparation:
             image=torch.stack([item.image for item in items if item.image is not None]) if self.processor.has_image else None,
             fields=tuple(item.fields for item in items),
             captions=tuple(item.texts for item in items),
+            audio=_heard(items) if self.processor.has_audio else None,
         )
 
 
@@ -173,6 +195,25 @@ def picture(sample: Sample, processor: Processor, *, keep_alpha: bool) -> Tensor
         raise BadSample("no picture", sample.id)
     image = decode_image(data, where=sample.id)
     return fit_image(image, processor.image_spec, keep_alpha=keep_alpha and image.shape[0] == RGBA_CHANNELS)
+
+
+def recording(sample: Sample, processor: Processor, *, begin: float = 0.0) -> Tensor:
+    """As much of the recording of a sample as the model takes, ``(T,)``. Raises `BadSample` where there is none.
+
+    Args:
+        sample: Holds its bytes.
+        processor: Says how long and at which rate.
+        begin: See `mm.media.audio.decode_audio`.
+    """
+    data = sample.media.get("audio")
+    if data is None:
+        raise BadSample("no recording", sample.id)
+    spec = processor.audio_spec
+    return decode_audio(data, spec.rate, max_seconds=spec.max_seconds, begin=begin, where=sample.id)
+
+
+def _heard(items: Sequence[Item]) -> AudioBatch:
+    return padded([item.audio for item in items if item.audio is not None])
 
 
 def _group(sample: Sample, text: str, positives: str) -> int:

@@ -162,6 +162,7 @@ def assemble(config: RunConfig, *, resume: Path | None = None) -> Assembled:
         answers=config.system.learns_answers,
         words=config.system.learns_whole_words,
         encoding=encoding,
+        augment_audio=config.data.augment_audio,
     )
     prepare = _episodes(preparation, config, source, capabilities(system))
     sampling = config.data.sampling
@@ -210,6 +211,8 @@ def _kept_processor(config: RunConfig, checkpoint: Path, image_size: int | None)
     """The preparation that a run began with. Raises `ConfigError` where the configuration asks for another by now."""
     kept = Processor.load(checkpoint)
     same = kept.templates == config.processor.templates
+    if config.system.hears:
+        same = same and kept.audio_spec == config.processor.audio
     if image_size is not None:
         same = same and kept.image_spec == config.processor.image_spec(image_size)
     if config.init_from is None and not same:
@@ -228,6 +231,7 @@ def _with_words_of(language: Model | None, processor: Processor) -> Processor:
         tokenizer=language.processor.tokenizer,
         context_length=processor.context_length,
         templates=processor.templates,
+        audio=processor.audio_spec if processor.has_audio else None,
     )
 
 
@@ -235,9 +239,10 @@ def _processor(config: RunConfig, source: Source, image_size: int | None, parts:
     """The preparation of a new model."""
     settings = config.processor
     image = None if image_size is None else settings.image_spec(image_size)
+    audio = settings.audio if config.system.hears else None
     limits = with_parts(config.system, parts).text_limits
     if limits is None:
-        return Processor(image=image, templates=settings.templates)
+        return Processor(image=image, templates=settings.templates, audio=audio)
     vocab_size, context_length = limits
     reader = parts.get("language") or parts.get("text")
     if reader is not None:
@@ -246,7 +251,7 @@ def _processor(config: RunConfig, source: Source, image_size: int | None, parts:
         tokenizer = TextTokenizer.clip_bpe()
     else:
         tokenizer = TextTokenizer.train_bpe(_corpus(config, source), vocab_size)
-    return Processor(image=image, tokenizer=tokenizer, context_length=context_length, templates=settings.templates)
+    return Processor(image=image, tokenizer=tokenizer, context_length=context_length, templates=settings.templates, audio=audio)
 
 
 def _corpus(config: RunConfig, source: Source) -> Iterator[str]:

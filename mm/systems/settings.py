@@ -21,6 +21,11 @@ class SystemSettings(StrictConfig):
         raise NotImplementedError
 
     @property
+    def hears(self) -> bool:
+        """Whether the system takes recordings."""
+        return False
+
+    @property
     def begins_texts(self) -> bool:
         """Whether texts have the tokenizer's start before them; pictures may stand in its place."""
         return True

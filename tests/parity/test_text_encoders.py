@@ -54,7 +54,7 @@ def test_features_are_transformers(tmp_path: Path, kind: str) -> None:
         torch.testing.assert_close(found.tokens[row, : len(ids)], expected, rtol=0, atol=TOLERANCE)
         torch.testing.assert_close(found.pooled[row], expected.mean(0), rtol=0, atol=TOLERANCE)
     assert ("left_out" in model.card) == (kind == "whole")
-    with pytest.raises(UserError, match="takes texts only"):
+    with pytest.raises(UserError, match="takes no pictures"):
         model.embed_images([torch.zeros(3, 4, 4, dtype=torch.uint8)])
 
 

@@ -209,5 +209,5 @@ def test_models_are_asked_only_for_what_they_can(workshop: Path) -> None:
         mm.evaluate("reconstruction", clip, str(workshop / "pictures"))
     with pytest.raises(UserError, match="no shared embedding space"):
         mm.classify(vq, [torch.zeros(3, 16, 16, dtype=torch.uint8)], ["a", "b"])
-    with pytest.raises(UserError, match="takes pictures only"):
+    with pytest.raises(UserError, match="takes no text"):
         vq.processor.text(["red"])

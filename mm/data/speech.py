@@ -1,0 +1,247 @@
+"""The embedded data's third modality: names of emoji spoken by espeak-ng, beside pictures of what they name.
+
+The speech is synthetic, made once into FLAC shards in the cache folder. Voices are split like artists: the accents of
+`TRAIN_VOICES` are learned from, one more chooses (validation), one more tests. Words of held-out concepts are never spoken in
+training, except where seen concepts have them in their names or keywords.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache as memoize
+from pathlib import Path
+from typing import Any
+
+from mm.data.emoji import SPLITS, EmojiSource, built_once, concepts, open_emoji
+from mm.data.labels import LabelTask
+from mm.data.shards import ShardSource
+from mm.data.write import Progress, write_shards
+from mm.errors import UserError
+from mm.media.audio import decode_audio
+from mm.types import Sample
+
+RATE = 16_000
+"""Samples a second of the recordings."""
+
+TRAIN_VOICES = ("en-us", "en-gb", "en-gb-x-rp", "en-gb-x-gbclan", "en-029", "en-us-nyc")
+VALIDATION_VOICE = "en-gb-x-gbcwmd"
+TEST_VOICE = "en-gb-scotland"
+VOICES = {"train": TRAIN_VOICES, "validation": (VALIDATION_VOICE,), "test": (TEST_VOICE,)}
+
+VOICES_PER_KEYWORD = 2
+"""Each keyword of a seen concept is spoken by so many of the train voices, each name by all of them."""
+
+SPEAKERS = ("", "+f1", "+f2", "+f3", "+f4", "+f5", "+m1", "+m2", "+m3", "+m4", "+m5", "+m6", "+m7")
+"""Timbres of espeak-ng that a train voice may have; held-out voices have their own alone."""
+
+_LAYOUT = 1  # raise when the recordings change
+
+INSTALL = "install it by apt-get install espeak-ng (Debian, Ubuntu), dnf install espeak-ng (Fedora) or brew install espeak-ng"
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """Words spoken by a voice, at words a minute and a pitch of 0 to 99."""
+
+    words: str
+    voice: str
+    speaker: str
+    speed: int
+    pitch: int
+
+    @property
+    def key(self) -> str:
+        """Name of its recording within the voice's shards."""
+        slug = re.sub(r"[^a-z0-9]+", "-", self.words.lower()).strip("-")[:40]
+        return f"{slug}_{hashlib.sha256(self.words.encode()).hexdigest()[:8]}"
+
+
+class SpeechSource:
+    """Spoken names with pictures of what they name, a `mm.types.Source`.
+
+    Ids are ``voice/recording/artist/key~variant``, media ``audio`` (FLAC, 16 kHz, mono) and ``image`` (RGBA PNG), the only text
+    what is said; fields are those of the picture with ``voice`` and ``spoken``.
+    """
+
+    def __init__(self, name: str, pictures: EmojiSource, pairs: Sequence[tuple[int, Utterance]], root: Path) -> None:
+        self.name = name
+        self._pictures = pictures
+        self._pairs = pairs
+        self._shards = {voice: ShardSource([root / voice], name=name) for voice in sorted({u.voice for _, u in pairs})}
+        self._rows = {voice: {shards.key(row): row for row in range(len(shards))} for voice, shards in self._shards.items()}
+        ids = "\n".join(self.key(index) for index in range(len(pairs)))
+        self.fingerprint = hashlib.sha256(f"emoji-speech {_LAYOUT} {pictures.size}\n{ids}".encode()).hexdigest()
+
+    @property
+    def task(self) -> LabelTask:
+        """Tell the full name among all core names."""
+        return LabelTask(label="name", classes=self._pictures.task.classes, subsets="split")
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def key(self, index: int) -> str:
+        row, utterance = self._pairs[index]
+        return f"{utterance.voice}/{utterance.key}/{self._pictures.key(row)}"
+
+    def fields(self, index: int) -> Mapping[str, Any]:
+        row, utterance = self._pairs[index]
+        return {**self._pictures.fields(row), "voice": utterance.voice, "spoken": utterance.words}
+
+    def read(self, index: int) -> Sample:
+        row, utterance = self._pairs[index]
+        sound = self._shards[utterance.voice].read_media(self._rows[utterance.voice][utterance.key], "audio")
+        assert sound is not None, "every utterance was recorded"
+        media = {"audio": sound, "image": self._pictures.read(row).media["image"]}
+        return Sample(self.key(index), media, (utterance.words,), self.fields(index))
+
+
+def open_speech(spec: str, size: int = 64, progress: Progress | None = None) -> SpeechSource:
+    """Open spoken emoji names, recording them first if these voices are not in the cache.
+
+    Args:
+        spec: As for `mm.data.emoji.open_emoji`, but beginning with ``emoji-speech:``; there is no ``all``. ``train`` has every
+            name by every train voice and every keyword by some, each with one picture; the others every picture once, with its
+            name in the held-out voice.
+        size: Side of the pictures in pixels.
+        progress: Called with (recordings made, in all) while recording.
+
+    Raises:
+        UserError: An unknown selection, or espeak-ng is needed and not installed.
+    """
+    scheme, _, rest = spec.partition(":")
+    split = rest.partition("/")[0]
+    if scheme != "emoji-speech" or split not in VOICES:
+        raise UserError(f"'{spec}': write emoji-speech:train, emoji-speech:validation or emoji-speech:test")
+    pictures = open_emoji(f"emoji:{rest}", size)
+    by_concept: dict[str, list[int]] = {}
+    for row in range(len(pictures)):
+        by_concept.setdefault(pictures.fields(row)["key"], []).append(row)
+    root = record(split, progress=progress)
+    pairs = [(row, utterance) for utterance, row in _paired(split, by_concept)]
+    return SpeechSource(spec, pictures, pairs, root)
+
+
+def record(split: str, cache: str | Path | None = None, progress: Progress | None = None) -> Path:
+    """Speak all that a split needs, a folder of shards a voice, and return their common folder; done once.
+
+    Raises:
+        UserError: espeak-ng is not installed, or the cache folder cannot be written.
+    """
+    wanted: dict[str, list[Utterance]] = {}
+    for utterance in utterances(split):
+        wanted.setdefault(utterance.voice, []).append(utterance)
+
+    def write(folder: Path) -> None:
+        if shutil.which("espeak-ng") is None:
+            raise UserError(f"espeak-ng, which speaks the names, is not installed; {INSTALL}")
+        done, total = 0, sum(map(len, wanted.values()))
+        for voice, spoken in wanted.items():
+
+            def samples(spoken: list[Utterance] = spoken) -> Iterator[Sample]:
+                nonlocal done
+                with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
+                    for utterance, sound in zip(spoken, pool.map(_speak, spoken), strict=True):
+                        yield Sample(utterance.key, {"audio": sound}, (utterance.words,))
+                        done += 1
+                        if progress is not None:
+                            progress(done, total)
+
+            write_shards(samples(), folder / voice)
+
+    return built_once(f"emoji-speech-{split}-{_digest(split)}", write, cache)
+
+
+def utterances(split: str) -> list[Utterance]:
+    """All that the voices of a split say: each once."""
+    if split == "train":
+        seen = [concept for concept in concepts().values() if concept["split"] == "seen"]
+        names = dict.fromkeys(concept["name"] for concept in seen)
+        keywords = dict.fromkeys(word for concept in seen for word in concept["keywords"] if word not in names)
+        spoken = [(name, voice) for name in names for voice in TRAIN_VOICES]
+        for word in keywords:
+            first = _number(word, "voice")
+            spoken += [(word, TRAIN_VOICES[(first + 2 * k) % len(TRAIN_VOICES)]) for k in range(VOICES_PER_KEYWORD)]
+        return [_with_manner(words, voice, varied=True) for words, voice in spoken]
+    [voice] = VOICES[split]
+    return [_with_manner(name, voice) for name in dict.fromkeys(concept["name"] for concept in concepts().values())]
+
+
+def _paired(split: str, by_concept: Mapping[str, Sequence[int]]) -> Iterator[tuple[Utterance, int]]:
+    """Utterances, each with the row of a picture of what is said."""
+    spoken: dict[str, list[Utterance]] = {}
+    for utterance in utterances(split):
+        spoken.setdefault(utterance.words, []).append(utterance)
+    known = {key: concepts()[key] for key in by_concept}
+    if split != "train":
+        for key, rows in by_concept.items():
+            yield from ((utterance, row) for utterance in spoken[known[key]["name"]] for row in rows)
+        return
+    meaning: dict[str, list[str]] = {}
+    for key, concept in known.items():
+        for utterance in spoken[concept["name"]]:
+            yield utterance, _chosen(by_concept[key], key, utterance.voice)
+        for word in concept["keywords"]:
+            meaning.setdefault(word, []).append(key)
+    names = {concept["name"] for concept in known.values()}
+    for word, keys in meaning.items():
+        if word not in names and word in spoken:
+            for utterance in spoken[word]:
+                key = _chosen(keys, word, utterance.voice)
+                yield utterance, _chosen(by_concept[key], key, word, utterance.voice)
+
+
+def _with_manner(words: str, voice: str, *, varied: bool = False) -> Utterance:
+    if not varied:
+        return Utterance(words, voice, "", 160, 50)
+    return Utterance(
+        words,
+        voice,
+        SPEAKERS[_number(words, voice, "speaker") % len(SPEAKERS)],
+        130 + _number(words, voice, "speed") % 70,
+        30 + _number(words, voice, "pitch") % 45,
+    )
+
+
+def _chosen(values: Sequence[Any], *parts: str) -> Any:
+    return values[_number(*parts) % len(values)]
+
+
+def _number(*parts: str) -> int:
+    """The same number for the same words, everywhere."""
+    return int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:6], "big")
+
+
+@memoize
+def _digest(split: str) -> str:
+    digest = hashlib.sha256(f"{_LAYOUT} {RATE}".encode())
+    for utterance in utterances(split):
+        digest.update(json.dumps([*vars(utterance).values()]).encode())
+    return digest.hexdigest()[:12]
+
+
+def _speak(utterance: Utterance) -> bytes:
+    """A FLAC file of what is said, 16 bits a sample."""
+    import soundfile
+
+    command = ["espeak-ng", "-v", utterance.voice + utterance.speaker, "-s", str(utterance.speed), "-p", str(utterance.pitch)]
+    try:
+        spoken = subprocess.run(  # noqa: S603 - a fixed program; the words come by standard input
+            [*command, "--stdin", "--stdout"], input=utterance.words.encode(), capture_output=True, check=True, timeout=60
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(f"espeak-ng cannot speak '{utterance.words}' as {utterance.voice}: {error}; {INSTALL}") from None
+    wave = decode_audio(spoken, RATE, where=utterance.words)
+    file = io.BytesIO()
+    soundfile.write(file, wave.clamp(-1, 1).numpy(), RATE, format="FLAC", subtype="PCM_16")
+    return file.getvalue()
+
+
+assert set(VOICES) <= set(SPLITS), "splits of speech are splits of pictures"
