@@ -184,6 +184,9 @@ def eval_retrieval(
     data: DataOption,
     image_field: ImageFieldOption = None,
     text_field: TextFieldOption = None,
+    between: Annotated[
+        str, typer.Option(metavar="A,B", help="The two sides: image,text or audio,text or audio,image.")
+    ] = "image,text",
     score: Annotated[
         str | None,
         typer.Option(
@@ -206,7 +209,7 @@ def eval_retrieval(
     precision: PrecisionOption = "auto",
     cache: CacheOption = True,
 ) -> None:
-    """Image-text retrieval both ways: R@1, R@5, R@10 and median rank, with all captions of a picture.
+    """Retrieval both ways between pictures, texts or recordings: R@1, R@5, R@10, median rank, with all captions of a picture.
 
     A model that both embeds and matches is measured in two stages: contrastive top-k, then re-ranked by reading each pair.
     """
@@ -217,6 +220,7 @@ def eval_retrieval(
         result = evaluate_any_retrieval(
             model,
             data,
+            between=tuple(side.strip() for side in between.split(",")),  # pyright: ignore[reportArgumentType] - it looks itself
             image_field=image_field,
             text_field=text_field,
             score=score,
@@ -548,13 +552,13 @@ def interpolate(
 @app.command()
 def classify(
     model: ModelArgument,
-    images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="Picture files or folders.")],
+    images: Annotated[list[str], typer.Argument(metavar="FILES...", help="Pictures, recordings, or folders of either.")],
     labels: Annotated[str, typer.Option("--labels", help="Class names, separated by commas.")],
     json_file: JsonOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
 ) -> None:
-    """Classify pictures among your own labels."""
+    """Classify pictures, or recordings by a model that hears, among your own labels."""
     from mm import show
     from mm.run.inference import classify as run_classify
 
@@ -684,18 +688,21 @@ def search(
     index: Annotated[Path, typer.Option("--index", metavar="DIR", help="Folder of pictures; its vectors are cached.")],
     text: Annotated[str | None, typer.Option("--text", help="Search by words.")] = None,
     image: Annotated[str | None, typer.Option("--image", metavar="FILE", help="Search by a picture.")] = None,
+    audio: Annotated[str | None, typer.Option("--audio", metavar="FILE", help="Search by a recording.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many pictures to find.")] = 12,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="PNG", help="Draw the hits on a contact sheet.")] = None,
     json_file: JsonOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
 ) -> None:
-    """Find pictures in a folder by words or by a picture: file names, scores and a contact sheet."""
+    """Find pictures in a folder by words, a picture or a recording: file names, scores and a contact sheet."""
     from mm import show
     from mm.run.inference import search as run_search
 
     with show.progress_bar("indexing") as progress:
-        found = run_search(model, index, text=text, image=image, k=k, device=device, precision=precision, progress=progress)
+        found = run_search(
+            model, index, text=text, image=image, audio=audio, k=k, device=device, precision=precision, progress=progress
+        )
     show.hits(found, out, json_file)
 
 

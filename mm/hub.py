@@ -37,12 +37,14 @@ from mm.training.devices import choose_device, inference_dtype
 from mm.types import (
     Answers,
     AnswersFreely,
+    AudioBatch,
     Candidates,
     CompilesDecoding,
     CompilesSampling,
     Decoding,
     Embeds,
     Grounds,
+    Hears,
     RankedAnswers,
     System,
     TextBatch,
@@ -114,7 +116,7 @@ class Model:
     @property
     def embed_dim(self) -> int:
         """Width of the shared embedding space."""
-        self._embedding_system()
+        self._shared_space()
         return int(getattr(self.config, "embed_dim", 0))  # an encoder alone ends where its backbone does
 
     def compile(self, rows: int = 64) -> "Model":
@@ -130,8 +132,9 @@ class Model:
         if isinstance(self.system, CompilesDecoding):
             self.system.compile_decoding()
             return self
-        for encoder in self._embedding_system().encoders().values():
-            encoder.compile(dynamic=False)
+        for modality, encoder in self._shared_space().encoders().items():
+            if modality != "audio":  # whose lengths differ
+                encoder.compile(dynamic=False)
         self.compiled_rows = rows
         return self
 
@@ -151,9 +154,25 @@ class Model:
                 progress(min(start + batch_size, len(images)), len(images))
         return torch.cat(parts) if parts else torch.empty(0, self.embed_dim)
 
+    def embed_waves(self, audio: AudioBatch) -> Tensor:
+        """Prepared recordings to unit vectors ``(B, D)`` in fp32 on the CPU."""
+        if not isinstance(self.system, Hears):
+            raise self._unable("takes no recordings", "take a model that hears, such as emoji-audio")
+        with torch.no_grad():
+            return self.system.embed_audio(audio.to(self.device)).float().cpu()
+
+    def embed_audios(self, recordings: Sequence[Any], *, batch_size: int = 32, progress: Progress | None = None) -> Tensor:
+        """Raw recordings (what `mm.processor.Processor.audio` takes) to unit vectors ``(N, D)``, fp32."""
+        parts = []
+        for start in range(0, len(recordings), batch_size):
+            parts.append(self.embed_waves(self.processor.audios(recordings[start : start + batch_size])))
+            if progress:
+                progress(min(start + batch_size, len(recordings)), len(recordings))
+        return torch.cat(parts) if parts else torch.empty(0, self.embed_dim)
+
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 256, progress: Progress | None = None) -> Tensor:
         """Texts to unit vectors ``(N, D)``, fp32. Texts of like length share a batch, so that little padding is computed."""
-        system, batch_size = self._embedding_system(), self.compiled_rows or batch_size
+        system, batch_size = self._shared_space(), self.compiled_rows or batch_size
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         vectors: list[Tensor] = []
         with torch.no_grad(), self._as_compiled():
@@ -175,7 +194,7 @@ class Model:
     def scores(self, queries: Tensor, items: Tensor) -> Tensor:
         """Logits ``(Q, M)`` with the model's own scale, fp32."""
         with torch.no_grad():
-            return self._embedding_system().scores(queries.to(self.device), items.to(self.device)).float().cpu()
+            return self._shared_space().scores(queries.to(self.device), items.to(self.device)).float().cpu()
 
     def answer(
         self, image: Any, question: str, *, k: int = 5, candidates: Sequence[str] | None = None, free: bool = False
@@ -276,6 +295,10 @@ class Model:
         ids = F.pad(batch.ids, (0, length - batch.ids.shape[1]), value=self.processor.tokenizer.pad)
         lengths = F.pad(batch.lengths, (0, self.compiled_rows - len(batch)), value=1)
         return TextBatch(_filled(ids, self.compiled_rows), lengths)
+
+    def _shared_space(self) -> Embeds | Hears:
+        """The system, where texts have vectors in one space with pictures or recordings."""
+        return self.system if isinstance(self.system, Hears) else self._embedding_system()
 
     def _embedding_system(self) -> Embeds:
         if not isinstance(self.system, Embeds):

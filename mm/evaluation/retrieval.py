@@ -11,7 +11,7 @@ large, because every call on several cores ends in waiting for the slowest of th
 Shapes: N pictures, M captions, D width.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +32,9 @@ TILE = 12_000_000
 """Scores held at once off the diagonal: 46 MiB of fp32, and as much for their comparison."""
 
 DEFAULT_KS = (1, 5, 10)
+
+DEPTH = 10
+"""Places that average precisions look at."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,7 @@ def retrieval(
     subsets: Mapping[str, Tensor | np.ndarray | Sequence[bool]] | None = None,
     protocol: Mapping[str, Any] | None = None,
     modalities: tuple[str, str] = ("image", "text"),
+    precisions: bool = False,
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Result:
@@ -200,6 +204,7 @@ def retrieval(
             captions ask, and everything stays a candidate.
         protocol: Facts for the stamp that only the caller knows (split, captions, resize).
         modalities: Names of the two sides in the figures' names, e.g. ``("image", "audio")``.
+        precisions: Also give the mean average precision of the first ten, as is usual for sound.
         seed: Seed of the intervals.
         resamples: Number of bootstrap resamples.
 
@@ -212,7 +217,51 @@ def retrieval(
     """
     options: dict[str, Any] = {"ks": ks, "subsets": subsets, "modalities": modalities, "seed": seed, "resamples": resamples}
     facts = {**(protocol or {}), "scores": "dot product in fp32, of equal scores the lowest index wins"}
-    return recalls(ranks(image_vectors, text_vectors, text_to_image), text_to_image, protocol=facts, **options)
+    result = recalls(ranks(image_vectors, text_vectors, text_to_image), text_to_image, protocol=facts, **options)
+    return result | _precisions(image_vectors, text_vectors, text_to_image, options) if precisions else result
+
+
+def average_precisions(
+    queries: Float[Tensor, "q d"], items: Float[Tensor, "m d"], relevant: Callable[[Tensor, Tensor], Tensor], counts: Tensor
+) -> Float[Tensor, " q"]:
+    """Average precision of the first ten items of each query, in fp64; of equal scores the lowest index wins.
+
+    The sum of the precisions at the places of relevant items is divided by their number, at most ten. (CLAP's published
+    evaluation divides by five also where all five cannot be among the first ten.)
+
+    Args:
+        queries: Unit vectors.
+        items: Unit vectors.
+        relevant: Of rows and of item indices ``(b, k)``: which are right.
+        counts: Number of relevant items of each query, ``(Q,)``.
+    """
+    found: list[Tensor] = []
+    for rows in torch.arange(len(queries)).split(BLOCK_IMAGES):
+        order = (queries[rows].float() @ items.float().T).sort(dim=1, descending=True, stable=True).indices[:, :DEPTH]
+        hits = relevant(rows, order).double()
+        places = torch.arange(1, hits.shape[1] + 1)
+        found.append((hits * hits.cumsum(1) / places).sum(1) / counts[rows].clamp(1, DEPTH))
+    return torch.cat(found)
+
+
+def _precisions(images: Tensor, texts: Tensor, owner: Tensor, options: Mapping[str, Any]) -> Result:
+    """``map10`` both ways, over all and over each subset."""
+    images, texts, owner = images.cpu(), texts.cpu(), owner.cpu()
+    counts = owner.bincount(minlength=len(images))
+    forward = average_precisions(images, texts, lambda rows, found: owner[found] == rows[:, None], counts)
+    back = average_precisions(texts, images, lambda rows, found: found == owner[rows][:, None], torch.ones(len(texts)))
+    sides, metrics = options["modalities"], {}
+    for suffix, chosen in selections(options["subsets"] or {}, len(images)).items():
+        asked = chosen & (counts > 0).numpy()
+        unit, of_asked = np.cumsum(asked) - 1, asked[owner.numpy()]
+        total = np.bincount(unit[owner.numpy()[of_asked]], minlength=int(asked.sum()))
+        sums = np.bincount(unit[owner.numpy()[of_asked]], back.numpy()[of_asked], minlength=int(asked.sum()))
+        figures = {
+            f"{sides[0]}_to_{sides[1]}_map10{suffix}": share(forward.numpy()[asked], np.ones(int(asked.sum()))),
+            f"{sides[1]}_to_{sides[0]}_map10{suffix}": share(sums, total),
+        }
+        metrics |= bootstrap(figures, int(asked.sum()), seed=options["seed"], resamples=options["resamples"])
+    return Result(metrics, {"map10": f"precision at each right one of the first {DEPTH}, over the number of right ones"})
 
 
 def recalls(

@@ -21,7 +21,9 @@ from torch import Tensor
 from mm.config import StrictConfig
 from mm.errors import BadSample, UserError
 
-RawAudio = str | Path | bytes | np.ndarray | Tensor
+RawAudio = str | Path | bytes | np.ndarray | Tensor | tuple[int, np.ndarray]
+
+AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3"})
 
 AudioFormat = Literal["WAV", "FLAC", "OGG", "MP3"]
 
@@ -143,8 +145,8 @@ def open_audio(
     """Take a recording in any form a user may have it.
 
     Args:
-        raw: A path; the bytes of a file; or an array or tensor ``(T,)`` that is at ``rate`` already: floating in -1..1 or
-            int16.
+        raw: A path; the bytes of a file; an array or tensor ``(T,)`` that is at ``rate`` already: floating in -1..1 or
+            int16; or a rate and an array, ``(T,)`` or ``(T, channels)``, as microphones in web pages give it.
         rate: Samples a second of the result.
         max_seconds: See `decode_audio`.
         limits: Bounds for files.
@@ -159,6 +161,8 @@ def open_audio(
             return decode_audio(raw, rate, max_seconds=max_seconds, limits=limits, where="bytes")
     except BadSample as error:
         raise UserError(f"{error.where}: not a usable recording: {error.cause}") from None
+    if isinstance(raw, tuple):
+        return _from_microphone(raw, rate, max_seconds, limits)
     wave = torch.as_tensor(raw)
     if wave.ndim != 1 or not (wave.is_floating_point() or wave.dtype == torch.int16) or not len(wave):
         raise UserError(
@@ -178,6 +182,16 @@ def fit_audio(wave: Float[Tensor, " t"], spec: AudioSpec) -> Float[Tensor, " t"]
     if spec.normalise:
         wave = (wave - wave.mean()) / (wave.var(correction=0) + 1e-7).sqrt()
     return wave
+
+
+def _from_microphone(raw: tuple[int, np.ndarray], rate: int, max_seconds: float | None, limits: AudioLimits) -> Tensor:
+    own, wave = int(raw[0]), np.asarray(raw[1])
+    if not limits.min_rate <= own <= limits.max_rate:
+        raise UserError(f"a rate of {own} samples a second; {limits.min_rate} to {limits.max_rate} are read")
+    if wave.ndim == 2 and 1 <= wave.shape[1] <= limits.max_channels:
+        wave = wave.mean(1) if wave.dtype != np.int16 else (wave.astype(np.float32) / 32768).mean(1)
+    wanted = math.ceil((limits.max_seconds if max_seconds is None else max_seconds) * own)
+    return resample(open_audio(wave[:wanted], own), own, rate)
 
 
 def _open_file(path: Path, rate: int, max_seconds: float | None, limits: AudioLimits) -> Tensor:

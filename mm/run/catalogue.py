@@ -7,6 +7,7 @@ from typing import Any
 from mm.config import read_json, to_dict
 from mm.data.emoji import SPLITS
 from mm.data.questions import SCHEME
+from mm.data.speech import VOICES
 from mm.hub import ASSETS, CARD_FILE, Model, shipped
 from mm.run.config import CONFIGS
 from mm.systems import MODULES
@@ -19,7 +20,8 @@ def catalogue() -> dict[str, dict[str, str]]:
         "systems": {name: (module.__doc__ or "").strip().splitlines()[0] for name, module in MODULES.items()},
         "configurations": {str(path.relative_to(CONFIGS.parent)): _header(path) for path in sorted(CONFIGS.glob("*.yaml"))},
         "data": {f"emoji:{split}": "artists " + ", ".join(artists) for split, artists in SPLITS.items()}
-        | {f"{SCHEME}:{split}": f"questions about emoji:{split}, with answers" for split in SPLITS},
+        | {f"{SCHEME}:{split}": f"questions about emoji:{split}, with answers" for split in SPLITS}
+        | {f"emoji-speech:{split}": "names spoken by " + ", ".join(voices) for split, voices in VOICES.items()},
     }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -34,11 +34,16 @@ from mm.training.parallel import World, gather_bytes, open_world
 from mm.types import Sample, Source
 
 Progress = Callable[[int, int], None]
+Medium = Literal["image", "audio"]
+Between = tuple[Literal["image", "audio", "text"], Literal["image", "audio", "text"]]
 T = TypeVar("T")
 
 BATCH_SIZE = 64
 CAPTION_LABEL = "txt"
 """What ``label`` is called where the first caption of a sample is the name of its class."""
+
+PROBED = 20
+"""Samples that are tried to find out what a source holds."""
 
 MAX_WORKERS = 8
 WORKERS_FROM = 1000
@@ -56,7 +61,7 @@ class EncodedSource:
     """What a model made of a source, in the source's order; samples that cannot be used are left out and counted.
 
     Args:
-        images: Unit vectors ``(N, D)``, fp32.
+        images: Of the pictures, or of the recordings where these were asked for: unit vectors ``(N, D)``, fp32.
         samples: Id (``"id"``), fields (``"fields"``) and captions (``"captions"``) of each sample.
         accounting: One line that counts the samples delivered and skipped by cause.
     """
@@ -70,6 +75,7 @@ def evaluate_zero_shot(
     model: str | Path | Model,
     data: str | Source,
     *,
+    media: Medium | None = None,
     classes: Sequence[str] | None = None,
     label: str | None = None,
     image_field: str | None = None,
@@ -85,6 +91,7 @@ def evaluate_zero_shot(
     Args:
         model: A loaded model or a MODEL reference.
         data: A source. Pictures whose label is not among the classes are left out, and the stamp says how many remain.
+        media: What is classified: ``image`` or ``audio``; default: pictures, recordings where the first sample has no picture.
         classes: Candidate names; default: the source's own.
         label: Field that holds the class name, ``txt`` for the caption; default: the source's own.
         image_field: Column of a table that holds the picture files, where its name is not a usual one.
@@ -106,10 +113,11 @@ def evaluate_zero_shot(
     if label == CAPTION_LABEL:
         source = CaptionAsField(source, CAPTION_LABEL)
     task = label_task(source, label=label, classes=classes)
+    media = media or medium_of(source)
     prompts = tuple(templates or getattr(source, "templates", ()) or model.processor.templates)
     fingerprint = model.fingerprint
     with open_world(model.device.type) as world:
-        encoded = encode(model, source, cache=cache, progress=progress, world=world, fingerprint=fingerprint)
+        encoded = encode(model, source, media, cache=cache, progress=progress, world=world, fingerprint=fingerprint)
         embed, key = embed_texts_together(model, world), [fingerprint, task.classes, prompts] if cache else None
         vectors = text_vectors(lambda: class_vectors(embed, task.classes, prompts), key, world)
     fields = [sample["fields"] for sample in encoded.samples]
@@ -121,7 +129,7 @@ def evaluate_zero_shot(
         subsets=subset_masks([fields[row] for row in rows], task),
         protocol=stamp(model, source, encoded.accounting, fingerprint) | {"label": task.label, "templates": list(prompts)},
     )
-    reference = baseline or task.reference
+    reference = baseline or (task.reference if media == "image" else None)
     if reference and reference != "none":
         result |= _baseline(source, reference, task, progress)
     return result
@@ -131,6 +139,7 @@ def evaluate_retrieval(
     model: str | Path | Model,
     data: str | Source,
     *,
+    between: Between = ("image", "text"),
     image_field: str | None = None,
     text_field: str | None = None,
     device: str = "auto",
@@ -138,11 +147,12 @@ def evaluate_retrieval(
     cache: bool = True,
     progress: Progress | None = None,
 ) -> Result:
-    """Image-text retrieval both ways among all pictures of a source and all their captions.
+    """Retrieval both ways among all pictures (or recordings) of a source and all their captions, or pictures and recordings.
 
     Args:
         model: A loaded model or a MODEL reference.
         data: A source.
+        between: The two sides, of ``image``, ``audio`` and ``text``.
         image_field: Column of a table that holds the picture files, where its name is not a usual one.
         text_field: Column or field that holds the captions, likewise.
         device: Where to compute; ``auto`` chooses.
@@ -151,15 +161,53 @@ def evaluate_retrieval(
         progress: Called with (done, total) while encoding.
 
     Raises:
-        UserError: When no sample of the source has a caption, or its figures are published for another task.
+        UserError: When no sample of the source has a caption, or its figures are published for another task, or the two sides
+            are none.
     """
+    if set(between) not in ({"image", "text"}, {"audio", "text"}, {"audio", "image"}):
+        raise UserError(f"between '{','.join(between)}': give two of image, audio and text, such as audio,text")
     model = loaded(model, device, precision)
     source = opened(data, model, image_field=image_field, text_field=text_field)
     check_retrieval_set(source)
     fingerprint = model.fingerprint
     with open_world(model.device.type) as world:
-        pairs = encode_captioned(model, source, world, cache=cache, progress=progress, fingerprint=fingerprint)
-    return retrieval(pairs.images, pairs.texts, pairs.image_of, protocol=stamp(model, source, pairs.accounting, fingerprint))
+        options: dict[str, Any] = {"cache": cache, "progress": progress, "fingerprint": fingerprint}
+        if "text" in between:
+            medium: Medium = "audio" if "audio" in between else "image"
+            pairs = encode_captioned(model, source, world, medium, **options)
+            sides, right, fields = (pairs.images, pairs.texts), pairs.image_of, pairs.fields
+            accounting, names = pairs.accounting, (medium, "text")
+        else:
+            pictures, sounds = (encode(model, source, medium, world=world, **options) for medium in ("image", "audio"))
+            both = {sample["id"]: row for row, sample in enumerate(sounds.samples)}
+            rows = [row for row, sample in enumerate(pictures.samples) if sample["id"] in both]
+            fields = [pictures.samples[row]["fields"] for row in rows]
+            sides = pictures.images[rows], sounds.images[[both[pictures.samples[row]["id"]] for row in rows]]
+            right, accounting, names = torch.arange(len(rows)), pictures.accounting, ("image", "audio")
+    return retrieval(
+        *sides,
+        right,
+        subsets=_subsets(source, fields),
+        protocol=stamp(model, source, accounting, fingerprint),
+        modalities=names,
+        precisions="audio" in names,
+    )
+
+
+def _subsets(source: Source, fields: Sequence[Mapping[str, Any]]) -> dict[str, list[bool]]:
+    """Masks over samples, where the source says which of them belong together."""
+    task = getattr(source, "task", None)
+    masks = {} if task is None else subset_masks(fields, task)
+    return masks if len(masks) > 1 else {}
+
+
+def medium_of(source: Source) -> Medium:
+    """``audio`` where the first sample that can be read has a recording and no picture."""
+    for index in range(min(len(source), PROBED)):
+        with suppress(BadSample):
+            media = source.read(index).media
+            return "audio" if "audio" in media and "image" not in media else "image"
+    return "image"
 
 
 @dataclass(frozen=True)
@@ -181,17 +229,25 @@ class Captioned:
     ids: tuple[str, ...]
     captions: tuple[str, ...]
     accounting: str
+    fields: tuple[Mapping[str, Any], ...] = ()
 
 
 def encode_captioned(
-    model: Model, source: Source, world: World, *, cache: bool, progress: Progress | None, fingerprint: str
+    model: Model,
+    source: Source,
+    world: World,
+    media: Medium = "image",
+    *,
+    cache: bool,
+    progress: Progress | None,
+    fingerprint: str,
 ) -> Captioned:
-    """Vectors of the captioned pictures of a source and of their captions; arguments as `encode`.
+    """Vectors of the captioned pictures (or recordings) of a source and of their captions; arguments as `encode`.
 
     Raises:
         UserError: No sample has a caption; what `encode` raises.
     """
-    encoded = encode(model, source, cache=cache, progress=progress, world=world, fingerprint=fingerprint)
+    encoded = encode(model, source, media, cache=cache, progress=progress, world=world, fingerprint=fingerprint)
     rows = [row for row, sample in enumerate(encoded.samples) if sample["captions"]]
     if not rows:
         raise UserError(
@@ -206,6 +262,7 @@ def encode_captioned(
         ids=tuple(encoded.samples[row]["id"] for row in rows),
         captions=captions,
         accounting=encoded.accounting,
+        fields=tuple(encoded.samples[row]["fields"] for row in rows),
     )
 
 
@@ -253,19 +310,21 @@ def evaluate_compositional(
 def encode(
     model: Model,
     source: Source,
+    media: Medium = "image",
     *,
     cache: bool = True,
     progress: Progress | None = None,
     world: World | None = None,
     fingerprint: str | None = None,
 ) -> EncodedSource:
-    """Vectors of every picture of a source, from the cache where the same model has met the same source before.
+    """Vectors of every picture (or recording) of a source, from the cache where the same model has met the same source before.
 
     Several processes share the work, each a stretch of the source; all of them return the whole, or raise alike.
 
     Args:
         model: What encodes.
         source: The pictures.
+        media: What of its samples is encoded: ``image`` or ``audio``.
         cache: Remember the vectors in the cache folder.
         progress: Called with (done, total).
         world: The processes that share the work; default: this one alone.
@@ -274,14 +333,14 @@ def encode(
     Raises:
         UserError: No sample of the source can be used, more than a fifth cannot, or one of a published set cannot.
     """
-    path = _cache_file(fingerprint or model.fingerprint, source) if cache else None
+    path = _cache_file(fingerprint or model.fingerprint, source, media) if cache else None
     remembered = _recall(path, _unpack) if path else None
     world = world or World(0, 1, model.device)
     if all(flag == b"1" for flag in gather_bytes(b"0" if remembered is None else b"1", world)) and remembered is not None:
         return _encoded(source, *remembered)
     first, last = stretch(len(source), world)
     own = source if world.size == 1 else Subset(source, range(first, last), name=source.name)
-    parts = [_unpack(part) for part in gather_bytes(_pack(*_encode_here(model, own, progress)), world)]
+    parts = [_unpack(part) for part in gather_bytes(_pack(*_encode_here(model, own, media, progress)), world)]
     accounting = Accounting()
     for _, _, part in parts:
         accounting.add(part)
@@ -341,11 +400,14 @@ def text_vectors(compute: Callable[[], Tensor], key: Sequence[Any] | None, world
     return vectors
 
 
-def _encode_here(model: Model, source: Source, progress: Progress | None) -> tuple[Tensor, list[Mapping[str, Any]], Accounting]:
+def _encode_here(
+    model: Model, source: Source, media: Medium, progress: Progress | None
+) -> tuple[Tensor, list[Mapping[str, Any]], Accounting]:
     """What this process encodes: vectors, samples and counts. Pictures are decoded beside the network where it pays."""
     if not len(source):  # fewer samples than processes
         return torch.empty(0, model.embed_dim), [], Accounting()
-    preparation = EvalPreparation(model.processor)
+    _check_medium(model, media)
+    preparation = EvalPreparation(model.processor, (media,))
     loader = Loader(
         source,
         preparation,
@@ -361,13 +423,21 @@ def _encode_here(model: Model, source: Source, progress: Progress | None) -> tup
     vectors: list[Tensor] = []
     samples: list[Mapping[str, Any]] = []
     for batch in loader.one_epoch():
-        assert batch.image is not None
-        vectors.append(model.embed_pixels(batch.image))
+        if batch.audio is not None:
+            vectors.append(model.embed_waves(batch.audio))
+        else:
+            assert batch.image is not None
+            vectors.append(model.embed_pixels(batch.image))
         entries = zip(batch.ids, batch.fields, batch.captions, strict=True)
         samples += [{"id": name, "fields": fields, "captions": captions} for name, fields, captions in entries]
         if progress:
             progress(len(samples), len(source))
     return torch.cat(vectors) if vectors else torch.empty(0, model.embed_dim), samples, loader.accounting
+
+
+def _check_medium(model: Model, media: Medium) -> None:
+    """Raises `UserError` where the model does not take it."""
+    _ = model.processor.audio_spec if media == "audio" else model.processor.image_spec
 
 
 def decoding_workers(samples: int) -> int:
@@ -400,7 +470,8 @@ def opened(data: str | Source, model: Model, *, image_field: str | None = None, 
     """The source itself, or the one that a SRC names, with vector art drawn at the model's size."""
     if not isinstance(data, str):
         return data
-    return open_source(data, image_field=image_field, text_field=text_field, image_size=model.processor.image_spec.size)
+    size: dict[str, Any] = {"image_size": model.processor.image_spec.size} if model.processor.has_image else {}
+    return open_source(data, image_field=image_field, text_field=text_field, **size)
 
 
 def labelled(fields: Sequence[Mapping[str, Any]], task: LabelTask, source: Source) -> tuple[list[int], Tensor]:
@@ -482,8 +553,9 @@ def stamp(model: Model, source: Source, samples: str, fingerprint: str | None = 
     }
 
 
-def _cache_file(fingerprint: str, source: Source) -> Path:
-    key = hashlib.sha256(f"3 {fingerprint} {revision(source)}".encode()).hexdigest()
+def _cache_file(fingerprint: str, source: Source, media: Medium) -> Path:
+    of_media = "" if media == "image" else f" {media}"
+    key = hashlib.sha256(f"3 {fingerprint} {revision(source)}{of_media}".encode()).hexdigest()
     return cache_folder() / "vectors" / f"{key[:32]}.safetensors"
 
 

@@ -1,4 +1,4 @@
-"""Using a model on one's own files: classify pictures, search a folder."""
+"""Using a model on one's own files: classify pictures or recordings, search a folder."""
 
 import hashlib
 import json
@@ -17,6 +17,7 @@ from torch import Tensor
 from mm.errors import BadSample, UserError
 from mm.evaluation.zero_shot import class_vectors, ranked
 from mm.hub import Model
+from mm.media.audio import AUDIO_SUFFIXES
 from mm.paths import cache_folder
 from mm.run.evaluation import loaded
 
@@ -28,7 +29,7 @@ PICTURE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"
 
 @dataclass(frozen=True)
 class Prediction:
-    """The labels of one picture, most likely first, with their probabilities."""
+    """The labels of one picture or recording, most likely first, with their probabilities."""
 
     image: str
     labels: tuple[str, ...]
@@ -48,7 +49,7 @@ class SearchResult:
     """Found pictures, best first.
 
     Args:
-        query: The words or the picture that was asked for.
+        query: The words, the picture or the recording that was asked for.
         hits: Best first.
         searched: Number of pictures in the index.
         skipped: Files that could not be read, with the reason.
@@ -69,11 +70,12 @@ def classify(
     device: str = "auto",
     precision: str = "auto",
 ) -> list[Prediction]:
-    """Classify pictures among labels.
+    """Classify pictures, or recordings, among labels.
 
     Args:
         model: A loaded model or a MODEL reference.
-        images: Paths (a folder stands for all pictures in it), bytes, PIL images, arrays or tensors.
+        images: Paths (a folder stands for all pictures in it, or all recordings where it has no picture), bytes, PIL images,
+            arrays or tensors; recordings are paths by their ending, or what microphones give, a rate with an array.
         labels: Class names, at least two.
         templates: Prompt ensemble; default: the processor's.
         device: Where to compute; ``auto`` chooses.
@@ -84,12 +86,15 @@ def classify(
     """
     if len(set(labels)) < 2:
         raise UserError(f"labels: give at least two different ones, separated by commas, got {list(labels)}")
-    raws = [item for image in images for item in expand_folder(image)]
+    raws = [item for image in images for item in expand_folder(image, also=AUDIO_SUFFIXES)]
     if not raws:
-        raise UserError("no pictures to classify")
+        raise UserError("nothing to classify")
     model = loaded(model, device, precision)
+    heard = [number for number, raw in enumerate(raws) if _is_recording(raw)]
+    if heard and len(heard) < len(raws):
+        raise UserError(f"{raws[heard[0]]}: a recording among pictures; classify them one kind after the other")
     candidates = class_vectors(model.embed_texts, labels, tuple(templates or model.processor.templates))
-    vectors = model.embed_images(raws)
+    vectors = model.embed_audios(raws) if heard else model.embed_images(raws)
     order, _ = ranked(vectors, candidates, len(labels))
     probabilities = model.scores(vectors, candidates).softmax(1).gather(1, order)
     names = list(labels)
@@ -109,27 +114,33 @@ def search(
     *,
     text: str | None = None,
     image: Any = None,
+    audio: Any = None,
     k: int = 12,
     device: str = "auto",
     precision: str = "auto",
     progress: Progress | None = None,
 ) -> SearchResult:
-    """Find the pictures of a folder that fit words or look like a picture.
+    """Find the pictures of a folder that fit words or a recording, or look like a picture.
 
     The folder's vectors are kept in the cache; a file that was added or changed since is encoded anew.
 
     Raises:
         UserError: Not exactly one query, no such folder, no picture in it.
     """
-    if (text is None) == (image is None):
-        raise UserError("give exactly one query: --text WORDS or --image FILE")
+    if sum(query is not None for query in (text, image, audio)) != 1:
+        raise UserError("give exactly one query: --text WORDS, --image FILE or --audio FILE")
     model = loaded(model, device, precision)
     folder = Path(folder)
-    query = model.embed_texts([text]) if text is not None else model.embed_images([image])
+    if text is not None:
+        query, asked = model.embed_texts([text]), text
+    elif image is not None:
+        query, asked = model.embed_images([image]), str(image)
+    else:
+        query, asked = model.embed_audios([audio]), str(audio) if isinstance(audio, str | Path) else "a recording"
     paths, vectors, skipped = index_folder(model, folder, progress=progress)
     scores, rows = _nearest(vectors, query, min(k, len(paths)))
     hits = tuple(Hit(folder / paths[row], score) for row, score in zip(rows, scores, strict=True))
-    return SearchResult(query=text if text is not None else str(image), hits=hits, searched=len(paths), skipped=tuple(skipped))
+    return SearchResult(query=asked, hits=hits, searched=len(paths), skipped=tuple(skipped))
 
 
 def index_folder(model: Model, folder: Path, *, progress: Progress | None = None) -> tuple[list[str], Tensor, list[str]]:
@@ -184,14 +195,18 @@ def _nearest(vectors: Tensor, query: Tensor, k: int) -> tuple[list[float], list[
     return [-score for score, _ in best], [row for _, row in best]
 
 
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_EXTENSIONS and path.is_file())
+def _pictures(folder: Path, endings: frozenset[str] = PICTURE_EXTENSIONS) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
 
 
-def expand_folder(image: Any) -> list[Any]:
-    """A folder becomes its pictures; everything else stays what it is."""
+def _is_recording(raw: Any) -> bool:
+    return isinstance(raw, tuple) or (isinstance(raw, str | Path) and Path(raw).suffix.lower() in AUDIO_SUFFIXES)
+
+
+def expand_folder(image: Any, *, also: frozenset[str] = frozenset()) -> list[Any]:
+    """A folder becomes its pictures, or where it has none its files with ``also`` for an ending; all else stays what it is."""
     if isinstance(image, str | Path) and Path(image).is_dir():
-        found: list[Any] = list(_pictures(Path(image)))
+        found: list[Any] = list(_pictures(Path(image))) or list(_pictures(Path(image), also))
         if not found:
             raise UserError(f"{image}: no picture in this folder")
         return found

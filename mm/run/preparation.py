@@ -61,6 +61,7 @@ class TrainPreparation:
         words: Whether captions come with the words that their tokens make.
         encoding: How samples were encoded, where they hold latents instead of pictures.
         augment_audio: Augmentation of recordings.
+        sees: Whether samples must have pictures, where the model takes them.
     """
 
     processor: Processor
@@ -72,6 +73,7 @@ class TrainPreparation:
     words: bool = False
     encoding: Encoding | None = None
     augment_audio: AudioAugmentConfig = field(default_factory=AudioAugmentConfig)
+    sees: bool = True
 
     def __call__(self, sample: Sample, visit: int) -> Item:
         caption = ""
@@ -80,7 +82,7 @@ class TrainPreparation:
         known = None if self.encoding is None else read_features(sample, self.encoding)
         return Item(
             id=sample.id,
-            image=_pixels(sample, self.processor, keep_alpha=True) if known is None else None,
+            image=_pixels(sample, self.processor, keep_alpha=True) if known is None and self.sees else None,
             texts=(caption,),
             fields=sample.fields,
             group=_group(sample, caption, self.positives) if self.processor.has_text else 0,
@@ -94,7 +96,7 @@ class TrainPreparation:
 
     def collate(self, items: Sequence[Item], epoch: int) -> Batch:
         """Change all pictures of the batch at once; what becomes of each depends on its own seed alone."""
-        seen = self.processor.has_image and self.encoding is None
+        seen = self.processor.has_image and self.encoding is None and self.sees
         read = self.processor.has_text and (self.encoding is None or self.encoding.text is None)
         return Batch(
             ids=tuple(item.id for item in items),
@@ -133,27 +135,37 @@ class TrainPreparation:
 
 @dataclass(frozen=True)
 class EvalPreparation:
-    """The processor's own preparation and all captions: the same sample always gives the same tensors."""
+    """The processor's own preparation and all captions: the same sample always gives the same tensors.
+
+    Args:
+        processor: The model's preparation.
+        media: What samples must have, of what the model takes: ``image``, ``audio``.
+    """
 
     processor: Processor
+    media: tuple[str, ...] = ("image",)
 
     def __call__(self, sample: Sample, visit: int) -> Item:
         texts = tuple(text for text in sample.texts if text.strip())
         return Item(
             id=sample.id,
-            image=_pixels(sample, self.processor, keep_alpha=False),
+            image=_pixels(sample, self.processor, keep_alpha=False) if "image" in self.media else None,
             texts=texts,
             fields=sample.fields,
-            audio=fit_audio(recording(sample, self.processor), self.processor.audio_spec) if self.processor.has_audio else None,
+            audio=fit_audio(recording(sample, self.processor), self.processor.audio_spec) if "audio" in self.media else None,
         )
+
+    @property
+    def _sees(self) -> bool:
+        return "image" in self.media and self.processor.has_image
 
     def collate(self, items: Sequence[Item], epoch: int) -> Batch:
         return Batch(
             ids=tuple(item.id for item in items),
-            image=torch.stack([item.image for item in items if item.image is not None]) if self.processor.has_image else None,
+            image=torch.stack([item.image for item in items if item.image is not None]) if self._sees else None,
             fields=tuple(item.fields for item in items),
             captions=tuple(item.texts for item in items),
-            audio=_heard(items) if self.processor.has_audio else None,
+            audio=_heard(items) if "audio" in self.media else None,
         )
 
 

@@ -9,7 +9,7 @@ from mm.evaluation.metrics import Result
 from mm.hub import Model
 from mm.run.answering import evaluate_vqa
 from mm.run.captioning import evaluate_captioning
-from mm.run.evaluation import evaluate_compositional, evaluate_retrieval, evaluate_zero_shot, loaded, opened
+from mm.run.evaluation import Between, evaluate_compositional, evaluate_retrieval, evaluate_zero_shot, loaded, opened
 from mm.run.few_shot import evaluate_few_shot
 from mm.run.matching import evaluate_matching
 from mm.run.picture_evaluation import evaluate_generation, evaluate_reconstruction
@@ -21,6 +21,7 @@ def evaluate_any_retrieval(
     model: str | Path | Model,
     data: str | Source,
     *,
+    between: Between = ("image", "text"),
     image_field: str | None = None,
     text_field: str | None = None,
     device: str = "auto",
@@ -45,6 +46,8 @@ def evaluate_any_retrieval(
         if value is not None and not (embeds and matches):
             raise UserError(f"{model.name}: {name} '{value}' is for models that both embed and match; leave it out")
     source = opened(data, model, image_field=image_field, text_field=text_field)
+    if "audio" in between:
+        return evaluate_retrieval(model, source, between=between, cache=cache, progress=progress)
     if embeds and matches:
         given: dict[str, Any] = {"score": score, "itm_weight": itm_weight, "top_k": top_k}
         advice = recommended(model)
@@ -56,7 +59,7 @@ def evaluate_any_retrieval(
         return measured | Result({}, {"recommended": f"{', '.join(taken)} by the card of the model"} if taken else {})
     if matches:
         return evaluate_matching(model, source, progress=progress)
-    return evaluate_retrieval(model, source, cache=cache, progress=progress)
+    return evaluate_retrieval(model, source, between=between, cache=cache, progress=progress)
 
 
 TASKS: Mapping[str, Callable[..., Result]] = {

@@ -163,6 +163,7 @@ def assemble(config: RunConfig, *, resume: Path | None = None) -> Assembled:
         words=config.system.learns_whole_words,
         encoding=encoding,
         augment_audio=config.data.augment_audio,
+        sees=config.system.learns_pictures,
     )
     prepare = _episodes(preparation, config, source, capabilities(system))
     sampling = config.data.sampling
@@ -210,10 +211,10 @@ def _episodes(
 def _kept_processor(config: RunConfig, checkpoint: Path, image_size: int | None) -> Processor:
     """The preparation that a run began with. Raises `ConfigError` where the configuration asks for another by now."""
     kept = Processor.load(checkpoint)
-    same = kept.templates == config.processor.templates
+    same = kept.templates == config.processor.templates or "hub" in config.system.parts()
     if config.system.hears:
         same = same and kept.audio_spec == config.processor.audio
-    if image_size is not None:
+    if image_size is not None and "hub" not in config.system.parts():
         same = same and kept.image_spec == config.processor.image_spec(image_size)
     if config.init_from is None and not same:
         raise ConfigError(
@@ -238,6 +239,15 @@ def _with_words_of(language: Model | None, processor: Processor) -> Processor:
 def _processor(config: RunConfig, source: Source, image_size: int | None, parts: Mapping[str, Model]) -> Processor:
     """The preparation of a new model."""
     settings = config.processor
+    if "hub" in parts:  # pictures and texts are prepared as it knows them
+        hub = parts["hub"].processor
+        return Processor(
+            image=hub.image_spec,
+            tokenizer=hub.tokenizer,
+            context_length=hub.context_length,
+            templates=hub.templates,
+            audio=settings.audio,
+        )
     image = None if image_size is None else settings.image_spec(image_size)
     audio = settings.audio if config.system.hears else None
     limits = with_parts(config.system, parts).text_limits
@@ -270,7 +280,7 @@ def _with_vocabulary(config: RunConfig, processor: Processor, start: Model | Non
 
     Published networks may have room for more words than their tokenizer has; what starts with one keeps that room.
     """
-    if not processor.has_text or "text" in config.system.parts():  # a model that reads the texts keeps its vocabulary
+    if not processor.has_text or {"text", "hub"} & config.system.parts().keys():  # what reads the texts keeps its vocabulary
         return config
     size = processor.tokenizer.vocab_size
     if start is not None and start.config.name == config.system.name:

@@ -19,7 +19,7 @@ from mm.nn.quantize import CodeUsage
 from mm.processor import Processor
 from mm.run.preparation import EvalPreparation, QuestionPreparation
 from mm.systems import SystemConfig
-from mm.types import Batch, Captions, Compresses, Decoding, Embeds, Source, System, Tokenizes
+from mm.types import AudioBatch, Batch, Captions, Compresses, Decoding, Embeds, Hears, Source, System, Tokenizes
 
 MAX_SAMPLES = 2000
 BATCH_SIZE = 128
@@ -27,21 +27,23 @@ BATCH_SIZE = 128
 
 @dataclass(frozen=True)
 class _Held:
-    """Validation pictures as the network takes them, a batch each, with their captions and fields, and questions where they are
-    asked. There are no pictures for networks that see none."""
+    """Validation pictures and recordings as the network takes them, a batch each, with their captions and fields, and questions
+    where they are asked. There are none of what the network does not take."""
 
     sizes: tuple[int, ...]
     pixels: tuple[Tensor, ...]
     captions: tuple[tuple[str, ...], ...]
     fields: tuple[Any, ...]
     questions: tuple[Question, ...] = ()
+    sounds: tuple[AudioBatch, ...] = ()
 
 
 class Validator:
     """Called by the training loop with the network in evaluation mode.
 
     Figures of systems that embed, as fractions: ``r1`` is the mean of ``image_to_text_r1`` and ``text_to_image_r1``; ``top1``
-    where there are labels. Of picture autoencoders: ``psnr`` in decibels, ``ssim``, and of those with tokens ``codebook_usage``
+    where there are labels. Of those that hear, ``audio_to_text_r1`` and, where there are pictures, ``audio_to_image_r1`` and
+    ``audio_to_image_r10``. Of picture autoencoders: ``psnr`` in decibels, ``ssim``, and of those with tokens ``codebook_usage``
     and ``perplexity``. Of all others: the mean of each part of their loss, of systems that answer questions ``accuracy``, by
     the rules of VQA v2, and of systems that caption ``exact``, the share of pictures whose likeliest caption, with the usual
     beginning, is the first one.
@@ -78,7 +80,9 @@ class Validator:
             return self._reconstruction(system, held, device)
         model = Model(system=system, processor=self._processor, config=self._config, name="validation", device=device)
         found: dict[str, float] = {}
-        if isinstance(system, Embeds):
+        if isinstance(system, Hears) and held.sounds:
+            found = self._hearing(model, system, held)
+        elif isinstance(system, Embeds):
             vectors = torch.cat([model.embed_pixels(pixels) for pixels in held.pixels])
             found = self._retrieval(model, vectors, held) | self._zero_shot(model, vectors, held)
         else:
@@ -90,7 +94,8 @@ class Validator:
         return found
 
     def _read(self) -> _Held:
-        preparation = EvalPreparation(self._processor)
+        seen = ("image",) if self._processor.has_image and self._config.learns_pictures else ()
+        preparation = EvalPreparation(self._processor, (*seen, "audio") if self._config.hears else ("image",))
         prepare = QuestionPreparation(preparation) if "answers" in self._able else preparation
         loader = Loader(
             self._source,
@@ -120,7 +125,22 @@ class Validator:
                 for fields, where in zip(batch.fields, batch.ids, strict=True)
                 if "answers" in self._able
             ),
+            tuple(batch.audio for batch in batches if batch.audio is not None),
         )
+
+    def _hearing(self, model: Model, system: Hears, held: _Held) -> dict[str, float]:
+        """Recalls of what was said and of what it names; of equal texts the first one counts as said."""
+        with torch.no_grad():
+            sounds = torch.cat([system.embed_audio(audio.to(model.device)).float().cpu() for audio in held.sounds])
+        rows = [row for row, captions in enumerate(held.captions) if captions]
+        said = [held.captions[row][0] for row in rows]
+        texts = list(dict.fromkeys(said))
+        right = torch.tensor([texts.index(text) for text in said])
+        found = {"audio_to_text_r1": _recall(sounds[rows], model.embed_texts(texts), right, 1)}
+        if held.pixels:
+            vectors = torch.cat([model.embed_pixels(pixels) for pixels in held.pixels])
+            found |= {f"audio_to_image_r{k}": _recall(sounds, vectors, torch.arange(len(sounds)), k) for k in (1, 10)}
+        return found
 
     def _reconstruction(self, system: Tokenizes | Compresses, held: _Held, device: torch.device) -> dict[str, float]:
         usage = CodeUsage(system.vocab_size) if isinstance(system, Tokenizes) else None
@@ -216,6 +236,14 @@ class Validator:
         if len(index) < 2 or not pairs:
             return None
         return task.classes, [row for row, _ in pairs], [label for _, label in pairs]
+
+
+def _recall(queries: Tensor, items: Tensor, right: Tensor, k: int) -> float:
+    """Share of queries whose right item is among the first ``k``; of equal scores the lowest index wins."""
+    scores = queries @ items.T
+    own = scores.gather(1, right[:, None])
+    earlier = torch.arange(len(items)) < right[:, None]
+    return (((scores > own) | ((scores == own) & earlier)).sum(1) < k).float().mean().item()
 
 
 def _usual(system: Captions) -> str:

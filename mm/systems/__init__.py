@@ -13,6 +13,7 @@ from mm.systems import (
     albef,
     albef_vqa,
     captioner,
+    clap,
     clip,
     coca,
     dalle,
@@ -21,6 +22,7 @@ from mm.systems import (
     flow,
     frozen,
     image_tower,
+    imagebind,
     imagen,
     kl,
     language_model,
@@ -35,6 +37,7 @@ from mm.systems import (
 from mm.systems.albef import AlbefConfig
 from mm.systems.albef_vqa import AlbefVqaConfig
 from mm.systems.captioner import CaptionerConfig
+from mm.systems.clap import ClapConfig
 from mm.systems.clip import ClipConfig
 from mm.systems.coca import CocaConfig
 from mm.systems.dalle import DalleConfig
@@ -43,6 +46,7 @@ from mm.systems.flamingo import FlamingoConfig
 from mm.systems.flow import FlowConfig
 from mm.systems.frozen import FrozenConfig
 from mm.systems.image_tower import ImageTowerConfig
+from mm.systems.imagebind import ImagebindConfig
 from mm.systems.imagen import ImagenConfig
 from mm.systems.kl import KlConfig
 from mm.systems.language_model import LanguageConfig
@@ -57,6 +61,8 @@ from mm.types import System
 
 SystemConfig = (
     ClipConfig
+    | ClapConfig
+    | ImagebindConfig
     | ImageTowerConfig
     | TextTowerConfig
     | VqConfig
@@ -85,6 +91,8 @@ NamedSystem = Annotated[SystemConfig, Field(discriminator="name")]
 
 MODULES: Mapping[str, ModuleType] = {
     "clip": clip,
+    "clap": clap,
+    "imagebind": imagebind,
     "image-tower": image_tower,
     "text-tower": text_tower,
     "vq": vq,
@@ -110,6 +118,8 @@ MODULES: Mapping[str, ModuleType] = {
 
 CONFIGS: Mapping[str, type[SystemConfig]] = {
     "clip": ClipConfig,
+    "clap": ClapConfig,
+    "imagebind": ImagebindConfig,
     "image-tower": ImageTowerConfig,
     "text-tower": TextTowerConfig,
     "vq": VqConfig,

@@ -26,6 +26,11 @@ class SystemSettings(StrictConfig):
         return False
 
     @property
+    def learns_pictures(self) -> bool:
+        """Whether training needs pictures, where the system takes them at all."""
+        return True
+
+    @property
     def begins_texts(self) -> bool:
         """Whether texts have the tokenizer's start before them; pictures may stand in its place."""
         return True

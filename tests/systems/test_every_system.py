@@ -19,9 +19,11 @@ from mm.types import (
     CAPABILITIES,
     MEDIUM,
     Answers,
+    AudioBatch,
     Candidates,
     Captions,
     Decoding,
+    Hears,
     Interleaved,
     Matches,
     Paints,
@@ -52,6 +54,7 @@ REQUIRED: Mapping[str, Mapping[str, object]] = {
     "text-tower": {"text": T5},
     "imagen": {"text": {"name": "text-tower", "text": T5}, "base": {"image_size": 16, "denoiser": {"patch": 4}}},
     "dalle2": {"latents": VQ["tokenizer"], "text": {"name": "clip"}},
+    "imagebind": {"hub": {"name": "clip"}},
     "published-vae": VAE,
     "latent-diffusion": {
         "latents": VAE | {"name": "published-vae"},
@@ -65,6 +68,8 @@ TOLD_BY_A_MODEL = ("imagen", "dalle2")
 
 ABLE = {
     "clip": {"embeds"},
+    "clap": {"hears"},
+    "imagebind": {"embeds", "hears"},
     "image-tower": {"embeds"},
     "text-tower": {"embeds"},
     "vq": {"tokenizes", "compresses"},
@@ -116,7 +121,8 @@ def test_a_system_is_what_its_configuration_says(name: str) -> None:
     assert config.name == name
     assert capabilities(system) == ABLE[name]
     assert ABLE[name] <= CAPABILITIES.keys()
-    assert (config.picture_side is None) == (name in ("language-model", "text-tower"))
+    assert (config.picture_side is None) == (name in ("language-model", "text-tower", "clap"))
+    assert config.hears == ("hears" in ABLE[name] or "transcribes" in ABLE[name])
     limits = config.text_limits
     if limits is not None and name not in TOLD_BY_A_MODEL:
         assert config.with_vocabulary(limits[0] + 5).text_limits == (limits[0] + 5, limits[1])
@@ -152,6 +158,10 @@ def test_casting_for_inference_keeps_a_system_usable(name: str) -> None:
 
 def _what_it_gives(system: System, image: torch.Tensor) -> torch.Tensor:  # noqa: PLR0911 - a case each
     able = capabilities(system)
+    if isinstance(system, Hears):
+        generator = torch.Generator().manual_seed(0)
+        waves = torch.randn(2, 8_000, generator=generator)
+        return system.embed_audio(AudioBatch(waves * (torch.arange(8_000) < 6_000), torch.tensor([6_000, 6_000])))
     if isinstance(system, TextTower):
         return system.embed_text(TextBatch(torch.tensor([[1, 5, 2], [6, 2, 0]]), torch.tensor([3, 2])))
     if "embeds" in able:

@@ -1,0 +1,216 @@
+"""ImageBind: recordings join a space that pictures and texts share, bound to it by what they are seen and said with.
+
+Paper: https://arxiv.org/abs/2305.05665. There the pictures are the hub: every other modality is aligned with them alone, and
+what no pair taught, sound and text, comes out aligned. Here the hub is a whole dual tower, and recordings may be aligned with
+its pictures (``text_weight: 0``, the paper), its texts, or both; a hub that is trained along gives the loss of all pairs.
+
+Deviation: a third objective may draw the vector of a recording towards that of its words (``likeness_weight``), which lets a
+small tower follow a trained text tower also where no batch tells two texts apart.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Discriminator, Field, Tag, model_validator
+from torch import Tensor, nn
+
+from mm.encoders.audio import LogMelEncoderConfig
+from mm.errors import ConfigError
+from mm.fusion.dual_tower import DualTower
+from mm.losses.contrastive import info_nce
+from mm.losses.gather import current_gather
+from mm.nn.freeze import freeze
+from mm.systems import clip
+from mm.systems.clap import AudioTower, build_audio_encoder, projection
+from mm.systems.clip import Clip, ClipConfig
+from mm.systems.prompted import REFERENCE
+from mm.systems.settings import SystemSettings
+from mm.types import AudioBatch, Batch, Encoded, Losses, System, TextBatch
+
+
+def _kind(value: Any) -> str:
+    return REFERENCE if isinstance(value, str) else "clip"
+
+
+HubConfig = Annotated[Annotated[str, Tag(REFERENCE)] | Annotated[ClipConfig, Tag("clip")], Discriminator(_kind)]
+"""A MODEL with pictures and texts in one space, or its configuration."""
+
+
+class ImagebindConfig(SystemSettings):
+    """A dual tower for pictures and texts, and a third for recordings.
+
+    Args:
+        hub: A MODEL such as ``emoji-clip``, held fixed; or the configuration of a CLIP.
+        train_hub: Train the hub along, which is then given by its configuration: all pairs are learned.
+        audio: The encoder of recordings.
+        image_weight: Of the contrastive loss between recordings and pictures.
+        text_weight: Of that between recordings and texts.
+        likeness_weight: Of one minus the cosine of a recording's vector and its text's.
+        chunk_size: See `mm.systems.clip.ClipConfig`.
+    """
+
+    name: Literal["imagebind"] = "imagebind"
+    hub: HubConfig = "emoji-clip"
+    train_hub: bool = False
+    audio: AudioTower = LogMelEncoderConfig()
+    image_weight: float = Field(default=1.0, ge=0)
+    text_weight: float = Field(default=1.0, ge=0)
+    likeness_weight: float = Field(default=0.0, ge=0)
+    chunk_size: int | None = Field(default=None, ge=0)
+
+    @property
+    def picture_side(self) -> int:
+        assert not isinstance(self.hub, str), "known once the model is loaded"
+        return self.hub.picture_side
+
+    @property
+    def hears(self) -> bool:
+        return True
+
+    @property
+    def learns_pictures(self) -> bool:
+        return self.train_hub or self.image_weight > 0
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of the shared space."""
+        assert not isinstance(self.hub, str), "known once the model is loaded"
+        return self.hub.embed_dim
+
+    @property
+    def text_limits(self) -> tuple[int, int]:
+        assert not isinstance(self.hub, str), "known once the model is loaded"
+        return self.hub.text_limits
+
+    def with_vocabulary(self, size: int) -> "ImagebindConfig":
+        return self if isinstance(self.hub, str) else self.model_copy(update={"hub": self.hub.with_vocabulary(size)})
+
+    def for_inference(self) -> "ImagebindConfig":
+        return self if isinstance(self.hub, str) else self.model_copy(update={"hub": self.hub.for_inference()})
+
+    def parts(self) -> dict[str, str]:
+        return {"hub": self.hub} if isinstance(self.hub, str) else {}
+
+    @model_validator(mode="after")
+    def _possible(self) -> "ImagebindConfig":
+        if self.train_hub and isinstance(self.hub, str):
+            raise ValueError(f"train_hub: a hub that is trained is given by its configuration, not as the MODEL '{self.hub}'")
+        if not (self.image_weight or self.text_weight or self.likeness_weight):
+            raise ValueError("image_weight, text_weight and likeness_weight are all 0, so that nothing is learned; raise one")
+        return self
+
+
+class Imagebind(System):
+    """See above.
+
+    Args:
+        hub: Pictures and texts; its scale is everybody's at inference.
+        towers: The ``audio`` tower, with a scale for training.
+        config: Weights.
+    """
+
+    def __init__(self, hub: Clip, towers: DualTower, config: ImagebindConfig) -> None:
+        super().__init__()
+        self.hub = hub if config.train_hub else freeze(hub)
+        self.towers = towers
+        self.config = config
+
+    @property
+    def only_for_training(self) -> tuple[str, ...]:
+        """See `mm.types.System`."""
+        return tuple(f"hub.{name}" for name in self.hub.only_for_training)
+
+    def represent(self, batch: Batch) -> dict[str, Tensor]:
+        """Unit vectors ``audio``, ``text`` and, where pictures are learned from, ``image``, each ``(B, D)``."""
+        assert batch.audio is not None
+        names = ("image", "text") if self.config.learns_pictures else ("text",)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train_hub):
+            known = {name: self.hub.towers.embed(name, getattr(batch, name)) for name in names}
+        return known | {"audio": self.towers.embed("audio", batch.audio)}
+
+    def loss_from(self, representations: Mapping[str, Tensor], batch: Batch, step: int) -> Losses:
+        """The weighted losses of the whole batch given its unit vectors."""
+        config, scale, gather = self.config, self.towers.scale(), current_gather()
+        audio, parts = representations["audio"], {"logit_scale": scale.detach()}
+        total = audio.new_zeros(())
+        for name, weight in (("image", config.image_weight), ("text", config.text_weight)):
+            if weight:
+                other = representations[name]
+                part = info_nce(audio, other, scale, groups=batch.groups, chunk_size=config.chunk_size, gather=gather)
+                parts[f"audio_{name}"] = part.detach()
+                total = total + weight * part
+        if config.likeness_weight:
+            unlike = 1 - (audio * representations["text"]).sum(1).mean()
+            parts["unlike"] = unlike.detach()
+            total = total + config.likeness_weight * unlike
+        if config.train_hub:
+            hub = self.hub.loss_from(representations, batch, step)
+            parts |= {f"hub_{name}": value for name, value in hub.parts.items()}
+            total = total + hub.total
+        return Losses(total, parts)
+
+    def loss(self, batch: Batch, step: int) -> Losses:
+        """Training loss of this rank's share of the global batch."""
+        return self.loss_from(self.represent(batch), batch, step)
+
+    def after_step(self, step: int) -> None:
+        """Clamp the scales, and what the hub does."""
+        self.towers.clamp_()
+        if self.config.train_hub:
+            self.hub.after_step(step)
+
+    def embed_audio(self, audio: AudioBatch) -> Tensor:
+        """See `mm.types.Hears`."""
+        return self.towers.embed("audio", audio)
+
+    def embed_image(self, image: Tensor) -> Tensor:
+        """As the hub's."""
+        return self.hub.embed_image(image)
+
+    def embed_text(self, text: TextBatch) -> Tensor:
+        """As the hub's."""
+        return self.hub.embed_text(text)
+
+    def read_texts(self, text: TextBatch) -> Encoded:
+        """As the hub's."""
+        return self.hub.read_texts(text)
+
+    def encoders(self) -> Mapping[str, nn.Module]:
+        """The ``image``, ``text`` and ``audio`` encoders."""
+        return {**self.hub.encoders(), "audio": self.towers.encoders["audio"]}
+
+    def cast_(self, dtype: torch.dtype) -> None:
+        """Hold the towers in another floating type, for inference."""
+        self.hub.cast_(dtype)
+        self.towers.cast_(dtype)
+
+    def scores(self, queries: Tensor, items: Tensor) -> Tensor:
+        """Logits ``(Q, M)`` with the hub's scale."""
+        return self.hub.scores(queries, items)
+
+
+def build(config: ImagebindConfig, parts: Mapping[str, Any] | None = None) -> Imagebind:
+    """Build the network with fresh weights; ``parts["hub"]`` may hold a trained dual tower.
+
+    Raises:
+        ConfigError: A mere name without the part, or a part that is no CLIP.
+    """
+    hub = (parts or {}).get("hub")
+    if hub is None:
+        if isinstance(config.hub, str):
+            raise ConfigError(f"hub: '{config.hub}' names a model; give it as a part, or its configuration in its place")
+        hub = clip.build(config.hub if config.train_hub else config.hub.for_inference())
+    if not isinstance(hub, Clip):
+        raise ConfigError(
+            "hub: this model is no dual tower of pictures and texts; take emoji-clip, or a run of configs/clip.yaml"
+        )
+    audio = build_audio_encoder(config.audio)
+    return Imagebind(hub, DualTower({"audio": (audio, projection(audio.width, _embed_dim(hub)))}), config)
+
+
+def _embed_dim(hub: Clip) -> int:
+    """Width of the shared space, where a part was given for a name."""
+    width: Any = hub.towers.encoders["text"].width
+    like = next(hub.parameters())
+    return hub.towers.projections["text"](torch.zeros(1, width, device=like.device)).shape[-1]

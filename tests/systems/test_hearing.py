@@ -1,0 +1,141 @@
+"""Systems that hear: CLAP and ImageBind learn, are exact where gradients are cached, and leave a fixed hub as it is."""
+
+import pytest
+import torch
+
+from mm.config import validate
+from mm.errors import ConfigError
+from mm.systems.clap import Clap, ClapConfig
+from mm.systems.clap import build as build_clap
+from mm.systems.clip import Clip, ClipConfig
+from mm.systems.clip import build as build_clip
+from mm.systems.imagebind import Imagebind, ImagebindConfig
+from mm.systems.imagebind import build as build_imagebind
+from mm.types import AudioBatch, Batch, CachesGradients, Embeds, Hears, TextBatch, capabilities
+
+AUDIO = {"mels": 16, "width": 16, "layers": 1, "heads": 2, "stride": 4}
+TEXT = {"width": 16, "layers": 1, "heads": 2, "context_length": 8, "vocab_size": 32}
+CLIP = {
+    "name": "clip",
+    "image": {"backbone": "convnext_atto", "image_size": 32, "options": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}},
+    "text": TEXT,
+    "embed_dim": 8,
+}
+
+
+def clap(**options: object) -> Clap:
+    torch.manual_seed(0)
+    return build_clap(validate(ClapConfig, {"audio": AUDIO, "text": TEXT, "embed_dim": 8} | options, "test"))
+
+
+def hub() -> Clip:
+    torch.manual_seed(1)
+    return build_clip(validate(ClipConfig, CLIP, "test"))
+
+
+def imagebind(given: Clip | None = None, **options: object) -> Imagebind:
+    torch.manual_seed(0)
+    config = validate(ImagebindConfig, {"audio": AUDIO, "hub": CLIP} | options, "test")
+    return build_imagebind(config, {} if given is None else {"hub": given})
+
+
+def batch(size: int = 6) -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(3_000, 6_000, (size,), generator=generator)
+    waves = torch.randn(size, 6_000, generator=generator) * (torch.arange(6_000) < lengths[:, None])
+    return Batch(
+        ids=tuple(map(str, range(size))),
+        image=torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8, generator=generator),
+        text=TextBatch(torch.randint(1, 32, (size, 8), generator=generator), torch.full((size,), 8)),
+        audio=AudioBatch(waves, lengths),
+    )
+
+
+BOTH = {"clap": clap, "hub": lambda: imagebind(likeness_weight=0.5), "all": lambda: imagebind(train_hub=True)}
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_every_trainable_parameter_learns_and_one_batch_is_learned(kind: str) -> None:
+    system, data = BOTH[kind]().train(), batch()
+    optimizer = torch.optim.Adam([p for p in system.parameters() if p.requires_grad], lr=0.01)
+    losses = []
+    for step in range(60):
+        optimizer.zero_grad()
+        loss = system(data, step)
+        loss.total.backward()
+        if step == 0:
+            assert all(p.grad is not None and p.grad.any() for p in system.parameters() if p.requires_grad)
+        optimizer.step()
+        system.after_step(step)
+        losses.append(float(loss.total.detach()))
+    assert losses[-1] < 0.2 * losses[0]
+    sounds, texts = system.eval().embed_audio(data.audio), system.embed_text(data.text)
+    assert torch.equal((sounds @ texts.T).argmax(1), torch.arange(6))
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_representations_and_loss_are_the_same_work_in_two_parts(kind: str) -> None:
+    system, data = BOTH[kind]().eval(), batch()
+    assert isinstance(system, CachesGradients)
+    vectors = system.represent(data)
+    assert float(system.loss_from(vectors, data, 0).total) == float(system.loss(data, 0).total)
+    halves = [system.represent(data[rows]) for rows in (slice(0, 3), slice(3, 6))]
+    for name, whole in vectors.items():
+        torch.testing.assert_close(torch.cat([half[name] for half in halves]), whole, atol=1e-5, rtol=0)
+
+
+def test_a_fixed_hub_stays_as_it_is() -> None:
+    given = hub()
+    before = {name: tensor.clone() for name, tensor in given.state_dict().items()}
+    pictures, texts = given.eval().embed_image(batch().image), given.embed_text(batch().text)
+    system = imagebind(given).train()
+    optimizer = torch.optim.SGD([p for p in system.parameters() if p.requires_grad], lr=1.0)
+    for step in range(3):
+        optimizer.zero_grad()
+        system.loss(batch(), step).total.backward()
+        optimizer.step()
+        system.after_step(step)
+    assert all(torch.equal(tensor, system.hub.state_dict()[name]) for name, tensor in before.items())
+    system.eval()
+    assert torch.equal(system.embed_image(batch().image), pictures)
+    assert torch.equal(system.embed_text(batch().text), texts)
+    assert not any(p.requires_grad for p in system.hub.parameters())
+
+
+def test_each_weight_counts_for_its_pair_alone() -> None:
+    data = batch()
+    names = {"image_weight": "audio_image", "text_weight": "audio_text", "likeness_weight": "unlike"}
+    off = dict.fromkeys(names, 0.0)
+    for option, part in names.items():
+        losses = imagebind(**off | {option: 2.0}).eval().loss(data, 0)
+        assert set(losses.parts) == {"logit_scale", part}
+        assert float(losses.total) == pytest.approx(2 * float(losses.parts[part]), rel=1e-6)
+    assert imagebind(**off | {"text_weight": 1.0}).config.learns_pictures is False
+
+
+def test_capabilities_and_modalities() -> None:
+    assert capabilities(clap()) == {"hears"}
+    assert not isinstance(clap(), Embeds)
+    both = imagebind()
+    assert isinstance(both, Embeds)
+    assert isinstance(both, Hears)
+    assert set(both.encoders()) == {"image", "text", "audio"}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"image_weight": 0, "text_weight": 0}, "nothing is learned"),
+        ({"train_hub": True, "hub": "emoji-clip"}, "not as the MODEL 'emoji-clip'"),
+    ],
+)
+def test_impossible_configurations_stop_early(options: dict[str, object], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        validate(ImagebindConfig, options, "test")
+
+
+def test_a_hub_of_another_kind_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no dual tower of pictures and texts"):
+        build_imagebind(validate(ImagebindConfig, {}, "test"), {"hub": clap()})
+    with pytest.raises(ConfigError, match="names a model"):
+        build_imagebind(validate(ImagebindConfig, {}, "test"))
