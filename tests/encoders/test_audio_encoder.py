@@ -111,4 +111,4 @@ def test_one_recording_always_gives_one_vector_also_on_two_threads() -> None:
 
 def test_an_impossible_width_is_refused() -> None:
     with pytest.raises(ConfigError, match="multiple of 2 x heads"):
-        encoder(width=18, heads=3)
+        encoder(width=15, heads=3)
