@@ -3,8 +3,9 @@
 Papers: Muse https://arxiv.org/abs/2301.00704, MaskGIT https://arxiv.org/abs/2202.04200 (the schedule and the decoding),
 classifier-free guidance https://arxiv.org/abs/2207.12598 (``caption_dropout``).
 
-Deviations from Muse: one resolution, without a second stage for a finer one; the text encoder may also be small and trained along
-(Muse's is a frozen T5-XXL); ``text_fusion: concat`` puts words and picture tokens into one sequence instead of attending across.
+Deviations from Muse: one resolution, without a second stage for a finer one; the text encoder may also be small and trained
+along (Muse's is a frozen T5-XXL); ``text_fusion: concat`` puts words and picture tokens into one sequence instead of attending
+across.
 """
 
 import functools
@@ -85,6 +86,10 @@ class MuseConfig(SystemSettings):
 
     def parts(self) -> dict[str, str]:
         return {name: part for name in ("tokenizer", "text") if isinstance(part := getattr(self, name), str)}
+
+    @property
+    def readers(self) -> frozenset[str]:
+        return frozenset({"text"})
 
     @model_validator(mode="after")
     def _possible(self) -> "MuseConfig":
