@@ -100,7 +100,7 @@ class Model:
     dtype: torch.dtype = torch.float32
     compiled_rows: int = 0
     tune: TuneConfig | None = None
-    left_out: Mapping[str, Tensor] = field(default_factory=dict)
+    left_out: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def capabilities(self) -> frozenset[str]:
