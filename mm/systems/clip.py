@@ -241,12 +241,13 @@ def build(config: ClipConfig, parts: Mapping[str, Any] | None = None) -> Clip:
     parts = parts or {}
     image = parts["image"] if "image" in parts else _image_encoder(config.image)
     text = parts["text"] if "text" in parts else _text_encoder(config.text)
+    built = {name: encoder for name, encoder in (("image", image), ("text", text)) if encoder is not None}
+    projections: dict[str, Projection] = {"image": config.image_projection, "text": config.text_projection}
     is_siglip = config.loss == "siglip"
     towers = DualTower(
         {
-            name: (encoder, _projection(kind, encoder.width, config.embed_dim, name))
-            for name, encoder, kind in (("image", image, config.image_projection), ("text", text, config.text_projection))
-            if encoder is not None
+            name: (encoder, _projection(projections[name], encoder.width, config.embed_dim, name))
+            for name, encoder in built.items()
         },
         logit_scale=SIGLIP_LOGIT_SCALE if is_siglip else INITIAL_LOGIT_SCALE,
         logit_bias=SIGLIP_LOGIT_BIAS if is_siglip else None,
