@@ -1016,11 +1016,25 @@ def convert(
     image_size: Annotated[
         int | None, typer.Option(metavar="PIXELS", min=8, help="For ALBEF and BERT: side of the pictures, if another.")
     ] = None,
+    rescale: Annotated[
+        str | None, typer.Option(metavar="SRC", help="For KL autoencoders of diffusers: give latents of SRC unit spread.")
+    ] = None,
+    shifted: Annotated[bool, typer.Option("--shifted", help="With --rescale: bring their mean to zero, too.")] = False,
 ) -> None:
     """Turn a foreign weight file into a model folder: safetensors and JSON, read without running code from then on."""
     from mm.run.conversion import convert as run_conversion
 
-    done = run_conversion(file, out, architecture=arch, trusted=trusted, vocab=vocab, image=image, image_size=image_size)
+    done = run_conversion(
+        file,
+        out,
+        architecture=arch,
+        trusted=trusted,
+        vocab=vocab,
+        image=image,
+        image_size=image_size,
+        rescale=rescale,
+        shifted=shifted,
+    )
     typer.echo(done)
 
 

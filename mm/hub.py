@@ -10,10 +10,11 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from mm.config import StrictConfig, read_json, read_yaml, validate
 from mm.errors import CheckpointError, UserError
 from mm.fusion.grounding import Grounding, ground_words
 from mm.nn.freeze import folded_weights
+from mm.nn.initialise import Unfilled
 from mm.nn.tuning import Tune, TuneConfig, merge, tune
 from mm.processor import Processor
 from mm.published.imported import Imported
@@ -88,6 +90,7 @@ class Model:
         dtype: What the weights are computed with; parts that would suffer from it stay in fp32.
         compiled_rows: Rows of every batch where the encoders are compiled (`compile`), 0 where they are not.
         tune: How the network was tuned, where that added parts that are not folded into its weights.
+        left_out: Weights that belong to the model, for which nothing was built (`load_painter`).
     """
 
     system: System
@@ -99,6 +102,7 @@ class Model:
     dtype: torch.dtype = torch.float32
     compiled_rows: int = 0
     tune: TuneConfig | None = None
+    left_out: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def capabilities(self) -> frozenset[str]:
@@ -125,6 +129,9 @@ class Model:
         Batches are filled up to ``rows``, texts to multiples of 8 tokens, so that few shapes are compiled. A CPU needs a C++
         compiler for it; weights are folded into the compiled code, so they must not change afterwards. Of a model that decodes
         or samples step by step the step is compiled, for each number of rows when it is first met.
+
+        Raises:
+            UserError: The model neither embeds nor has such a step.
         """
         if isinstance(self.system, CompilesSampling):
             self.system.compile_sampling()
@@ -132,7 +139,9 @@ class Model:
         if isinstance(self.system, CompilesDecoding):
             self.system.compile_decoding()
             return self
-        for modality, encoder in self._shared_space().encoders().items():
+        if not isinstance(self.system, Embeds | Hears):
+            raise self._unable("has nothing that can be compiled", "use it as it is, or take a dual tower, a flow or a writer")
+        for modality, encoder in self.system.encoders().items():
             if modality != "audio":  # whose lengths differ
                 encoder.compile(dynamic=False)
         self.compiled_rows = rows
@@ -357,23 +366,36 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
     Raises:
         CheckpointError: When there is no such model, or a file of it is missing, damaged or of another shape.
     """
+    return _load(model, device, precision)
+
+
+def load_painter(model: str | Path, *, device: str = "auto", precision: str = "auto") -> Model:
+    """As `load`, to make pictures of words and for nothing else: what reads the words is built without its picture tower, which
+    with the library behind it would take most of the time."""
+    return _load(model, device, precision, painting=True)
+
+
+def _load(model: str | Path, device: str, precision: str, *, painting: bool = False, reading: bool = False) -> Model:
+    """See `load`; only for ``painting``, or as a part that is only for ``reading`` texts."""
+    without = {"image": None} if reading else {}
     imported = None if str(model) in shipped() else import_model(str(model))
     if imported is not None:
-        return from_imported(imported, name=str(model), device=device, precision=precision)
+        return from_imported(imported, name=str(model), device=device, precision=precision, without=without)
     folder, weights = _locate(str(model))
     config_path = folder / CONFIG_FILE
     values = read_yaml(config_path)
     if "system" not in values:
         raise CheckpointError(f"{config_path}: has no 'system' section; is this a model folder written by mm?")
     config = read_system(values["system"], f"{config_path} (system)")
-    parts = load_parts(config.parts())
-    system = build(config.for_inference(), {name: part.system for name, part in parts.items()})
+    parts = load_parts(config.parts(), config.readers if painting else frozenset())
+    with Unfilled():
+        system = build(config.for_inference(), {name: part.system for name, part in parts.items()} | without)
     _check_parts(system, parts, values.get("parts", {}), config_path)
     of_parts = _part_weights(system, parts)
     way = validate(_Tuned, {"tune": values.get("tune")}, str(config_path)).tune
     if way is not None:
         tune(system, way)
-    own = _read_weights(weights)
+    own, left_out = _set_aside(system, _read_weights(weights))
     _check_stored_parts(own, of_parts, parts, weights)
     _load_weights(system, of_parts | _shared_weights(system, values.get("base"), config_path) | own, str(weights))
     added = None if way is None else merge(system, way)
@@ -388,6 +410,7 @@ def load(model: str | Path, *, device: str = "auto", precision: str = "auto") ->
         device=place,
         dtype=dtype,
         tune=added,
+        left_out=left_out,
     )
 
 
@@ -400,13 +423,13 @@ def _card(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in recorded.items() if value}
 
 
-def load_parts(references: Mapping[str, str]) -> dict[str, Model]:
-    """The models that a system's configuration names as its parts, in fp32 on the CPU.
+def load_parts(references: Mapping[str, str], readers: Collection[str] = ()) -> dict[str, Model]:
+    """The models that a system's configuration names as its parts, in fp32 on the CPU; ``readers`` to read texts alone.
 
     Raises:
         UserError: A model was tuned by parts beside its weights: a configuration of the whole has no place for them.
     """
-    parts = {name: load(reference, device="cpu", precision="fp32") for name, reference in references.items()}
+    parts = {name: _load(reference, "cpu", "fp32", reading=name in readers) for name, reference in references.items()}
     for name, part in parts.items():
         if part.tune is not None:
             raise UserError(
@@ -439,7 +462,8 @@ def _check_parts(system: System, parts: Mapping[str, Model], digests: Mapping[st
     """Raises `CheckpointError` where a part is no longer the one that the whole was trained with."""
     for name, digest in digests.items():
         if name in parts:
-            _check_unchanged(parts[name].name, _digest(system.part_state(name)), digest, f"{where}: its {name}")
+            whole = system.part_state(name) | parts[name].left_out
+            _check_unchanged(parts[name].name, _digest(whole), digest, f"{where}: its {name}")
 
 
 def _check_unchanged(name: str, digest: str, expected: object, what: str) -> None:
@@ -513,10 +537,23 @@ def _placed(system: System, device: torch.device, dtype: torch.dtype) -> System:
     return system
 
 
-def from_imported(imported: Imported, *, name: str, device: str = "auto", precision: str = "auto") -> Model:
-    """A model from what an importer returned. Raises `CheckpointError` when weights and configuration do not fit."""
-    system = build(imported.config.for_inference())
-    _load_weights(system, imported.state, name)
+def from_imported(
+    imported: Imported,
+    *,
+    name: str,
+    device: str = "auto",
+    precision: str = "auto",
+    without: Mapping[str, None] = MappingProxyType({}),
+) -> Model:
+    """A model from what an importer returned, ``without`` some of its towers.
+
+    Raises:
+        CheckpointError: Weights and configuration do not fit.
+    """
+    with Unfilled():
+        system = build(imported.config.for_inference(), without)
+    state, left_out = _set_aside(system, imported.state)
+    _load_weights(system, state, name)
     place = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     dtype = inference_dtype(precision, place)
     return Model(
@@ -527,6 +564,7 @@ def from_imported(imported: Imported, *, name: str, device: str = "auto", precis
         card=imported.card,
         device=place,
         dtype=dtype,
+        left_out=left_out,
     )
 
 
@@ -646,6 +684,13 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from None
+
+
+def _set_aside(system: System, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights of a network, and in fp32 those of what it was built without."""
+    own = {name: tensor for name, tensor in state.items() if not name.startswith(system.left_out)}
+    left_out = {name: tensor for name, tensor in state.items() if name not in own}
+    return own, {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in left_out.items()}
 
 
 def _load_weights(system: System, state: Mapping[str, Tensor], where: str) -> None:

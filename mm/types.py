@@ -255,6 +255,11 @@ class System(nn.Module):
         return getattr(self, name).state_dict()
 
     @property
+    def left_out(self) -> tuple[str, ...]:
+        """Beginnings of the names of weights that its configuration has and this network was built without."""
+        return ()
+
+    @property
     def may_be_added(self) -> tuple[str, ...]:
         """Beginnings of the names of parameters that change nothing at first, so that a trained network may be given them."""
         return ()

@@ -187,6 +187,8 @@ def _in_workers(
         worker_init_fn=_start_worker,
         generator=torch.Generator().manual_seed(0),  # else each start would draw from, and so change, the global random stream
     )
+    import torchvision.transforms.v2  # noqa: F401 - decoders and filters, which each forked worker would import for itself
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)

@@ -7,14 +7,13 @@ import difflib
 import inspect
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Literal
 
-import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from pydantic import Field, JsonValue, model_validator
-from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -36,11 +35,6 @@ PYRAMID = "pyramid"
 
 PYRAMID_SIDE = 6
 """Most cells to a side that a stage contributes to the pooled vector."""
-
-RESERVED_OPTIONS = frozenset(
-    [*FIELDS_OF_ARGUMENTS, *inspect.signature(timm.create_model).parameters, "num_classes", "in_chans", "features_only"]
-) - {"kwargs"}
-"""Arguments that `options` may not pass on: they fetch or read files, change the interface, or have a field."""
 
 BACKBONE_FAILURES = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError)
 """What timm and torch raise for sizes and options that a backbone cannot have."""
@@ -228,14 +222,25 @@ def _dry_run(encoder: ImageEncoder) -> Encoded:
         encoder.train(training)
 
 
+@cache
+def reserved_options() -> frozenset[str]:
+    """Arguments that `options` may not pass on: they fetch or read files, change the interface, or have a field."""
+    import timm
+
+    named = inspect.signature(timm.create_model).parameters
+    return frozenset([*FIELDS_OF_ARGUMENTS, *named, "num_classes", "in_chans", "features_only"]) - {"kwargs"}
+
+
 def build_image_encoder(config: ImageEncoderConfig) -> ImageEncoder:
     """An image encoder with fresh weights. Raises `UserError` where timm has no such model or it takes no such option."""
+    import timm  # takes seconds, which models without such an encoder do without
+
     name = config.backbone
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them"
         raise UserError(f"backbone '{name}': timm has no such model; {hint}")
-    reserved = sorted(RESERVED_OPTIONS & config.options.keys())
+    reserved = sorted(reserved_options() & config.options.keys())
     if reserved:
         field = FIELDS_OF_ARGUMENTS.get(reserved[0])
         instead = f"set {field} instead" if field else "leave it out"
@@ -263,6 +268,8 @@ def build_image_encoder(config: ImageEncoderConfig) -> ImageEncoder:
 
 def _arguments(config: ImageEncoderConfig) -> dict[str, Any]:
     """What timm's constructor is given; a field that is at its default is not mentioned to backbones that may not know it."""
+    import timm
+
     arguments: dict[str, Any] = dict(config.options)
     architecture = timm.get_pretrained_cfg(config.backbone.partition(".")[0])  # what is behind the dot names weights
     if architecture is not None and architecture.fixed_input_size:
@@ -278,6 +285,8 @@ def _arguments(config: ImageEncoderConfig) -> dict[str, Any]:
 
 def _check_patches(trunk: Any, image_size: int) -> None:
     """timm cuts off the pixels that fill no patch, without a word."""
+    from timm.layers.patch_embed import PatchEmbed
+
     patches: Any = getattr(trunk, "patch_embed", None)
     if isinstance(patches, PatchEmbed) and not patches.dynamic_img_pad:
         side = int(patches.patch_size[0])

@@ -65,11 +65,16 @@ def write(model: Model, folder: Path) -> None:
         raise _refusal(f"{model.name} has other parts than an AutoencoderKL, a UNet and a text encoder like CLIP's")
     if vae.vae.config.shift_factor:
         raise _refusal(f"{PIPELINE} knows no shift_factor")
+    if not isinstance(config.path, DiffusionPathConfig):
+        raise _refusal(f"{model.name} goes a straight path, which {PIPELINE} cannot sample")
+    if config.prediction not in PREDICTIONS:
+        known = " or ".join(PREDICTIONS)
+        raise _refusal(f"{model.name} predicts the {config.prediction}, which not all schedulers know, only {known}")
     scaling = {"scaling_factor": vae.vae.config.scaling_factor, "sample_size": vae.vae.config.image_size}
     _write_network(vae.vae.model, folder / "vae", scaling)
     _write_network(unet.network, folder / "unet", {"sample_size": vae.latent_shape[1]})
     _write_text(config.text, system.text, model, folder)
-    scheduler = _scheduler(config)
+    scheduler = _scheduler(config, config.path)
     _write_json(folder / "scheduler" / SCHEDULER_FILE, scheduler)
     _write_json(folder / INDEX_FILE, _index(scheduler["_class_name"]))
     contents = {
@@ -107,9 +112,8 @@ def _write_text(config: TextEncoderConfig, encoder: nn.Module, model: Model, fol
     write_transformers(tokenizer, folder / "tokenizer", model.processor.context_length, pad=config.pad_id)
 
 
-def _scheduler(config: LatentDiffusionConfig) -> dict[str, Any]:
-    path, solver = config.path, config.scheduler.solver
-    assert isinstance(path, DiffusionPathConfig), "a noise is predicted on such paths alone"
+def _scheduler(config: LatentDiffusionConfig, path: DiffusionPathConfig) -> dict[str, Any]:
+    solver = config.scheduler.solver
     own = solver in get_args(Solver)
     name = OWN_SOLVER if own else solver.removesuffix(LAST_WORD) + LAST_WORD
     return {

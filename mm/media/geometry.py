@@ -9,8 +9,6 @@ import torch
 from jaxtyping import Bool, UInt8
 from pydantic import Field, model_validator
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from mm.config import StrictConfig
 
@@ -105,7 +103,7 @@ def _place(image: Tensor, spec: ImageSpec, fill: Tensor) -> Tensor:
     height, width = image.shape[-2:]
     if spec.fit == "crop":
         short = min(height, width)
-        image = F.center_crop(image, [min(height, short * MAX_ASPECT), min(width, short * MAX_ASPECT)])
+        image = _middle(image, min(height, short * MAX_ASPECT), min(width, short * MAX_ASPECT))
         height, width = image.shape[-2:]
         image = _resize(image, max(side, side * height // short), max(side, side * width // short), spec)
         return _centre(image, spec)
@@ -122,14 +120,23 @@ def _centre(image: Tensor, spec: ImageSpec) -> Tensor:
     """The square of ``spec.size`` in the middle of a picture that is at least as large."""
     size = spec.size
     if spec.centre == "nearest":
-        return F.center_crop(image, [size, size])
+        return _middle(image, size, size)
     top, left = ((side - size) // 2 for side in image.shape[-2:])
     return image[..., top : top + size, left : left + size]
+
+
+def _middle(image: Tensor, height: int, width: int) -> Tensor:
+    """As torchvision cuts it out of a picture that is at least as large."""
+    top, left = (round((side - wanted) / 2) for side, wanted in zip(image.shape[-2:], (height, width), strict=True))
+    return image[..., top : top + height, left : left + width]
 
 
 def _resize(image: Tensor, height: int, width: int, spec: ImageSpec) -> Tensor:
     if image.shape[-2:] == (height, width):
         return image
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2 import functional as F
+
     return F.resize(image, [height, width], interpolation=InterpolationMode(spec.interpolation), antialias=True)
 
 

@@ -13,7 +13,6 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from pydantic import Field
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 from mm.config import StrictConfig
 from mm.errors import BadSample, UserError
@@ -124,6 +123,8 @@ def _check_pixels(size: tuple[int, int], limits: ImageLimits, where: str) -> Non
 
 def _decode_fast(data: bytes, kind: ImageFormat) -> Tensor | None:
     """torchvision's decoders where they agree with Pillow: JPEG but CMYK, and 8-bit PNG in grey, RGB or RGBA."""
+    from torchvision.io import ImageReadMode, decode_jpeg, decode_png
+
     if kind == "JPEG" and jpeg_frame(data)[2] in (1, 3):
         decoded = decode_jpeg(_as_tensor(data), mode=ImageReadMode.RGB, apply_exif_orientation=True)
         assert isinstance(decoded, Tensor), "one picture in, one out"

@@ -1,10 +1,34 @@
 """Every initial weight of the suite's own networks, in one place."""
 
-from torch import nn
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mm.nn.attention import MultiHeadAttention
 from mm.nn.embeddings import LearnedPositions, TokenEmbedding
 from mm.nn.transformer import FeedForward, GatedFeedForward, Transformer
+
+DRAWS = frozenset(
+    [Tensor.uniform_, Tensor.normal_, Tensor.erfinv_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_]
+)
+"""What fills a tensor with first weights, and what takes long of making others of them."""
+
+
+class Unfilled(TorchFunctionMode):
+    """Within it, networks are built without drawing the weights that loaded ones are about to replace: these hold anything.
+
+    What is computed from sizes, such as the angles of positions, is there as ever.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if function in DRAWS:
+            return args[0] if args else named["tensor"]
+        return function(*args, **named)
 
 
 def initialise(module: nn.Module) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor
 
@@ -258,6 +257,8 @@ def _timm_tower(
     if kind == "linear":
         projection = take(state, "head.proj.")
     elif not kind:
+        import timm
+
         classifier = str(timm.get_pretrained_cfg_value(config.backbone.partition(".")[0], "classifier")) + "."
         projection = take(trunk, classifier)
         trunk = {name: tensor for name, tensor in trunk.items() if not name.startswith(classifier)}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mm.config import read_json
-from mm.encoders.image import RESERVED_OPTIONS, ImageEncoderConfig
+from mm.encoders.image import ImageEncoderConfig, reserved_options
 from mm.errors import CheckpointError
 from mm.media.image import ImageSpec
 from mm.processor import Processor
@@ -52,7 +52,7 @@ def _imported(folder: Path, values: Mapping[str, Any], prepared: Mapping[str, An
             image_size=height,
             pool=values.get("global_pool") or None,
             patch_size=arguments.get("patch_size"),
-            options={key: value for key, value in arguments.items() if key not in RESERVED_OPTIONS},
+            options={key: value for key, value in arguments.items() if key not in reserved_options()},
             mean=triple(prepared["mean"]),
             std=triple(prepared["std"]),
         )

@@ -9,6 +9,7 @@ from mm.errors import UserError
 from mm.hub import check_folder, from_imported, load, save
 from mm.published.bert_start import PictureEncoder
 from mm.published.convert import Added, import_file
+from mm.run.latents import rescaled
 from mm.types import Embeds
 
 SEED = 0
@@ -24,6 +25,8 @@ def convert(
     vocab: str | Path | None = None,
     image: str | None = None,
     image_size: int | None = None,
+    rescale: str | None = None,
+    shifted: bool = False,
 ) -> Path:
     """Write a model folder; see `mm.published.convert.import_file`.
 
@@ -35,10 +38,15 @@ def convert(
         vocab: For ALBEF: the ``vocab.txt`` of bert-base-uncased.
         image: For BERT: a MODEL whose picture encoder it is joined with.
         image_size: For ALBEF and BERT: side of the pictures in pixels, where it is not that of the weights.
+        rescale: For KL autoencoders of diffusers: pictures whose latents are to have unit spread, see `mm.run.latents`.
+        shifted: With ``rescale``: bring their mean to zero, too.
 
     Raises:
-        UserError: As `mm.published.convert.import_file`; ``out`` cannot be written, or ``image`` has no such encoder.
+        UserError: As `mm.published.convert.import_file`; ``out`` cannot be written, ``image`` has no such encoder, or the
+            latents of what is no such autoencoder are to be rescaled.
     """
+    if shifted and rescale is None:
+        raise UserError("--shifted: brings the mean of latents to zero; give their pictures with --rescale")
     out, file = check_folder(out), Path(file)
     added = Added(
         vocab=None if vocab is None else Path(vocab),
@@ -48,7 +56,8 @@ def convert(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         imported = import_file(file, architecture=architecture, trusted=trusted, added=added)
-    return save(from_imported(imported, name=file.stem, device="cpu", precision="fp32"), out)
+    model = from_imported(imported, name=file.stem, device="cpu", precision="fp32")
+    return save(model if rescale is None else rescaled(model, rescale, shifted=shifted), out)
 
 
 def _picture_encoder(name: str) -> PictureEncoder:

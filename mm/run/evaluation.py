@@ -26,7 +26,7 @@ from mm.evaluation.compositional import pair_scores, sugarcrepe, winoground
 from mm.evaluation.metrics import Result
 from mm.evaluation.retrieval import retrieval
 from mm.evaluation.zero_shot import class_vectors, zero_shot
-from mm.hub import Model, load
+from mm.hub import Model, load, load_painter
 from mm.media.image import decode_image
 from mm.paths import cache_folder
 from mm.run.preparation import EvalPreparation
@@ -461,9 +461,14 @@ def _unpack(data: bytes) -> tuple[Tensor, list[Mapping[str, Any]], Accounting]:
     return tensors["vectors"], values["samples"], Accounting.from_dict(values["accounting"])
 
 
-def loaded(model: str | Path | Model, device: str, precision: str = "auto") -> Model:
-    """The model itself, or the one that a MODEL reference names, on the chosen device and in the chosen precision."""
-    return model if isinstance(model, Model) else load(model, device=device, precision=precision)
+def loaded(model: str | Path | Model, device: str, precision: str = "auto", *, painting: bool = False) -> Model:
+    """The model itself, or the one that a MODEL reference names, on the chosen device and in the chosen precision.
+
+    Only for ``painting``, see `mm.hub.load_painter`.
+    """
+    if isinstance(model, Model):
+        return model
+    return (load_painter if painting else load)(model, device=device, precision=precision)
 
 
 def opened(data: str | Source, model: Model, *, image_field: str | None = None, text_field: str | None = None) -> Source:

@@ -102,7 +102,7 @@ def generate(
         UserError: The model cannot paint, the ranker has no shared space, there is nothing to paint, or the settings do not go
             together.
     """
-    model = loaded(model, device, precision)
+    model = loaded(model, device, precision, painting=True)
     painter, sampling = _painter(model), sampling or Sampling()
     _check(prompts, count, best_of, ranker, sampling, negative)
     chooser = None if ranker is None else ranking(loaded(ranker, device, precision))

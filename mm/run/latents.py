@@ -33,7 +33,10 @@ def rescaled(model: Model, data: str | Source, *, num_pictures: int = NUM_PICTUR
     system, config = copy.deepcopy(model.system), model.config
     if not isinstance(system, PublishedVae) or not isinstance(config, PublishedVaeConfig):
         raise UserError(f"{model.name}: is no KL autoencoder of diffusers, whose latents have a scale; take a folder of one")
-    batches = islice(picture_loader(opened(data, model), model).one_epoch(), -(-num_pictures // BATCH_SIZE))
+    source = opened(data, model)
+    batches = islice(picture_loader(source, model).one_epoch(), -(-num_pictures // BATCH_SIZE))
     latents = (system.to_latents(batch.image.to(model.device)) for batch in batches if batch.image is not None)
     system.vae.config = measured(config.vae, latents, shifted=shifted)
-    return replace(model, system=system, config=config.model_copy(update={"vae": system.vae.config}), card={})
+    config = config.model_copy(update={"vae": system.vae.config})
+    measure = {"data": source.name, "most_pictures": num_pictures, "shifted": shifted}
+    return replace(model, system=system, config=config, card={**model.card, "rescaled": measure})

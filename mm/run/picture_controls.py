@@ -4,7 +4,7 @@ A painter that copies can score higher than real pictures by an artist whom the 
 the training artists. So the retrieval control plays such a painter, and every figure about it stands beside the painter's own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -164,7 +164,7 @@ def check_independent(judge: Model, maker: Model, ranker: Model | None, *, makes
 
     Raises:
         UserError: The judge is the ranker or the maker, has the ranker's architecture, or is a part of the maker or of its
-            tokenizer, be it for training only.
+            tokenizer, be it for training only, or of one of these models in turn.
     """
     remedy = "judging needs a model of its own, see configs/judge.yaml"
     for other, role in ((ranker, "chooses"), (maker, makes)):
@@ -174,8 +174,8 @@ def check_independent(judge: Model, maker: Model, ranker: Model | None, *, makes
         raise UserError(f"judge: {judge.name} has the same architecture as {ranker.name}, which chooses; {remedy}")
     if any(_same(part, judge.system) for part in maker.system.children()):
         raise UserError(f"judge: {judge.name} is a part of {maker.name}; {remedy}")
-    for teacher in _teachers(maker):
-        if teacher == judge.name or _fingerprint(teacher, judge) == judge.fingerprint:
+    for teacher, fingerprint in _teachers(maker, judge):
+        if teacher == judge.name or fingerprint == judge.fingerprint:
             raise UserError(f"judge: {maker.name} was trained with {teacher}, the same model; {remedy}")
 
 
@@ -228,7 +228,27 @@ def _studied(source: Source, painter: Model, prompts: Sequence[str], label: str 
     return Training(torch.cat(small), {name: picture for name, (_, picture) in kept.items()}, note)
 
 
-def _teachers(maker: Model) -> set[str]:
+def _teachers(maker: Model, like: Model) -> Iterator[tuple[str, str | None]]:
+    """Models that a maker was trained with or holds, those that these were, and so on: names and fingerprints.
+
+    A fingerprint is of weights held in the type of another model's; None where the model can no longer be had.
+    """
+    precision = "bf16" if like.dtype == torch.bfloat16 else "fp32"
+    waiting, met = _named(maker), set[str]()
+    while waiting:
+        name = min(waiting)
+        waiting.remove(name)
+        met.add(name)
+        try:
+            teacher = load(name, device="cpu", precision=precision)
+        except UserError:
+            yield name, None
+            continue
+        yield name, teacher.fingerprint
+        waiting |= _named(teacher) - met
+
+
+def _named(maker: Model) -> set[str]:
     """Models that the maker, its tokenizer or its latents were trained with or hold, as the configurations name them."""
     parts = [part for name in ("tokenizer", "latents") if (part := getattr(maker.system, name, None)) is not None]
     named = [getattr(maker.config, name, None) for name in ("tokenizer", "latents")]
@@ -244,12 +264,3 @@ def _same(part: nn.Module, system: nn.Module) -> bool:
         tensor.shape == second[name].shape and torch.equal(tensor.to(second[name]), second[name])
         for name, tensor in first.items()
     )
-
-
-def _fingerprint(reference: str, like: Model) -> str | None:
-    """A model's, its weights held in the type of another's; None where it can no longer be had."""
-    precision = "bf16" if like.dtype == torch.bfloat16 else "fp32"
-    try:
-        return load(reference, device="cpu", precision=precision).fingerprint
-    except UserError:
-        return None

@@ -145,6 +145,12 @@ class Clip(System):
         """See `mm.types.System`."""
         return ("queues.",)
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """See `mm.types.System`."""
+        absent = [name for name in TOWERS if name not in self.towers.encoders]
+        return tuple(f"towers.{kind}.{name}." for kind in ("encoders", "projections") for name in absent)
+
     def represent(self, batch: Batch) -> dict[str, Tensor]:
         """Unit vectors ``image`` and ``text``, each ``(B, D)``."""
         return {name: self.towers.embed(name, getattr(batch, name)) for name in TOWERS}
@@ -230,15 +236,18 @@ class Clip(System):
 
 
 def build(config: ClipConfig, parts: Mapping[str, Any] | None = None) -> Clip:
-    """Build CLIP with fresh weights; ``parts`` may hold ready ``image`` and ``text`` encoders for the configured ones."""
+    """Build CLIP with fresh weights; ``parts`` may hold ready ``image`` and ``text`` encoders for the configured ones, or None
+    where a tower is to be left out."""
     parts = parts or {}
     image = parts["image"] if "image" in parts else _image_encoder(config.image)
     text = parts["text"] if "text" in parts else _text_encoder(config.text)
+    built = {name: encoder for name, encoder in (("image", image), ("text", text)) if encoder is not None}
+    projections: dict[str, Projection] = {"image": config.image_projection, "text": config.text_projection}
     is_siglip = config.loss == "siglip"
     towers = DualTower(
         {
-            "image": (image, _projection(config.image_projection, image.width, config.embed_dim, "image")),
-            "text": (text, _projection(config.text_projection, text.width, config.embed_dim, "text")),
+            name: (encoder, _projection(projections[name], encoder.width, config.embed_dim, name))
+            for name, encoder in built.items()
         },
         logit_scale=SIGLIP_LOGIT_SCALE if is_siglip else INITIAL_LOGIT_SCALE,
         logit_bias=SIGLIP_LOGIT_BIAS if is_siglip else None,

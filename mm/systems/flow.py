@@ -20,6 +20,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 
 from mm.config import TAG_PREFIX, StrictConfig
+from mm.encoders.image import ImageEncoder
 from mm.encoders.text import TextEncoderConfig
 from mm.errors import ConfigError, UserError
 from mm.generators.denoiser import Compiled, Condition, repeated, without_padding, without_vector, without_words
@@ -251,6 +252,10 @@ class FlowSettings(SystemSettings):
 
     def parts(self) -> dict[str, str]:
         return {name: part for name in ("latents", "text") if isinstance(part := getattr(self, name), str)}
+
+    @property
+    def readers(self) -> frozenset[str]:
+        return frozenset({"text"})
 
     def training_parts(self) -> dict[str, str]:
         aligned = {} if self.align is None else {"align": self.align.model}
@@ -584,13 +589,25 @@ def _check_teacher(config: FlowSettings, teacher: Any) -> None:
         raise ConfigError(f"{name} goes another way from noise to data; take its path for the student")
 
 
+def _check_align(name: str, model: Any) -> None:
+    """Raises `ConfigError` where a model's features of pictures have no places that others could be drawn to."""
+    tower = model.encoders().get("image") if isinstance(model, Embeds) else None
+    if tower is None:
+        raise ConfigError(f"align.model: '{name}' has no picture tower; take a model such as emoji-clip")
+    if not isinstance(tower, ImageEncoder):
+        raise ConfigError(
+            f"align.model: the picture tower of '{name}' is a library's own and does not tell where its features are; "
+            "take a model whose tower is a backbone of timm, such as emoji-clip"
+        )
+
+
 def build(config: FlowSettings, parts: Mapping[str, Any] | None = None) -> Flow:
     """Build the generator with fresh weights; ``parts`` may hold ``latents``, ``text``, ``align`` and ``teacher``."""
     latents, text = build_latents(config.latents, parts), build_prompt_network(config.text, parts)
     shape = latents.latent_shape
     align: Any = (parts or {}).get("align")
-    if config.align is not None and not (isinstance(align, Embeds) and "image" in align.encoders()):
-        raise ConfigError(f"align.model: '{config.align.model}' has no picture tower; take a model such as emoji-clip")
+    if config.align is not None:
+        _check_align(config.align.model, align)
     teacher = (parts or {}).get("teacher")
     if config.distil is not None:
         _check_teacher(config, teacher)

@@ -98,6 +98,10 @@ class ImagenConfig(SystemSettings):
     def parts(self) -> dict[str, str]:
         return {"text": self.text} if isinstance(self.text, str) else {}
 
+    @property
+    def readers(self) -> frozenset[str]:
+        return frozenset({"text"})
+
     @model_validator(mode="after")
     def _possible(self) -> "ImagenConfig":
         sides = [stage.image_size for stage in self.stages]

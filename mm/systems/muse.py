@@ -87,6 +87,10 @@ class MuseConfig(SystemSettings):
     def parts(self) -> dict[str, str]:
         return {name: part for name in ("tokenizer", "text") if isinstance(part := getattr(self, name), str)}
 
+    @property
+    def readers(self) -> frozenset[str]:
+        return frozenset({"text"})
+
     @model_validator(mode="after")
     def _possible(self) -> "MuseConfig":
         if self.width % self.heads:

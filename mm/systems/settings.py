@@ -79,6 +79,11 @@ class SystemSettings(StrictConfig):
         """Fields that name another MODEL which is part of the network. Its weights are ``FIELD.*`` in the network's state."""
         return {}
 
+    @property
+    def readers(self) -> frozenset[str]:
+        """Parts that painting asks for nothing but texts: they may be built without a picture tower then."""
+        return frozenset()
+
     def training_parts(self) -> dict[str, str]:
         """Fields that name another MODEL which is needed for training only; none of its weights are in the network's state."""
         return {}

@@ -181,6 +181,9 @@ def test_what_does_not_go_together_is_told(workshop: Path) -> None:
         run(workshop, source, {"latents": {"image_size": 16}})
     with pytest.raises(ConfigError, match="holds latents, no pictures, which 'vq' needs"):
         assemble(validate(RunConfig, values(workshop, source) | {"system": VQ}, "test"))
+    dalle2 = {"name": "dalle2", "latents": str(workshop / "vq"), "text": str(workshop / "clip")}
+    with pytest.raises(ConfigError, match="holds latents, no pictures, which 'dalle2' needs"):
+        assemble(validate(RunConfig, values(workshop, source) | {"system": dalle2}, "test"))
     with pytest.raises(ConfigError, match="features of its texts as they are"):
         run(workshop, both, captions=[{"template": "a {text}"}])
     with pytest.raises(ConfigError, match="is an encoder of its own"):

@@ -25,7 +25,8 @@ def by_name(monkeypatch: pytest.MonkeyPatch) -> stubs.StubPainter:
     """The command line finds a stub painter under ``stub`` and a ranker under ``clip``; other names as always."""
     model, system = stubs.painter()
     known, load = {"stub": model, "clip": stubs.clip(), "painter": model}, mm.run.evaluation.load
-    monkeypatch.setattr("mm.run.evaluation.load", lambda name, **options: known.get(str(name)) or load(name, **options))
+    for way in ("load", "load_painter"):
+        monkeypatch.setattr(f"mm.run.evaluation.{way}", lambda name, **options: known.get(str(name)) or load(name, **options))
     return system
 
 

@@ -14,13 +14,18 @@ from PIL import Image
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+import mm
 from mm.cli import app
+from mm.config import validate
 from mm.data.sources import open_source
 from mm.errors import UserError
 from mm.evaluation.zero_shot import class_vectors, label_ranks
-from mm.media.image import open_image
-from mm.run.picture_controls import Training, stand_in, training_pictures
+from mm.hub import Model
+from mm.media.image import ImageSpec, open_image
+from mm.processor import Processor
+from mm.run.picture_controls import Training, check_independent, stand_in, training_pictures
 from mm.run.picture_evaluation import evaluate_generation
+from mm.systems import build
 from mm.systems.vq import VqConfig
 
 EACH = 6
@@ -196,6 +201,25 @@ def test_a_judge_that_chose_or_taught_is_refused(data: Path) -> None:
     taught, _ = stubs.painter(stubs.noise, Greys(VqConfig(perceptual="clip-1")))
     with pytest.raises(UserError, match="trained with clip-1, the same model"):
         measured(taught, data)
+
+
+def test_a_judge_that_taught_the_teacher_is_refused(data: Path, tmp_path: Path) -> None:
+    """By its weights, whatever it is called, and though the teacher's teacher names the student again."""
+    mm.save(stubs.clip(1), tmp_path / "judge")
+    tiny: dict[str, Any] = {"tokenizer": {"image_size": 16, "patch": 8, "widths": [4]}}
+    for name, taught_by in (("teacher", "judge"), ("innocent", "nobody"), ("loop", "loop")):
+        config = validate(VqConfig, tiny | {"perceptual": str(tmp_path / taught_by)}, "test")
+        processor = Processor(image=ImageSpec(size=16))
+        mm.save(Model(system=build(config).eval(), processor=processor, config=config, name=name), tmp_path / name)
+
+    def student(teacher: str) -> Model:
+        return stubs.painter(stubs.noise, Greys(VqConfig(perceptual=str(tmp_path / teacher))))[0]
+
+    with pytest.raises(UserError, match=r"was trained with .*judge, the same model"):
+        check_independent(stubs.clip(1), student("teacher"), None)
+    check_independent(stubs.clip(2), student("teacher"), None)
+    check_independent(stubs.clip(1), student("innocent"), None)
+    check_independent(stubs.clip(1), student("loop"), None)
 
 
 def test_what_a_run_learned_from_is_only_a_hint(data: Path) -> None:

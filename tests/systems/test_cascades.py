@@ -15,6 +15,7 @@ from mm.errors import ConfigError, UserError
 from mm.fusion.dual_tower import unit
 from mm.generators.diffusion import gaussian_noise
 from mm.generators.sampling import sample_generators
+from mm.hub import Model
 from mm.processor import Processor
 from mm.systems import build, read_system
 from mm.systems.dalle2 import Dalle2, Dalle2Config
@@ -304,6 +305,13 @@ def test_a_language_model_reads_prompts(tmp_path: Path) -> None:
     painter = mm.load(tmp_path / "run", device="cpu")
     assert painter.processor.tokenizer.to_json() == tokenizer.to_json()
     assert mm.generate(painter, ["a red heart"], sampling=Sampling(steps=1))[0].pixels.shape == (3, 32, 32)
+
+
+def test_what_cannot_be_compiled_is_told() -> None:
+    for system in (imagen("base"), dalle2()):
+        model = Model(system=system, processor=Processor(), config=system.config, name="cascade")
+        with pytest.raises(UserError, match="cascade has nothing that can be compiled"):
+            model.compile()
 
 
 def test_configurations_that_cannot_be() -> None:

@@ -9,6 +9,7 @@ from mm.config import validate
 from mm.errors import ConfigError, UserError
 from mm.generators.denoiser import joined
 from mm.systems import build
+from mm.systems.clip import ClipConfig
 from mm.systems.flow import Flow, FlowConfig
 from mm.types import Batch, Sampling, System, TextBatch, capabilities
 
@@ -19,6 +20,14 @@ VQ = {
 TEXT = {"width": 16, "layers": 1, "heads": 2, "context_length": 6, "vocab_size": 20, "causal": False, "pooling": "mean"}
 TOWER = {"backbone": "test_resnet", "image_size": 32, "pool": "avg"}
 CLIP = {"name": "clip", "image": TOWER, "text": TEXT, "embed_dim": 12}
+LIBRARY_TOWER = {
+    "library": "open_clip",
+    "architecture": "tiny",
+    "config": {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16}},
+    "image_size": 32,
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+}
 DIT = {"width": 16, "layers": 3, "heads": 2, "words_every": 2}
 PIXELS = {"image_size": 16}
 UNET = {
@@ -222,5 +231,9 @@ def test_configurations_that_cannot_be() -> None:
         small("latents", {"text": torch.nn.Identity()})  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match="no transformer of so many layers"):
         small("latents", align={"model": "x", "layer": 4})
+    library = build(validate(ClipConfig, CLIP | {"image": LIBRARY_TOWER, "image_projection": "none", "embed_dim": 16}, "test"))
+    for model, message in ((library, "picture tower of 'x' is a library's own"), (torch.nn.Identity(), "no picture tower")):
+        with pytest.raises(ConfigError, match=message):
+            small("latents", {"align": model}, align={"model": "x", "layer": 1})  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match="threshold: is for pixels"):
         spread(small("latents")).paint(texts(3), [0], Sampling(threshold=0.99))

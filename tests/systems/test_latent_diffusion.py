@@ -1,6 +1,7 @@
 """Latent diffusion: the whole way from a folder of diffusers through fine-tuning and back to one."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import mm
 from mm.errors import ConfigError, UserError
 from mm.export import export
 from mm.run.config import CONFIGS
+from mm.run.conversion import convert
 from mm.run.generation import generate
 from mm.run.latents import rescaled
 from mm.run.training import assemble, load_run_config
-from mm.systems.flow import Flow
+from mm.systems.flow import Flow, FlowPathConfig
+from mm.systems.latent_diffusion import LatentDiffusionConfig
 from mm.types import Sampling, TextBatch
 
 diffusers = pytest.importorskip("diffusers")
@@ -150,18 +153,33 @@ def test_the_autoencoder_serves_other_generators_with_a_scale_of_its_own(folder:
         rescaled(mm.load(folder, device="cpu"), str(data))
 
 
-def test_shift_and_scale_bring_mean_and_spread(folder: Path, data: Path) -> None:
-    own = rescaled(mm.load(folder / "vae", device="cpu"), str(data), shifted=True)
+def test_shift_and_scale_bring_mean_and_spread(folder: Path, data: Path, tmp_path: Path) -> None:
+    own = mm.load(convert(folder / "vae", tmp_path / "vae", rescale=str(data), shifted=True), device="cpu")
+    assert own.card["format"]
+    assert own.card["rescaled"]["shifted"]
     system: Any = own.system
     pictures = torch.stack([own.processor.image(file) for file in sorted(data.parent.glob("*.png"))])
     latents = system.to_latents(pictures)
     assert float(latents.mean()) == pytest.approx(0.0, abs=1e-5)
     assert float(latents.std(correction=0)) == pytest.approx(1.0, rel=1e-4)
+    with pytest.raises(UserError, match="give their pictures with --rescale"):
+        convert(folder / "vae", tmp_path / "other", shifted=True)
+    with pytest.raises(UserError, match="no KL autoencoder"):
+        convert(folder, tmp_path / "other", rescale=str(data))
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_cannot_be_is_told(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no latent diffusion"):
         export("emoji-clip", tmp_path / "out", "diffusers")
+    model = mm.load(folder, device="cpu")
+    assert isinstance(model.config, LatentDiffusionConfig)
+    for changed, message in (
+        ({"path": FlowPathConfig(), "prediction": "velocity"}, "goes a straight path, which StableDiffusionPipeline cannot"),
+        ({"prediction": "sample"}, "predicts the sample, which not all schedulers know, only velocity or noise"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export(replace(model, config=model.config.model_copy(update=changed)), tmp_path / "out", "diffusers")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="empty_prompt"):
         load_run_config(CONFIG, [f"init_from={folder}", "system.text.attend_padding=false"])
