@@ -25,7 +25,7 @@ from mm.evaluation.baseline import pixel_baseline, thumbnails
 from mm.evaluation.compositional import pair_scores, sugarcrepe, winoground
 from mm.evaluation.metrics import Result
 from mm.evaluation.retrieval import retrieval
-from mm.evaluation.zero_shot import class_vectors, zero_shot
+from mm.evaluation.zero_shot import class_vectors, ranked, zero_shot
 from mm.hub import Model, load
 from mm.media.image import decode_image
 from mm.paths import cache_folder
@@ -39,6 +39,9 @@ T = TypeVar("T")
 BATCH_SIZE = 64
 CAPTION_LABEL = "txt"
 """What ``label`` is called where the first caption of a sample is the name of its class."""
+
+RANKED = 5
+"""Classes of a picture that a caller of `evaluate_zero_shot` is told."""
 
 MAX_WORKERS = 8
 WORKERS_FROM = 1000
@@ -66,6 +69,23 @@ class EncodedSource:
     accounting: str
 
 
+@dataclass(frozen=True)
+class Classified:
+    """A picture of a zero-shot evaluation.
+
+    Args:
+        id: The sample's.
+        right: Its class.
+        ranked: The likeliest classes, best first: `RANKED` of them, or all where there are fewer.
+        fields: The sample's.
+    """
+
+    id: str
+    right: str
+    ranked: tuple[str, ...]
+    fields: Mapping[str, Any]
+
+
 def evaluate_zero_shot(
     model: str | Path | Model,
     data: str | Source,
@@ -79,6 +99,7 @@ def evaluate_zero_shot(
     precision: str = "auto",
     cache: bool = True,
     progress: Progress | None = None,
+    on_classified: Callable[[Sequence[Classified]], None] | None = None,
 ) -> Result:
     """Zero-shot classification of a labelled source.
 
@@ -94,6 +115,7 @@ def evaluate_zero_shot(
         precision: See `mm.hub.load`.
         cache: Remember the vectors of this model on this source and of its texts in the cache folder.
         progress: Called with (done, total) while encoding.
+        on_classified: Receives what each picture was taken for.
 
     Returns:
         ``top1``, ``top5``, ``mean_per_class``, the same with subset suffixes, and ``baseline_top1``.
@@ -114,6 +136,14 @@ def evaluate_zero_shot(
         vectors = text_vectors(lambda: class_vectors(embed, task.classes, prompts), key, world)
     fields = [sample["fields"] for sample in encoded.samples]
     rows, labels = labelled(fields, task, source)
+    if on_classified:
+        order, _ = ranked(encoded.images[rows], vectors, min(RANKED, len(task.classes)))
+        on_classified(
+            [
+                Classified(encoded.samples[row]["id"], task.classes[right], tuple(task.classes[c] for c in best), fields[row])
+                for row, right, best in zip(rows, labels.tolist(), order.tolist(), strict=True)
+            ]
+        )
     result = zero_shot(
         encoded.images[rows],
         vectors,
@@ -137,6 +167,7 @@ def evaluate_retrieval(
     precision: str = "auto",
     cache: bool = True,
     progress: Progress | None = None,
+    on_encoded: Callable[["Captioned"], None] | None = None,
 ) -> Result:
     """Image-text retrieval both ways among all pictures of a source and all their captions.
 
@@ -149,6 +180,7 @@ def evaluate_retrieval(
         precision: See `mm.hub.load`.
         cache: Remember the vectors of this model on this source and of its texts in the cache folder.
         progress: Called with (done, total) while encoding.
+        on_encoded: Receives the vectors that are compared.
 
     Raises:
         UserError: When no sample of the source has a caption, or its figures are published for another task.
@@ -159,6 +191,8 @@ def evaluate_retrieval(
     fingerprint = model.fingerprint
     with open_world(model.device.type) as world:
         pairs = encode_captioned(model, source, world, cache=cache, progress=progress, fingerprint=fingerprint)
+    if on_encoded:
+        on_encoded(pairs)
     return retrieval(pairs.images, pairs.texts, pairs.image_of, protocol=stamp(model, source, pairs.accounting, fingerprint))
 
 
