@@ -22,7 +22,7 @@ SIDE = 96
 
 @dataclass(frozen=True)
 class Answers:
-    """Of Q queries: wrong items before the first right one ``(Q,)``, its lead over the best wrong one, the first items found."""
+    """Of Q queries: wrong items before the first right one ``(Q,)``, its lead over the best wrong one, what was found first."""
 
     rank: Tensor
     lead: Tensor
@@ -48,12 +48,12 @@ def answer(queries: Tensor, items: Tensor, query_owner: Tensor, item_owner: Tens
 
 
 def texts_sheet(rows: list[int], answers: Answers, pairs, picture: Callable[[int], Tensor], title: str) -> Image.Image:
-    """A line for each text: its own picture, then the pictures that were found, ticked where right."""
+    """A line for each text: its own picture and that one's place, then the pictures that were found, ticked where right."""
     cells, captions, marks = [], [], []
     for row in rows:
         own, found = int(pairs.image_of[row]), answers.found[row].tolist()
         cells += [picture(own), *map(picture, found)]
-        captions += [f"{pairs.captions[row]}\nplace {int(answers.rank[row]) + 1}", *([""] * len(found))]
+        captions += [f"{int(answers.rank[row]) + 1}. {pairs.captions[row]}", *([""] * len(found))]
         marks += [None, *(place == own for place in found)]
     return mm.contact_sheet(cells, captions, columns=len(cells) // len(rows), cell=SIDE, right=marks, title=title)
 

@@ -1,7 +1,8 @@
 """Zero-shot classification of a folder with a sub-folder for each class (ImageFolder), without any training.
 
 Prints top-1 and top-5 with their intervals and a table of the classes, and draws which classes are taken for which.
-Any labelled source of `mm` will do; the embedded emoji are classified among 1,451 names and counted by their groups.
+Any labelled source of `mm` will do; the embedded emoji are classified among 1,451 names and counted by their groups. With --labels
+the pictures need no classes: each is told its own.
 """
 
 import argparse
@@ -17,11 +18,13 @@ from rich.text import Text
 import mm
 
 CELL, MARGIN = 44, 170
+"""Pixels of a field of the confusion picture, and of the room for names."""
+
 LARGEST = 24
 """Classes of the confusion picture: those with most mistakes."""
 
 
-def tables(seen, by):
+def tables(seen: list, by: str | None) -> tuple[dict[str, Counter], Counter]:
     """Pictures, first and among the first five rightly named, by class; and how often one class is taken for another."""
     kind = {one.right: str(one.fields[by]) if by else one.right for one in seen}
     counts, taken = defaultdict(Counter), Counter()
@@ -32,7 +35,7 @@ def tables(seen, by):
     return counts, taken
 
 
-def confusion(names, taken):
+def confusion(names: list[str], taken: Counter) -> Image.Image:
     """A picture with a row for each class and a column for what it was taken for, in percent of the row."""
     side = MARGIN + CELL * len(names)
     sheet, font = Image.new("RGB", (side, side), "white"), ImageFont.load_default(13)
@@ -55,15 +58,24 @@ def confusion(names, taken):
     return sheet
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", default="emoji:test/core", help="a folder with a sub-folder for each class")
     parser.add_argument("--model", default="emoji-clip", help="any MODEL of mm, such as ViT-B-32/openai")
+    parser.add_argument("--labels", metavar="A,B,...", help="classify the pictures of any folder among these")
     parser.add_argument("--template", action="append", help="prompt with {} for the name; repeat for an ensemble")
     parser.add_argument("--by", help="field to count by instead of the class; for emoji: group")
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/confusion.png"), help="the confusion picture, .png")
     args = parser.parse_args()
     by = args.by or ("group" if args.data.startswith("emoji:") else None)
+    if args.labels:
+        labels = [label.strip() for label in args.labels.split(",")]
+        for one in mm.classify(args.model, [args.data], labels, templates=args.template):
+            print(f"{one.probabilities[0]:6.1%}  {one.labels[0]:20}  {one.image}")
+        return
+    if args.out.suffix.lower() != ".png":
+        raise mm.UserError(f"--out {args.out}: give a name that ends in .png")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     seen = []
     result = mm.evaluate(
         "zero-shot", args.model, args.data, templates=args.template, baseline="none", on_classified=seen.extend
@@ -82,7 +94,6 @@ def main():
         table.add_row(str(count["pictures"]), *shares, Text(name), Text(others))
     Console(width=100).print(table)
     hard = sorted(counts, key=lambda name: taken[name, name] - counts[name]["pictures"])[:LARGEST]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     confusion(sorted(hard), taken).save(args.out)
     print(f"{args.out}: rows are what is right, columns what it was taken for")
 

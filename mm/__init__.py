@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mm.data.sources import open_source
-    from mm.errors import UserError
+    from mm.errors import BadSample, UserError
     from mm.evaluation.sheet import contact_sheet
     from mm.hub import Model, load, save, shipped
     from mm.run.captioning import caption
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BadSample": "mm.errors",
     "Model": "mm.hub",
     "UserError": "mm.errors",
     "contact_sheet": "mm.evaluation.sheet",
@@ -34,6 +35,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "BadSample",
     "Model",
     "UserError",
     "__version__",
