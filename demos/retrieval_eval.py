@@ -16,8 +16,13 @@ from torch import Tensor
 import mm
 
 AT_ONCE = 256
+"""Queries compared at a time."""
+
 FOUND = 5
-SIDE = 96
+"""Items shown of those that were found."""
+
+SIDE, CELL = 64, 96
+"""Pixels of pictures as they are drawn, and on the sheets."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ def texts_sheet(rows: list[int], answers: Answers, pairs, picture: Callable[[int
         cells += [picture(own), *map(picture, found)]
         captions += [f"{int(answers.rank[row]) + 1}. {pairs.captions[row]}", *([""] * len(found))]
         marks += [None, *(place == own for place in found)]
-    return mm.contact_sheet(cells, captions, columns=len(cells) // len(rows), cell=SIDE, right=marks, title=title)
+    return mm.contact_sheet(cells, captions, columns=len(cells) // len(rows), cell=CELL, right=marks, title=title)
 
 
 def pictures_sheet(rows: list[int], answers: Answers, pairs, picture: Callable[[int], Tensor], title: str) -> Image.Image:
@@ -65,7 +70,7 @@ def pictures_sheet(rows: list[int], answers: Answers, pairs, picture: Callable[[
         first, own = int(answers.found[row, 0]), int((pairs.image_of == row).nonzero()[0])
         marks.append(int(pairs.image_of[first]) == row)
         captions.append(pairs.captions[first] + ("" if marks[-1] else f"\nnot: {pairs.captions[own]}"))
-    return mm.contact_sheet([picture(row) for row in rows], captions, cell=SIDE, right=marks, title=title)
+    return mm.contact_sheet([picture(row) for row in rows], captions, cell=CELL, right=marks, title=title)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """From a folder of pictures with captions (name.jpg beside name.txt, or sub-folders as captions) to a small CLIP, on a laptop.
 
-Holds some pictures back, trains on the others, measures how well those held back are found, and searches all for a text. Without
-a folder it takes animals, plants and dishes, each drawn by several artists, from the embedded emoji.
+Holds some pictures back, trains on the others, measures how well those held back are found, and searches all for a text.
+Without a folder it takes animals, plants and dishes, each drawn by several artists, from the embedded emoji.
 """
 
 import argparse
@@ -86,7 +86,9 @@ def main() -> None:
     tables = [write_table(args.out / f"{name}.csv", pairs) for name, pairs in (("training", training), ("held-back", held))]
     settings = [f"data.train={tables[0]}", f"train.steps={args.steps}", f"train.batch_size={min(64, len(training))}"]
     run = args.out / "run"
-    mm.train(CONFIG, settings, out=run)
+    outcome = mm.train(CONFIG, settings, out=run)
+    if outcome.step < args.steps:
+        raise mm.UserError(f"{run}: stopped at step {outcome.step}; the same command goes on")
     model = mm.load(run)
     print(f"\n{len(held)} pictures that it has not seen:")
     for name, figure in mm.evaluate("retrieval", model, tables[1]).metrics.items():

@@ -1,8 +1,8 @@
 """Zero-shot classification of a folder with a sub-folder for each class (ImageFolder), without any training.
 
 Prints top-1 and top-5 with their intervals and a table of the classes, and draws which classes are taken for which.
-Any labelled source of `mm` will do; the embedded emoji are classified among 1,451 names and counted by their groups. With --labels
-the pictures need no classes: each is told its own.
+Any labelled source of `mm` will do; the embedded emoji are classified among 1,451 names and counted by their groups.
+With --labels the pictures need no classes: the likeliest label of each is printed.
 """
 
 import argparse
