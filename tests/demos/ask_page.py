@@ -1,4 +1,4 @@
-"""Asks a running page one thing by `gradio_client` and prints the answer as JSON; a process of its own, for its threads and sockets.
+"""Asks a running page one thing by `gradio_client` and prints the answer as JSON; a process of its own, for its threads.
 
 python ask_page.py URL API_NAME ARGUMENTS, these being JSON in which {"file": PATH} is uploaded.
 """
