@@ -45,7 +45,7 @@ published: setup
 	$(BIN)/python tools/published.py --write $(if $(DATA),--data $(DATA))
 
 demo: setup quickstart
-	$(BIN)/python demos/zero_shot.py runs/quickstart/pictures "dog face,pizza,automobile,crab,smiling face"
+	$(BIN)/python demos/zero_shot_imagefolder.py runs/quickstart/pictures --labels "dog face,pizza,automobile,crab,smiling face"
 
 clean:
 	rm -rf .venv dist .pytest_cache .ruff_cache .hypothesis

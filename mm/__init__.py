@@ -4,6 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mm.data.sources import open_source
+    from mm.errors import BadSample, UserError
+    from mm.evaluation.sheet import contact_sheet
     from mm.hub import Model, load, save, shipped
     from mm.run.captioning import caption
     from mm.run.generation import generate, vary
@@ -14,7 +17,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BadSample": "mm.errors",
     "Model": "mm.hub",
+    "UserError": "mm.errors",
+    "contact_sheet": "mm.evaluation.sheet",
+    "open_source": "mm.data.sources",
     "load": "mm.hub",
     "save": "mm.hub",
     "shipped": "mm.hub",
@@ -28,13 +35,17 @@ _HOMES = {
 }
 
 __all__ = [
+    "BadSample",
     "Model",
+    "UserError",
     "__version__",
     "caption",
     "classify",
+    "contact_sheet",
     "evaluate",
     "generate",
     "load",
+    "open_source",
     "save",
     "search",
     "shipped",

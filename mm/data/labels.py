@@ -41,7 +41,8 @@ class LabelTask:
 def label_task(source: Source, *, label: str | None = None, classes: Sequence[str] | None = None) -> LabelTask:
     """The task that a source brings (its ``task`` attribute) or that its label field implies, changed by what is given.
 
-    Where the source's labels are not names, ``classes`` are other names for its classes, in their order.
+    Where the source's labels are not names, ``classes`` are other names for its classes, in their order. Underscores of a label
+    field's values are read as spaces.
 
     Raises:
         UserError: No label field can be found, the field is in no sample, class names are empty or repeated, or there are more
@@ -51,7 +52,13 @@ def label_task(source: Source, *, label: str | None = None, classes: Sequence[st
     if own is not None and label in (None, own.label):
         return own if classes is None else _renamed(own, classes, source)
     label = label or _usual_label(source)
-    return LabelTask(label=label, classes=_checked(classes if classes is not None else _values(source, label), source))
+    if classes is not None:
+        return LabelTask(label=label, classes=_checked(classes, source))
+    values = _values(source, label)
+    names = [value.replace("_", " ").strip() for value in values]  # as folders are called: dog_face
+    if names == values or len(set(names)) < len(names):
+        return LabelTask(label=label, classes=_checked(values, source))
+    return LabelTask(label=label, classes=_checked(names, source), values=tuple(values))
 
 
 def read_classes(path: Path) -> list[str]:

@@ -25,7 +25,7 @@ from mm.evaluation.baseline import pixel_baseline, thumbnails
 from mm.evaluation.compositional import pair_scores, sugarcrepe, winoground
 from mm.evaluation.metrics import Result
 from mm.evaluation.retrieval import retrieval
-from mm.evaluation.zero_shot import class_vectors, zero_shot
+from mm.evaluation.zero_shot import class_vectors, ranked, zero_shot
 from mm.hub import Model, load, load_painter
 from mm.media.image import decode_image
 from mm.paths import cache_folder
@@ -44,6 +44,9 @@ CAPTION_LABEL = "txt"
 
 PROBED = 20
 """Samples that are tried to find out what a source holds."""
+
+RANKED = 5
+"""Classes of a picture that a caller of `evaluate_zero_shot` is told."""
 
 MAX_WORKERS = 8
 WORKERS_FROM = 1000
@@ -71,6 +74,23 @@ class EncodedSource:
     accounting: str
 
 
+@dataclass(frozen=True)
+class Classified:
+    """A picture of a zero-shot evaluation.
+
+    Args:
+        id: The sample's.
+        right: Its class.
+        ranked: The likeliest classes, best first: `RANKED` of them, or all where there are fewer.
+        fields: The sample's.
+    """
+
+    id: str
+    right: str
+    ranked: tuple[str, ...]
+    fields: Mapping[str, Any]
+
+
 def evaluate_zero_shot(
     model: str | Path | Model,
     data: str | Source,
@@ -85,6 +105,7 @@ def evaluate_zero_shot(
     precision: str = "auto",
     cache: bool = True,
     progress: Progress | None = None,
+    on_classified: Callable[[Sequence[Classified]], None] | None = None,
 ) -> Result:
     """Zero-shot classification of a labelled source.
 
@@ -101,6 +122,7 @@ def evaluate_zero_shot(
         precision: See `mm.hub.load`.
         cache: Remember the vectors of this model on this source and of its texts in the cache folder.
         progress: Called with (done, total) while encoding.
+        on_classified: Receives what each picture was taken for.
 
     Returns:
         ``top1``, ``top5``, ``mean_per_class``, the same with subset suffixes, and ``baseline_top1``.
@@ -122,6 +144,14 @@ def evaluate_zero_shot(
         vectors = text_vectors(lambda: class_vectors(embed, task.classes, prompts), key, world)
     fields = [sample["fields"] for sample in encoded.samples]
     rows, labels = labelled(fields, task, source)
+    if on_classified:
+        order, _ = ranked(encoded.images[rows], vectors, min(RANKED, len(task.classes)))
+        on_classified(
+            [
+                Classified(encoded.samples[row]["id"], task.classes[right], tuple(task.classes[c] for c in best), fields[row])
+                for row, right, best in zip(rows, labels.tolist(), order.tolist(), strict=True)
+            ]
+        )
     result = zero_shot(
         encoded.images[rows],
         vectors,
@@ -146,6 +176,7 @@ def evaluate_retrieval(
     precision: str = "auto",
     cache: bool = True,
     progress: Progress | None = None,
+    on_encoded: Callable[["Captioned"], None] | None = None,
 ) -> Result:
     """Retrieval both ways among all pictures (or recordings) of a source and all their captions, or pictures and recordings.
 
@@ -159,6 +190,7 @@ def evaluate_retrieval(
         precision: See `mm.hub.load`.
         cache: Remember the vectors of this model on this source and of its texts in the cache folder.
         progress: Called with (done, total) while encoding.
+        on_encoded: Receives the vectors that are compared.
 
     Raises:
         UserError: When no sample of the source has a caption, or its figures are published for another task, or the two sides
@@ -177,6 +209,8 @@ def evaluate_retrieval(
             pairs = encode_captioned(model, source, world, medium, **options)
             sides, right, fields = (pairs.images, pairs.texts), pairs.image_of, pairs.fields
             accounting, names = pairs.accounting, (medium, "text")
+            if on_encoded:
+                on_encoded(pairs)
         else:
             pictures, sounds = (encode(model, source, medium, world=world, **options) for medium in ("image", "audio"))
             both = {sample["id"]: row for row, sample in enumerate(sounds.samples)}

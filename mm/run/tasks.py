@@ -9,7 +9,15 @@ from mm.evaluation.metrics import Result
 from mm.hub import Model
 from mm.run.answering import evaluate_vqa
 from mm.run.captioning import evaluate_captioning
-from mm.run.evaluation import Between, evaluate_compositional, evaluate_retrieval, evaluate_zero_shot, loaded, opened
+from mm.run.evaluation import (
+    Between,
+    Captioned,
+    evaluate_compositional,
+    evaluate_retrieval,
+    evaluate_zero_shot,
+    loaded,
+    opened,
+)
 from mm.run.few_shot import evaluate_few_shot
 from mm.run.matching import evaluate_matching
 from mm.run.picture_evaluation import evaluate_generation, evaluate_reconstruction
@@ -31,6 +39,7 @@ def evaluate_any_retrieval(
     top_k: int | None = None,
     cache: bool = True,
     progress: Callable[[int, int | None], None] | None = None,
+    on_encoded: Callable[[Captioned], None] | None = None,
 ) -> Result:
     """Retrieval by what a model can: by vectors, by reading all pairs, or in two stages where it can do both.
 
@@ -38,13 +47,16 @@ def evaluate_any_retrieval(
     model's card recommends (`mm.run.reranking.recommended`), else itm, 1 and 128.
 
     Raises:
-        UserError: A score for a model that does not both embed and match; what the evaluation itself raises.
+        UserError: A score for a model that does not both embed and match, ``on_encoded`` for one that matches; what the
+            evaluation itself raises.
     """
     model = loaded(model, device, precision)
     embeds, matches = (name in model.capabilities for name in ("embeds", "matches"))
     for name, value in (("score", score), ("itm_weight", itm_weight), ("top_k", top_k)):
         if value is not None and not (embeds and matches):
             raise UserError(f"{model.name}: {name} '{value}' is for models that both embed and match; leave it out")
+    if matches and on_encoded is not None:
+        raise UserError(f"{model.name}: compares pictures and texts by more than vectors; take a model such as emoji-clip")
     source = opened(data, model, image_field=image_field, text_field=text_field)
     if "audio" in between:
         return evaluate_retrieval(model, source, between=between, cache=cache, progress=progress)
@@ -59,7 +71,7 @@ def evaluate_any_retrieval(
         return measured | Result({}, {"recommended": f"{', '.join(taken)} by the card of the model"} if taken else {})
     if matches:
         return evaluate_matching(model, source, progress=progress)
-    return evaluate_retrieval(model, source, between=between, cache=cache, progress=progress)
+    return evaluate_retrieval(model, source, between=between, cache=cache, progress=progress, on_encoded=on_encoded)
 
 
 TASKS: Mapping[str, Callable[..., Result]] = {

@@ -39,6 +39,13 @@ def test_spaces_around_a_label_do_not_make_it_another() -> None:
     assert [label_of(row, task.label) for row in rows] == ["cat", "dog", "cat"]
 
 
+def test_underscores_are_read_as_spaces_where_classes_stay_apart() -> None:
+    task = label_task(Fields({"cls": "dog_face"}, {"cls": "pizza"}))
+    assert (task.classes, task.index()) == (("dog face", "pizza"), {"dog_face": 0, "pizza": 1})
+    assert label_task(Fields({"cls": "a_b"}, {"cls": "a b"})).classes == ("a b", "a_b")
+    assert label_task(Fields({"cls": "dog_face"}), classes=["dog_face", "cat"]).classes == ("dog_face", "cat")
+
+
 def test_without_labels_the_fields_are_named() -> None:
     with pytest.raises(UserError, match="samples have: title, url"):
         label_task(Fields({"title": "x"}, {"url": "y"}))
