@@ -11,8 +11,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.envi
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """One cache folder for the whole session, so that no test reads or writes the user's own."""
-    folder = tmp_path_factory.mktemp("cache")
+    """One cache folder for the whole session and all its processes, so that no test reads or writes the user's own."""
+    folder = tmp_path_factory.getbasetemp().parent / "cache" if "PYTEST_XDIST_WORKER" in os.environ else None
+    folder = folder or tmp_path_factory.mktemp("cache")
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MM_CACHE", str(folder))
         patch.setenv("MM_PRECISION", "fp32")  # the same figures on machines with and without bf16 units

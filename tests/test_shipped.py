@@ -13,6 +13,14 @@ FEW = {"limit": 24, "best_of": 4}
 CHOSEN = {"best_of": 8, "ranker": "emoji-clip", "neighbour": "none", "judge": "none"}
 
 MEASURED = {
+    "hears": (
+        "retrieval",
+        "emoji-speech:validation/core",
+        {"between": ("audio", "image")},
+        "audio_to_image_r1",
+        "audio_to_image_r1",
+        0.015,
+    ),
     "matches": ("retrieval", "emoji:validation/core", {}, "image_to_text_r1", "image_to_text_r1", 0.01),
     "embeds": ("zero-shot", "emoji:validation", {"baseline": "none"}, "top1", "top1", 0.01),
     "tokenizes": ("reconstruction", "emoji:validation/core", {}, "psnr", "psnr", 0.05),
