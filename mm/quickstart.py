@@ -11,6 +11,8 @@ from torch import Tensor
 import mm
 from mm.data.emoji import open_emoji
 from mm.data.labels import label_task
+from mm.data.speech import speak
+from mm.errors import UserError
 from mm.evaluation.captioning import normalised
 from mm.evaluation.charts import Bar, bar_chart, curve_chart, read_metrics
 from mm.evaluation.metrics import Result
@@ -60,6 +62,8 @@ LABELS = (
     *("skull", "airplane", "crown", "snake", "bomb", "birthday cake"),
 )
 QUERIES = ("smiling face", "red heart", "police car", "flower", "clock face", "rotes Herz", "火车")
+SAID = ("dog face", "pizza", "red heart", "police car", "sunflower")
+LISTENER = "emoji-audio"
 SEARCHED = 400
 HITS = 8
 DESCRIBED = 16
@@ -80,6 +84,7 @@ def tour(out: Path) -> Path:
         _measure(model, console),
         _classify(model, pictures, out, console),
         _search(model, pictures, out, console),
+        _hear(pictures, out, console),
         _answers(model, pictures, out),
         _read(console),
         _ask(pictures, console),
@@ -327,6 +332,26 @@ def _search(model: Model, pictures: Source, out: Path, console: Console) -> Sect
         save_picture(sheet, out / f"search-{number}.png")
         blocks.append(Wide(sheet, f"“{query}”, {found.searched} pictures searched"))
     return Section("Search a folder by words", blocks)
+
+
+def _hear(pictures: Source, out: Path, console: Console) -> Section:
+    """Spoken names find pictures, where there is a voice to speak them."""
+    console.rule("search by a spoken word")
+    folder, blocks = _folder_of_pictures(pictures, out / "pictures"), []
+    listener = load(LISTENER)
+    for number, words in enumerate(SAID):
+        try:
+            said = speak(words)
+        except UserError as error:
+            console.print(f"  left out: {error}")
+            return Section("Search a folder by a spoken word", [Text(f"Left out: {error}.")])
+        (out / f"said-{number}.flac").write_bytes(said)
+        found = search(listener, folder, audio=said, k=HITS)
+        console.print(f"  {words:24} {', '.join(hit.path.stem for hit in found.hits[:4])}")
+        images = [decode_image(hit.path.read_bytes()) for hit in found.hits]
+        sheet = contact_sheet(images, [hit.path.stem for hit in found.hits], columns=HITS, title=f"said: {words}")
+        blocks.append(Wide(sheet, f"“{words}”, said by a synthetic voice that {LISTENER} never heard in training"))
+    return Section("Search a folder by a spoken word", blocks)
 
 
 def _folder_of_pictures(pictures: Source, folder: Path) -> Path:

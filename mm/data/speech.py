@@ -227,6 +227,17 @@ def _digest(split: str) -> str:
     return digest.hexdigest()[:12]
 
 
+def speak(words: str, voice: str = TEST_VOICE) -> bytes:
+    """A FLAC file, 16 kHz and mono, of words spoken by a voice of espeak-ng; the held-out one if none is given.
+
+    Raises:
+        UserError: espeak-ng is not installed, or does not know the voice.
+    """
+    if shutil.which("espeak-ng") is None:
+        raise UserError(f"espeak-ng, which speaks the names, is not installed; {INSTALL}")
+    return _speak(_with_manner(words, voice))
+
+
 def _speak(utterance: Utterance) -> bytes:
     """A FLAC file of what is said, 16 bits a sample."""
     import soundfile
