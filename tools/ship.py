@@ -339,8 +339,8 @@ SHIPMENTS |= {
             Measurement("retrieval", "emoji-speech:test/core", HEARD_AS_TEXT),
         ),
         seeds=("audio_to_image_r1", "audio_to_image_r10", "audio_to_text_r1"),
-        limits="""- The speech is synthetic (espeak-ng), that of the test too, though in an accent it was not trained on; how well
-  it hears people was not measured.
+        limits="""- The speech is synthetic (espeak-ng), that of the test too, though in an accent it was not trained on; how
+  well it hears people was not measured.
 - English alone; what is longer than 2.4 s is cut.
 - Of concepts whose words are new (`_novel`) it finds what `emoji-clip` finds by the written name, less what is misheard.""",
     ),
