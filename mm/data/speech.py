@@ -186,7 +186,17 @@ def record(split: str, cache: str | Path | None = None, progress: Progress | Non
     return built_once(f"emoji-speech-{split}-{_digest(split)}", write, cache, rebuild=rebuild)
 
 
-def utterances(split: str) -> list[Utterance]:
+def read_splits(written: str) -> tuple[str, ...]:
+    """Splits from ``train,test``. Raises `UserError` where one is unknown."""
+    splits = tuple(split.strip() for split in written.split(","))
+    for split in splits:
+        if split not in VOICES:
+            raise UserError(f"'{split}': no such split of speech; there are {', '.join(VOICES)}")
+    return splits
+
+
+@memoize
+def utterances(split: str) -> tuple[Utterance, ...]:
     """All that the voices of a split say: each once."""
     if split == "train":
         seen = [concept for concept in concepts().values() if concept["split"] == "seen"]
@@ -196,9 +206,9 @@ def utterances(split: str) -> list[Utterance]:
         for word in keywords:
             first = _number(word, "voice")
             spoken += [(word, TRAIN_VOICES[(first + 2 * k) % len(TRAIN_VOICES)]) for k in range(VOICES_PER_KEYWORD)]
-        return [_with_manner(words, voice, varied=True) for words, voice in spoken]
+        return tuple(_with_manner(words, voice, varied=True) for words, voice in spoken)
     [voice] = VOICES[split]
-    return [_with_manner(name, voice) for name in dict.fromkeys(concept["name"] for concept in concepts().values())]
+    return tuple(_with_manner(name, voice) for name in dict.fromkeys(concept["name"] for concept in concepts().values()))
 
 
 def _paired(split: str, by_concept: Mapping[str, Sequence[int]]) -> Iterator[tuple[Utterance, int]]:
