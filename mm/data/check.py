@@ -69,8 +69,7 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """All counts as JSON values."""
         counters = {name: dict(getattr(self, name)) for name in ("bad", "shorter_side", "rates")}
-        counters["largest"] = list(self.largest)
-        return {**vars(self), **counters, "ok": self.ok}
+        return {**vars(self), **counters, "largest": list(self.largest), "ok": self.ok}
 
 
 def check(source: Source, decode: bool = True, progress: Progress | None = None) -> Report:
