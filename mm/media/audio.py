@@ -179,7 +179,8 @@ def resample(wave: Float[Tensor, " t"], rate: int, wanted: int) -> Float[Tensor,
         return wave
     from torchaudio.functional import resample as by_windowed_sinc
 
-    return by_windowed_sinc(wave, ratio.numerator, ratio.denominator)
+    # Rounded from fp64, the wave is the same to the bit whatever number of threads made it.
+    return by_windowed_sinc(wave.double(), ratio.numerator, ratio.denominator).float()
 
 
 def open_audio(

@@ -52,7 +52,7 @@ def test_one_channel_is_the_mean_of_all() -> None:
 def test_usual_rates_are_resampled_as_by_torchaudio_and_keep_the_tone(rate: int) -> None:
     wave = torch.from_numpy(tone(1_000, rate))
     made = resample(wave, rate, 16_000)
-    assert torch.equal(made, torchaudio.functional.resample(wave, rate, 16_000))
+    assert torch.allclose(made, torchaudio.functional.resample(wave, rate, 16_000), rtol=0, atol=1e-6)
     hertz, amplitude = loudest(made, 16_000)
     assert hertz == pytest.approx(1_000, abs=0.1)
     assert amplitude == pytest.approx(0.5, rel=0.01)
@@ -92,8 +92,7 @@ def test_a_recording_always_gives_the_same_wave() -> None:
             waves += [decode_audio(data, 16_000, max_seconds=0.5) for _ in range(50)]
     finally:
         torch.set_num_threads(before)
-    assert max(float((wave - waves[0]).abs().max()) for wave in waves) <= 1e-6
-    assert all(torch.equal(wave, waves[0]) for wave in waves[:50])
+    assert all(torch.equal(wave, waves[0]) for wave in waves)
 
 
 @pytest.mark.parametrize("kind", ["wav", "flac"])
