@@ -52,7 +52,8 @@ def test_one_channel_is_the_mean_of_all() -> None:
 def test_usual_rates_are_resampled_as_by_torchaudio_and_keep_the_tone(rate: int) -> None:
     wave = torch.from_numpy(tone(1_000, rate))
     made = resample(wave, rate, 16_000)
-    assert torch.allclose(made, torchaudio.functional.resample(wave, rate, 16_000), rtol=0, atol=1e-6)
+    assert torch.equal(made, torchaudio.functional.resample(wave.double(), rate, 16_000).float())
+    assert torch.allclose(made, torchaudio.functional.resample(wave, rate, 16_000), rtol=0, atol=2e-5)
     hertz, amplitude = loudest(made, 16_000)
     assert hertz == pytest.approx(1_000, abs=0.1)
     assert amplitude == pytest.approx(0.5, rel=0.01)
