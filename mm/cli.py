@@ -35,6 +35,7 @@ SourceArgument = Annotated[str, typer.Argument(metavar="SRC", help="A folder, a 
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
 ImageFieldOption = Annotated[str | None, typer.Option("--image-field", metavar="COLUMN", help="Column with the picture files.")]
+AudioFieldOption = Annotated[str | None, typer.Option("--audio-field", metavar="COLUMN", help="Column with the recordings.")]
 TextFieldOption = Annotated[
     str | None, typer.Option("--text-field", metavar="COLUMN", help="Column or field with the captions.")
 ]
@@ -825,16 +826,25 @@ def vary(
 def data_build(
     name: Annotated[str, typer.Argument(help="Which embedded data; there is: emoji.")],
     size: Annotated[int, typer.Option(help="Side of the pictures in pixels, 32 to 224.")] = 64,
+    speech: Annotated[
+        bool, typer.Option("--speech", help="Speak their names instead, for emoji-speech; by espeak-ng.")
+    ] = False,
+    splits: Annotated[str, typer.Option(metavar="LIST", help="Of what is spoken.")] = "train,validation,test",
 ) -> None:
-    """Draw the embedded data once, into indexed shards in the cache folder."""
+    """Draw the embedded data once, or speak it, into indexed shards in the cache folder."""
     from mm import show
     from mm.data import emoji
+    from mm.data import speech as spoken
 
     if name != "emoji":
         raise UserError(f"'{name}': no such embedded data; there is: emoji")
-    with show.progress_bar("drawing") as progress:
-        folder = emoji.build(size, progress=progress)
-    typer.echo(folder)
+    if not speech:
+        with show.progress_bar("drawing") as progress:
+            typer.echo(emoji.build(size, progress=progress))
+        return
+    for split in spoken.read_splits(splits):
+        with show.progress_bar(f"speaking {split}") as progress:
+            typer.echo(spoken.record(split, progress=progress))
 
 
 @data_app.command("pack")
@@ -843,6 +853,7 @@ def data_pack(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="New or empty folder for the shards.")],
     samples_per_shard: Annotated[int, typer.Option(min=1)] = 10_000,
     image_field: ImageFieldOption = None,
+    audio_field: AudioFieldOption = None,
     text_field: TextFieldOption = None,
 ) -> None:
     """Pack any source into indexed webdataset shards."""
@@ -851,7 +862,7 @@ def data_pack(
     from mm.data.write import pack
 
     with show.progress_bar("packing") as progress:
-        opened = open_source(source, image_field=image_field, text_field=text_field)
+        opened = open_source(source, image_field=image_field, audio_field=audio_field, text_field=text_field)
         packed = pack(opened, out, samples_per_shard=samples_per_shard, progress=progress)
     show.packed(packed, out)
 
@@ -947,6 +958,7 @@ def data_filter(
 def data_check(
     source: SourceArgument,
     image_field: ImageFieldOption = None,
+    audio_field: AudioFieldOption = None,
     text_field: TextFieldOption = None,
     json_file: JsonOption = None,
 ) -> None:
@@ -956,7 +968,8 @@ def data_check(
     from mm.data.sources import open_source
 
     with show.progress_bar("reading") as progress:
-        report = check(open_source(source, image_field=image_field, text_field=text_field), progress=progress)
+        opened = open_source(source, image_field=image_field, audio_field=audio_field, text_field=text_field)
+        report = check(opened, progress=progress)
     show.checked(report, json_file)
     if not report.ok:
         raise typer.Exit(1)

@@ -323,11 +323,16 @@ def checked(report: Report, json_file: Path | None) -> None:
         ("without picture or sound", report.without_media),
         ("repeated ids", report.repeated_ids),
         ("repeated pictures", report.repeated_pictures),
+        ("repeated recordings", report.repeated_recordings),
     ):
         if count:
             table.add_row(what, str(count), "", style="yellow")
     for bucket, count in report.shorter_side.items():
         table.add_row(f"shorter side {bucket} px", str(count), "")
+    for kind, count in report.rates.items():
+        table.add_row(f"recordings of {kind}", str(count), "")
+    if report.rates:
+        table.add_row("hours of sound; seconds of the longest", f"{report.seconds / 3600:.2f}; {report.longest:.1f}", "")
     table.add_row("media, MB", f"{report.media_bytes / 1e6:.1f}", "")
     for note, value in report.shards.items():
         table.add_row(Text(f"shards: {note}"), "", Text(str(value)))

@@ -7,8 +7,12 @@ from pydantic import Field
 from torch import Tensor
 
 from mm.config import StrictConfig
+from mm.media.audio import resample
 
 DECIBELS = 20.0
+
+SPEED_STEPS = 100
+"""Steps in which speed changes, of the speed as it is: small numbers make small filters."""
 
 
 class AudioAugmentConfig(StrictConfig):
@@ -16,8 +20,8 @@ class AudioAugmentConfig(StrictConfig):
 
     Args:
         gain: Standard deviation of the loudness, decibels.
-        speed: Largest change of speed and pitch, as a share; drawn evenly.
-        noise: Probability of white noise, coloured at random by one pole.
+        speed: Largest change of speed and pitch, as a share; drawn evenly, in hundredths.
+        noise: Probability of noise, white or coloured at random by a filter of one zero.
         noise_decibels: Smallest and largest ratio of sound to noise.
         silence: Longest silence in seconds put before the recording, drawn evenly.
         hidden: Largest share of the recording that is silenced, in one piece.
@@ -45,8 +49,7 @@ def augment_audio(wave: Float[Tensor, " t"], seed: int, config: AudioAugmentConf
     speed, choice, ratio, colour, before, share, place = torch.rand(7, generator=generator).tolist()
     loudness = float(torch.randn((), generator=generator))
     if config.speed:
-        length = max(1, round(len(wave) / (1 + config.speed * (2 * speed - 1))))
-        wave = F.interpolate(wave[None, None], size=length, mode="linear", align_corners=False)[0, 0]
+        wave = resample(wave, SPEED_STEPS + round(SPEED_STEPS * config.speed * (2 * speed - 1)), SPEED_STEPS)
     if config.hidden:
         hidden = int(share * config.hidden * len(wave))
         first = int(place * (len(wave) - hidden))

@@ -52,6 +52,7 @@ class DataConfig(StrictConfig):
         mixture: Several training sources with weights.
         validation: Source scored during training; none by default.
         image_field: Column or key that holds the picture; found by its usual names when absent.
+        audio_field: The same for the recording.
         text_field: Column or key that holds the caption.
         label_field: Column or key that holds the class.
         captions: Templates of training captions, chosen by weight.
@@ -70,6 +71,7 @@ class DataConfig(StrictConfig):
     mixture: tuple[MixturePart, ...] = ()
     validation: str | None = None
     image_field: str | None = None
+    audio_field: str | None = None
     text_field: str | None = None
     label_field: str | None = None
     captions: tuple[CaptionTemplate, ...] = Field(default=(CaptionTemplate(template="{text}"),), min_length=1)

@@ -155,8 +155,11 @@ def built_once(name: str, write: Callable[[Path], None], cache: str | Path | Non
                 shutil.rmtree(target)
             if not target.is_dir():
                 part = root / f".{name}.part-{os.getpid()}"
-                write(part)
-                os.replace(part, target)
+                try:
+                    write(part)
+                    os.replace(part, target)
+                finally:
+                    shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{root}: {name} cannot be built there: {error}; set MM_CACHE to a writable folder") from None
     return target

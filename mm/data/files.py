@@ -9,6 +9,7 @@ from pathlib import Path
 from mm.errors import BadSample
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
+AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".mp3", ".opus"})
 MAX_MEDIA_BYTES = 1 << 30
 MAX_CAPTION_BYTES = 1 << 20
 
@@ -16,6 +17,11 @@ MAX_CAPTION_BYTES = 1 << 20
 def is_picture(name: str) -> bool:
     """True when a file name ends like a picture's."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def is_recording(name: str) -> bool:
+    """True when a file name ends like a recording's."""
+    return os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES
 
 
 def read_file(path: str | Path, max_bytes: int = MAX_MEDIA_BYTES) -> bytes:

@@ -17,12 +17,13 @@ _SPLIT = re.compile(r"^(?P<split>.+?)(-\d+-of-\d+.*)?\.parquet$")
 class HuggingFaceSource:
     """Rows of a Hugging Face dataset, a `mm.types.Source`.
 
-    Ids are row numbers. A picture column holds encoded bytes or paths; columns are found as in a table, pictures first by their
-    feature type. Class labels become their names, in their own column and as ``cls``.
+    Ids are row numbers. A column of pictures or recordings holds encoded bytes or paths and is never decoded by `datasets`;
+    columns are found as in a table, pictures and recordings first by their feature type. Class labels become their names, in
+    their own column and as ``cls``.
 
     Args:
         path: A folder written by ``save_to_disk``, or a parquet file, a glob, or a folder of parquet files of one split.
-        image_field, text_field, label_field: Columns to use, where their names are not the usual ones.
+        image_field, text_field, label_field, audio_field: Columns to use, where their names are not the usual ones.
         name: What messages call it; default: the path.
 
     Raises:
@@ -37,33 +38,37 @@ class HuggingFaceSource:
         image_field: str | None = None,
         text_field: str | None = None,
         label_field: str | None = None,
+        audio_field: str | None = None,
         name: str | None = None,
     ) -> None:
         self.name = name if name is not None else str(path)
         rows, kinds = _open(Path(path))
         if len(rows) == 0:
             raise UserError(f"{path}: no rows in it")
-        pictures = [column for column, kind in kinds.items() if kind == "Image"]
-        labels = [column for column, kind in kinds.items() if kind == "ClassLabel"]
+        pictures, sounds, labels = (
+            [column for column, kind in kinds.items() if kind == wanted] for wanted in ("Image", "Audio", "ClassLabel")
+        )
         self.columns = find_columns(
             _probe(rows, kinds),
             self.name,
             image_field=image_field or (pictures[0] if pictures else None),
             text_field=text_field,
             label_field=label_field or (labels[0] if labels else None),
+            audio_field=audio_field or (sounds[0] if sounds else None),
         )
-        self._rows = rows
-        self._others = rows.remove_columns([*pictures, *({self.columns.image} - set(pictures))])
+        self._media = {
+            modality: column
+            for modality, column in (("image", self.columns.image), ("audio", self.columns.audio))
+            if column is not None
+        }
+        self._rows = rows.select_columns(list(self._media.values()))
+        self._others = rows.remove_columns(list({*pictures, *sounds, *self._media.values()}))
         self._folder = Path(path).absolute() if Path(path).is_dir() else Path(path).absolute().parent
-        self.fingerprint = _fingerprint(self._rows, self._others)
+        self.fingerprint = _fingerprint(rows, self._others)
+        self.revision = f"{self.fingerprint} {rows._fingerprint}"
 
     def __len__(self) -> int:
         return len(self._rows)
-
-    @property
-    def revision(self) -> str:
-        """Digest that changes with the dataset's files."""
-        return f"{self.fingerprint} {self._rows._fingerprint}"
 
     def key(self, index: int) -> str:
         return f"{index:08d}"
@@ -82,13 +87,16 @@ class HuggingFaceSource:
     def read(self, index: int) -> Sample:
         """The sample with its bytes. Raises `BadSample` with cause ``missing file``, ``too many bytes`` or ``unreadable``."""
         fields = self.fields(index)
-        cell = self._rows[index][self.columns.image]
-        data = _bytes(cell, self._folder, f"{self.name}: row {index}")
-        return Sample(self.key(index), {"image": data}, _texts(fields, self.columns), fields)
+        row = self._rows[index]
+        cells = {modality: row[column] for modality, column in self._media.items() if row[column] is not None}
+        if not cells:
+            raise BadSample("missing file", f"{self.name}: row {index}")
+        media = {modality: _bytes(cell, self._folder, f"{self.name}: row {index}") for modality, cell in cells.items()}
+        return Sample(self.key(index), media, _texts(fields, self.columns), fields)
 
 
 def _open(path: Path) -> tuple[Any, dict[str, str]]:
-    """The dataset, its pictures left encoded, and the feature type of each column."""
+    """The dataset, its pictures and recordings left encoded, and the feature type of each column."""
     try:
         import datasets
     except ImportError:
@@ -137,7 +145,7 @@ def parquet_files(path: Path) -> list[Path]:
 
 
 def _probe(rows: Any, kinds: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The first rows, with pictures and other large cells left out, to find columns by."""
+    """The first rows, with pictures and recordings left out, to find columns by."""
     light = [column for column, kind in kinds.items() if kind not in ("Image", "Audio")]
     first: Sequence[Mapping[str, Any]] = [rows.select_columns(light)[i] for i in range(min(len(rows), 5))] if light else [{}]
     return [{column: row.get(column) for column in kinds} for row in first]

@@ -38,9 +38,9 @@ EMBEDDED: Mapping[str, Callable[[str, int, Any], Source]] = {
 """Openers of the data that come with the package, by what a source begins with."""
 
 EXPECTED = (
-    "a source is emoji:train (or :validation, :test), emoji-vqa:train, emoji-speech:train, a folder of pictures, a CSV, TSV or "
-    "JSONL table, tar shards such as 'shards/{000..010}.tar', a Hugging Face datasets folder, or an evaluation set such as "
-    "imagenet:FOLDER"
+    "a source is emoji:train (or :validation, :test), emoji-vqa:train, emoji-speech:train, a folder of pictures or recordings, "
+    "a CSV, TSV or JSONL table, tar shards such as 'shards/{000..010}.tar', a Hugging Face datasets folder, or an evaluation "
+    "set such as imagenet:FOLDER"
 )
 
 
@@ -50,25 +50,32 @@ def open_source(
     text_field: str | None = None,
     label_field: str | None = None,
     image_field: str | None = None,
+    audio_field: str | None = None,
     image_size: int = 64,
     progress: Progress | None = None,
 ) -> Source:
     """Open whatever ``spec`` names; what it is, is found out by looking at it.
 
     Args:
-        spec: ``emoji:...``, or ``emoji-vqa:...`` for questions about them; a folder of pictures (sub-folders are classes,
-            ``name.txt`` beside a picture its captions); a CSV, TSV or JSONL table, or a folder with one table and its
-            pictures; tar shards (folder, glob, brace range); a folder written by `datasets` or parquet files.
+        spec: ``emoji:...``, ``emoji-vqa:...`` for questions about them, ``emoji-speech:...`` for their spoken names; a folder
+            of pictures or recordings (sub-folders are classes, ``name.txt`` beside a file its captions, files that differ in
+            their endings alone one sample); a CSV, TSV or JSONL table, or a folder with one table and its files; tar shards
+            (folder, glob, brace range); a folder written by `datasets` or parquet files.
         text_field: Column or dotted field that holds the caption, where it is not found by its usual names.
         label_field: The same for the class, which is then found under ``cls``.
-        image_field: The same for the picture; for tables and Hugging Face folders only.
+        image_field, audio_field: The same for the picture and the recording; for tables and Hugging Face folders only.
         image_size: Side in pixels at which emoji are drawn.
-        progress: Called with (done, in all) while emoji are drawn or shards indexed.
+        progress: Called with (done, in all) while emoji are drawn or spoken, or shards indexed.
 
     Raises:
         UserError: Nothing usable there; the message says what was found and what to do.
     """
-    columns = {"text_field": text_field, "label_field": label_field, "image_field": image_field}
+    columns = {
+        "text_field": text_field,
+        "label_field": label_field,
+        "image_field": image_field,
+        "audio_field": audio_field,
+    }
     scheme, colon, _ = spec.partition(":")
     if scheme in EMBEDDED:
         if not colon:
@@ -110,7 +117,7 @@ def _open_folder(path: Path, spec: str, columns: Mapping[str, str | None], progr
         try:
             return TableSource(tables[0], name=spec, **columns)
         except UserError as error:
-            raise type(error)(f"{error}; or take {tables[0].name} out of the folder to read its pictures alone") from None
+            raise type(error)(f"{error}; or take {tables[0].name} out of the folder to read its other files alone") from None
     return _with_fields(FolderSource(path, name=spec), **columns)
 
 
@@ -123,6 +130,7 @@ def open_training_source(config: DataConfig, *, image_size: int = 64, progress: 
             text_field=config.text_field,
             label_field=config.label_field,
             image_field=config.image_field,
+            audio_field=config.audio_field,
             image_size=image_size,
             progress=progress,
         )
@@ -366,9 +374,12 @@ def _readable_fields(source: Source) -> Iterator[Mapping[str, Any]]:
             yield source.fields(index)
 
 
-def _with_fields(source: Source, *, text_field: str | None, label_field: str | None, image_field: str | None) -> Source:
-    if image_field is not None:
-        raise UserError(f"{source.name}: image_field '{image_field}' is for tables and Hugging Face folders only; leave it out")
+def _with_fields(
+    source: Source, *, text_field: str | None, label_field: str | None, image_field: str | None, audio_field: str | None
+) -> Source:
+    for what, asked in (("image_field", image_field), ("audio_field", audio_field)):
+        if asked is not None:
+            raise UserError(f"{source.name}: {what} '{asked}' is for tables and Hugging Face folders only; leave it out")
     if (text_field is None and label_field is None) or len(source) == 0:
         return source
     return FieldView(source, text_field=text_field, label_field=label_field)

@@ -1,8 +1,8 @@
 """The embedded data's third modality: names of emoji spoken by espeak-ng, beside pictures of what they name.
 
 The speech is synthetic, made once into FLAC shards in the cache folder. Voices are split like artists: the accents of
-`TRAIN_VOICES` are learned from, one more chooses (validation), one more tests. Words of held-out concepts are never spoken in
-training, except where seen concepts have them in their names or keywords.
+`TRAIN_VOICES` are learned from, one more chooses (validation), one more tests. Names of held-out concepts are never spoken in
+training, not even where they are keywords of seen ones; single words of them may be, within names and keywords of seen ones.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from mm.data.emoji import SPLITS, EmojiSource, built_once, concepts, open_emoji
 from mm.data.labels import LabelTask
 from mm.data.shards import ShardSource
 from mm.data.write import Progress, write_shards
-from mm.errors import UserError
+from mm.errors import BadSample, DataError, UserError
 from mm.media.audio import decode_audio
 from mm.types import Sample
 
@@ -44,6 +44,12 @@ SPEAKERS = ("", "+f1", "+f2", "+f3", "+f4", "+f5", "+m1", "+m2", "+m3", "+m4", "
 _LAYOUT = 1  # raise when the recordings change
 
 INSTALL = "install it by apt-get install espeak-ng (Debian, Ubuntu), dnf install espeak-ng (Fedora) or brew install espeak-ng"
+
+
+class NoSpeakerError(UserError):
+    """espeak-ng is needed and not there. The command line exits with ``exit_code``."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,12 @@ class SpeechSource:
         self.fingerprint = hashlib.sha256(f"emoji-speech {_LAYOUT} {pictures.size}\n{ids}".encode()).hexdigest()
 
     @property
+    def revision(self) -> str:
+        """Hex digest that changes with the recordings, too: another espeak-ng speaks in another way."""
+        parts = [self.fingerprint, *(shards.fingerprint for shards in self._shards.values())]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+    @property
     def task(self) -> LabelTask:
         """Tell the full name among all core names."""
         return LabelTask(label="name", classes=self._pictures.task.classes, subsets="split")
@@ -107,9 +119,9 @@ def open_speech(spec: str, size: int = 64, progress: Progress | None = None) -> 
     """Open spoken emoji names, recording them first if these voices are not in the cache.
 
     Args:
-        spec: As for `mm.data.emoji.open_emoji`, but beginning with ``emoji-speech:``; there is no ``all``. ``train`` has every
-            name by every train voice and every keyword by some, each with one picture; the others every picture once, with its
-            name in the held-out voice.
+        spec: As for `mm.data.emoji.open_emoji`, but beginning with ``emoji-speech:``; there is no ``all``, and ``train`` has
+            seen concepts only: every name by every train voice and every keyword by some, each with one picture. The others
+            have every picture once, with its name in the held-out voice.
         size: Side of the pictures in pixels.
         progress: Called with (recordings made, in all) while recording.
 
@@ -124,16 +136,28 @@ def open_speech(spec: str, size: int = 64, progress: Progress | None = None) -> 
     by_concept: dict[str, list[int]] = {}
     for row in range(len(pictures)):
         by_concept.setdefault(pictures.fields(row)["key"], []).append(row)
-    root = record(split, progress=progress)
+    if split == "train" and any(concepts()[key]["split"] != "seen" for key in by_concept):
+        raise UserError(f"'{spec}': names of held-out concepts are not spoken in training; take emoji-speech:train")
     pairs = [(row, utterance) for utterance, row in _paired(split, by_concept)]
-    return SpeechSource(spec, pictures, pairs, root)
+    try:
+        return SpeechSource(spec, pictures, pairs, record(split, progress=progress))
+    except DataError:  # only a disk or a hand can have damaged what was renamed into place when complete
+        return SpeechSource(spec, pictures, pairs, record(split, progress=progress, rebuild=True))
 
 
-def record(split: str, cache: str | Path | None = None, progress: Progress | None = None) -> Path:
-    """Speak all that a split needs, a folder of shards a voice, and return their common folder; done once.
+def record(split: str, cache: str | Path | None = None, progress: Progress | None = None, *, rebuild: bool = False) -> Path:
+    """Speak all that a split needs, a folder of shards a voice, and return their common folder.
+
+    Done once, as `mm.data.emoji.build`: later calls return at once, and a folder appears only when complete.
+
+    Args:
+        split: One of `VOICES`.
+        cache: Folder for caches; default: `mm.paths.cache_folder`.
+        progress: Called with (recordings made, in all).
+        rebuild: Speak again even if the folder is there.
 
     Raises:
-        UserError: espeak-ng is not installed, or the cache folder cannot be written.
+        UserError: espeak-ng is not installed or fails, or the cache folder cannot be written.
     """
     wanted: dict[str, list[Utterance]] = {}
     for utterance in utterances(split):
@@ -141,25 +165,38 @@ def record(split: str, cache: str | Path | None = None, progress: Progress | Non
 
     def write(folder: Path) -> None:
         if shutil.which("espeak-ng") is None:
-            raise UserError(f"espeak-ng, which speaks the names, is not installed; {INSTALL}")
+            raise NoSpeakerError(f"espeak-ng, which speaks the names, is not installed; {INSTALL}")
         done, total = 0, sum(map(len, wanted.values()))
-        for voice, spoken in wanted.items():
+        pool = ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1)))
 
-            def samples(spoken: list[Utterance] = spoken) -> Iterator[Sample]:
-                nonlocal done
-                with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
-                    for utterance, sound in zip(spoken, pool.map(_speak, spoken), strict=True):
-                        yield Sample(utterance.key, {"audio": sound}, (utterance.words,))
-                        done += 1
-                        if progress is not None:
-                            progress(done, total)
+        def samples(spoken: Sequence[Utterance]) -> Iterator[Sample]:
+            nonlocal done
+            for utterance, sound in zip(spoken, pool.map(_speak, spoken), strict=True):
+                yield Sample(utterance.key, {"audio": sound}, (utterance.words,))
+                done += 1
+                if progress is not None:
+                    progress(done, total)
 
-            write_shards(samples(), folder / voice)
+        try:
+            for voice, spoken in wanted.items():
+                write_shards(samples(spoken), folder / voice)
+        finally:
+            pool.shutdown(cancel_futures=True)  # after a failure thousands would still be waiting
 
-    return built_once(f"emoji-speech-{split}-{_digest(split)}", write, cache)
+    return built_once(f"emoji-speech-{split}-{_digest(split)}", write, cache, rebuild=rebuild)
 
 
-def utterances(split: str) -> list[Utterance]:
+def read_splits(written: str) -> tuple[str, ...]:
+    """Splits from ``train,test``. Raises `UserError` where one is unknown."""
+    splits = tuple(split.strip() for split in written.split(","))
+    for split in splits:
+        if split not in VOICES:
+            raise UserError(f"'{split}': no such split of speech; there are {', '.join(VOICES)}")
+    return splits
+
+
+@memoize
+def utterances(split: str) -> tuple[Utterance, ...]:
     """All that the voices of a split say: each once."""
     if split == "train":
         seen = [concept for concept in concepts().values() if concept["split"] == "seen"]
@@ -169,9 +206,9 @@ def utterances(split: str) -> list[Utterance]:
         for word in keywords:
             first = _number(word, "voice")
             spoken += [(word, TRAIN_VOICES[(first + 2 * k) % len(TRAIN_VOICES)]) for k in range(VOICES_PER_KEYWORD)]
-        return [_with_manner(words, voice, varied=True) for words, voice in spoken]
+        return tuple(_with_manner(words, voice, varied=True) for words, voice in spoken)
     [voice] = VOICES[split]
-    return [_with_manner(name, voice) for name in dict.fromkeys(concept["name"] for concept in concepts().values())]
+    return tuple(_with_manner(name, voice) for name in dict.fromkeys(concept["name"] for concept in concepts().values()))
 
 
 def _paired(split: str, by_concept: Mapping[str, Sequence[int]]) -> Iterator[tuple[Utterance, int]]:
@@ -191,8 +228,9 @@ def _paired(split: str, by_concept: Mapping[str, Sequence[int]]) -> Iterator[tup
         for word in concept["keywords"]:
             meaning.setdefault(word, []).append(key)
     names = {concept["name"] for concept in known.values()}
+    held_out = {concept["name"] for concept in concepts().values() if concept["split"] != "seen"}
     for word, keys in meaning.items():
-        if word not in names and word in spoken:
+        if word not in names and word not in held_out:
             for utterance in spoken[word]:
                 key = _chosen(keys, word, utterance.voice)
                 yield utterance, _chosen(by_concept[key], key, word, utterance.voice)
@@ -247,9 +285,9 @@ def _speak(utterance: Utterance) -> bytes:
         spoken = subprocess.run(  # noqa: S603 - a fixed program; the words come by standard input
             [*command, "--stdin", "--stdout"], input=utterance.words.encode(), capture_output=True, check=True, timeout=60
         ).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        raise UserError(f"espeak-ng cannot speak '{utterance.words}' as {utterance.voice}: {error}; {INSTALL}") from None
-    wave = decode_audio(spoken, RATE, where=utterance.words)
+        wave = decode_audio(spoken, RATE, where=utterance.words)
+    except (OSError, subprocess.SubprocessError, BadSample) as error:
+        raise NoSpeakerError(f"espeak-ng cannot speak '{utterance.words}' as {utterance.voice}: {error}; {INSTALL}") from None
     file = io.BytesIO()
     soundfile.write(file, wave.clamp(-1, 1).numpy(), RATE, format="FLAC", subtype="PCM_16")
     return file.getvalue()

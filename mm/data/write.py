@@ -12,6 +12,7 @@ from pathlib import Path
 from mm.data.features import MEDIA
 from mm.data.index import index_shard
 from mm.errors import BadSample, DataError, UserError
+from mm.media.audio import audio_format
 from mm.media.headers import image_format
 from mm.types import Sample, Source
 
@@ -105,7 +106,7 @@ def pack(
             except BadSample as error:
                 packed.bad[error.cause] += 1
                 continue
-            if "image" in sample.media and image_format(sample.media["image"]) is None:  # a table can name any file
+            if not all(_known(modality, data) for modality, data in sample.media.items()):  # a table can name any file
                 packed.bad["unknown format"] += 1
                 continue
             packed.samples += 1
@@ -120,6 +121,11 @@ def pack(
         progress=progress,
     )
     return packed
+
+
+def _known(modality: str, data: bytes) -> bool:
+    """False for pictures and recordings in no format that mm reads."""
+    return (modality != "image" or image_format(data) is not None) and (modality != "audio" or audio_format(data) is not None)
 
 
 def _up_to(count: int, first: Sample, rest: Iterator[Sample]) -> Iterator[Sample]:
@@ -165,10 +171,7 @@ def _extension(sample_id: str, modality: str, data: bytes) -> str:
     if modality == "image":
         return {"JPEG": "jpg", None: "jpg"}.get(kind := image_format(data)) or str(kind).lower()
     if modality == "audio":
-        return next((name for magic, name in _AUDIO_MAGIC.items() if data.startswith(magic)), "mp3")
+        return (audio_format(data) or "WAV").lower()
     if modality == MEDIA:
         return f"{MEDIA}.safetensors"
     raise DataError(f"sample '{sample_id}': shards hold image, audio and features, not '{modality}'")
-
-
-_AUDIO_MAGIC = {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg"}

@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from mm.data.files import AUDIO_SUFFIXES
 from mm.errors import BadSample, UserError
 from mm.evaluation.zero_shot import class_vectors, ranked
 from mm.hub import Model
-from mm.media.audio import AUDIO_SUFFIXES
 from mm.paths import cache_folder
 from mm.run.evaluation import loaded
 

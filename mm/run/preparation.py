@@ -91,7 +91,7 @@ class TrainPreparation:
             answers=accepted(question_of(sample.fields, sample.id).answers) if self.answers else {},
             latents=None if known is None else known.latents,
             features=known.texts[sample.texts.index(caption)] if known is not None and known.texts else None,
-            audio=self._heard(sample, visit) if self.processor.has_audio else None,
+            audio=self._recording(sample, visit) if self.processor.has_audio else None,
         )
 
     def collate(self, items: Sequence[Item], epoch: int) -> Batch:
@@ -109,8 +109,8 @@ class TrainPreparation:
             audio=_heard(items) if self.processor.has_audio else None,
         )
 
-    def _heard(self, sample: Sample, visit: int) -> Tensor:
-        """A part of the recording, changed at random."""
+    def _recording(self, sample: Sample, visit: int) -> Tensor:
+        """A part of the recording, drawn and changed at random."""
         spec, seed = self.processor.audio_spec, derive_seed(self.seed, visit, sample.id, "audio")
         begin = float(generator(self.seed, visit, sample.id, "begin").random())
         wave = recording(sample, self.processor, begin=begin)

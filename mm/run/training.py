@@ -365,6 +365,7 @@ def _validator(config: RunConfig, processor: Processor, image_size: int | None, 
         text_field=data.text_field,
         label_field=data.label_field,
         image_field=data.image_field,
+        audio_field=data.audio_field,
         image_size=image_size or MIN_SIZE,
     )
     validator = Validator(source, processor, config.system, able)

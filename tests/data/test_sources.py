@@ -160,7 +160,11 @@ def test_pictures_in_the_one_folder_beside_the_table(tmp_path):
         ("t.csv", 'image,text\na.jpg,"b\n', r"t\.csv:2: not valid CSV"),
         ("t.csv", "a.jpg,b\n", "the first line must name the columns"),
         ("t.csv", "image,text,text\na.jpg,b,c\n", "two columns are called 'text'"),
-        ("t.csv", "name,text\nrex,b\n", r"no column of picture files among name, text; name it with data\.image_field"),
+        (
+            "t.csv",
+            "name,text\nrex,b\n",
+            r"no column of picture files or recordings among name, text; name it with data\.image_field",
+        ),
         ("t.csv", "url,text\nhttp://x/a.jpg,b\n", "web addresses"),
         ("t.jsonl", '{"image": "a.jpg"}\n{"image": \n', r"t\.jsonl:2: not valid JSON"),
         ("t.jsonl", '["a.jpg"]\n', r"t\.jsonl:1: each line must be an object"),
