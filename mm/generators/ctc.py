@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 Tokens = tuple[int, ...]
+Prefixes = dict[Tokens, tuple[float, float]]
+"""Log-probability of all paths with these tokens that end in a blank, and of those that end in the last token."""
 
 
 def best_path(shares: Float[Tensor, "n v"], blank: int) -> Tokens:
@@ -32,9 +34,9 @@ def prefix_search(shares: Float[Tensor, "n v"], beams: int, blank: int) -> list[
         beams: Sequences that are kept from frame to frame.
         blank: Id of the blank.
     """
-    kept: dict[Tokens, tuple[float, float]] = {(): (0.0, -math.inf)}  # ends in a blank, ends in its last token
+    kept: Prefixes = {(): (0.0, -math.inf)}
     for frame in shares.tolist():
-        grown: dict[Tokens, tuple[float, float]] = {}
+        grown: Prefixes = {}
         for tokens, (rested, spoken) in kept.items():
             either = _sum(rested, spoken)
             _add(grown, tokens, rested=either + frame[blank])
@@ -48,7 +50,7 @@ def prefix_search(shares: Float[Tensor, "n v"], beams: int, blank: int) -> list[
     return [(tokens, _sum(*ends)) for tokens, ends in kept.items()]
 
 
-def _add(grown: dict[Tokens, tuple[float, float]], tokens: Tokens, *, rested: float = -math.inf, spoken: float = -math.inf) -> None:
+def _add(grown: Prefixes, tokens: Tokens, *, rested: float = -math.inf, spoken: float = -math.inf) -> None:
     before = grown.get(tokens, (-math.inf, -math.inf))
     grown[tokens] = (_sum(before[0], rested), _sum(before[1], spoken))
 

@@ -67,7 +67,7 @@ class PretrainingConfig(StrictConfig):
             raise ValueError(f"code_width {self.code_width} must be a multiple of codebooks {self.codebooks}")
         first, last, factor = self.gumbel
         if not (first >= last > 0 and 0 < factor <= 1):
-            raise ValueError("gumbel: the first temperature, the last one, which is above 0 and no higher, and a factor up to 1")
+            raise ValueError("gumbel: the first temperature, the last one, above 0 and no higher, and a factor up to 1")
         return self
 
 

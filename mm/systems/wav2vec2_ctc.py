@@ -96,7 +96,7 @@ class Wav2Vec2Ctc(System):
         return self._shares(encoded.tokens), encoded.mask
 
     def loss(self, batch: Batch, step: int) -> Losses:
-        """Negative log-likelihood of each text over its number of tokens, in nats; texts with more tokens than frames give 0."""
+        """Mean negative log-likelihood of the texts, each over its number of tokens, nats; texts that no path fits give 0."""
         assert batch.audio is not None
         assert batch.text is not None
         mask = self.encoder.frame_mask(batch.audio)
