@@ -50,8 +50,8 @@ class DataConfig(StrictConfig):
     Args:
         train: Training source, as in `MixturePart`. Exactly one of ``train`` and ``mixture`` is given.
         mixture: Several training sources with weights.
-        keep: Share of the training samples to learn from, such as 0.1. Their ids alone decide which; a larger share holds all of
-            a smaller one.
+        keep: Share of the training samples to learn from, such as 0.1. Their ids alone decide which; a larger share holds all
+            of a smaller one.
         validation: Source scored during training; none by default.
         image_field: Column or key that holds the picture; found by its usual names when absent.
         text_field: Column or key that holds the caption.

@@ -134,14 +134,6 @@ def open_training_source(config: DataConfig, *, image_size: int = 64, progress: 
     return Concat([open_one(part.source) for part in config.mixture], weights=[part.weight for part in config.mixture])
 
 
-def kept_share(source: Source, share: float) -> Subset:
-    """About that share of a source, chosen by ids: a larger share holds all of a smaller one. Raises `UserError` for none."""
-    indices = [index for index in range(len(source)) if derive_seed("keep", source.key(index)) < share * 2**63]
-    if not indices:
-        raise UserError(f"{source.name}: data.keep {share} leaves none of its {len(source)} samples; keep more")
-    return Subset(source, indices)
-
-
 def revision(source: Source) -> str:
     """Hex digest of the content of a source, for caches of what was computed from it.
 
@@ -207,6 +199,14 @@ class Subset:
 
     def read(self, index: int) -> Sample:
         return self.source.read(self.indices[index])
+
+
+def kept_share(source: Source, share: float) -> Subset:
+    """About that share of a source, chosen by ids: a larger share holds all of a smaller one. Raises `UserError` for none."""
+    indices = [index for index in range(len(source)) if derive_seed("keep", source.key(index)) < share * 2**63]
+    if not indices:
+        raise UserError(f"{source.name}: data.keep {share} leaves none of its {len(source)} samples; keep more")
+    return Subset(source, indices)
 
 
 class Concat:
