@@ -43,8 +43,8 @@ def prefix_search(shares: Float[Tensor, "n v"], beams: int, blank: int) -> list[
             if tokens:
                 _add(grown, tokens, spoken=spoken + frame[tokens[-1]])
             for token, share in enumerate(frame):
-                if token != blank:
-                    before = rested if tokens and token == tokens[-1] else either  # a repetition needs a blank between
+                before = rested if tokens and token == tokens[-1] else either  # a repetition needs a blank between
+                if token != blank and before > -math.inf:
                     _add(grown, (*tokens, token), spoken=before + share)
         kept = dict(sorted(grown.items(), key=lambda item: -_sum(*item[1]))[:beams])
     return [(tokens, _sum(*ends)) for tokens, ends in kept.items()]
