@@ -5,7 +5,7 @@ The backbone is torchaudio's, so its weights load under their own names.
 Shapes: B batch, T samples, N frames, C width of the convolutions, D width.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -94,9 +94,9 @@ class Wav2Vec2Encoder(nn.Module):
 
     def __init__(self, trunk: Wav2Vec2Model, config: Wav2Vec2EncoderConfig) -> None:
         super().__init__()
-        self.trunk = trunk
+        self.trunk: Any = trunk
         self.config = config
-        trunk.encoder.transformer.pos_conv_embed.conv.parametrizations.weight.original0.no_decay = True  # a gain
+        self.trunk.encoder.transformer.pos_conv_embed.conv.parametrizations.weight.original0.no_decay = True  # a gain
 
     @property
     def width(self) -> int:
@@ -197,7 +197,7 @@ def build_wav2vec2_encoder(config: Wav2Vec2EncoderConfig) -> Wav2Vec2Encoder:
 
 
 @torch.no_grad()
-def _initialise(trunk: Wav2Vec2Model, config: Wav2Vec2EncoderConfig) -> None:
+def _initialise(trunk: Any, config: Wav2Vec2EncoderConfig) -> None:
     """fairseq's: convolutions by He, linear layers by N(0, 0.02), biases 0, the position convolution by its fan-in."""
     for module in trunk.feature_extractor.modules():
         if isinstance(module, nn.Conv1d):

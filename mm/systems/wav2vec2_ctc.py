@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mm.encoders.wav2vec2 import Wav2Vec2Encoder, Wav2Vec2EncoderConfig, build_wav2vec2_encoder, span_mask
 from mm.generators.ctc import best_path, prefix_search
 from mm.systems.settings import SystemSettings
+from mm.systems.wav2vec2 import Wav2Vec2
 from mm.types import AudioBatch, Batch, Encoded, Losses, System
 
 
@@ -81,6 +82,13 @@ class Wav2Vec2Ctc(System):
     def only_for_training(self) -> tuple[str, ...]:
         """See `mm.types.System`."""
         return ("mask_vector",)
+
+    def state_from(self, start: System) -> dict[str, Tensor]:
+        """See `mm.types.System`: of a pretrained network its encoder and the vector of hidden frames."""
+        state = super().state_from(start)
+        if not isinstance(start, Wav2Vec2):
+            return state
+        return {name: tensor for name, tensor in state.items() if name.startswith(("encoder.", "mask_vector"))}
 
     def cast_(self, dtype: torch.dtype) -> None:
         """Hold the encoder in another floating type, for inference."""
