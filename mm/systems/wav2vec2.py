@@ -43,6 +43,8 @@ class PretrainingConfig(StrictConfig):
         negatives: Other hidden frames that each is told apart from.
         temperature: Cosines are divided by it.
         diversity: Weight of the loss that makes all codes be used.
+        count_twins: Count negatives with the very codes of the frame as negatives. The paper leaves them out, so that few codes
+            in use make the loss small; counted, they make it large, up to the logarithm of all choices.
         feature_penalty: Weight of the mean square of the convolutions' output.
         feature_gradient: What the convolutions' gradients are multiplied with.
         gumbel: First and last temperature of the draws of codes, and the factor of a step.
@@ -57,6 +59,7 @@ class PretrainingConfig(StrictConfig):
     negatives: int = Field(default=100, ge=1)
     temperature: float = Field(default=0.1, gt=0)
     diversity: float = Field(default=0.1, ge=0)
+    count_twins: bool = False
     feature_penalty: float = Field(default=10.0, ge=0)
     feature_gradient: float = Field(default=0.1, gt=0, le=1)
     gumbel: tuple[float, float, float] = (2.0, 0.5, 0.999995)
@@ -148,7 +151,8 @@ class Wav2Vec2(System):
         contexts = self.encoder.contextualise(normalised, mask, (hidden, self.mask_vector))
         quantized = self.quantizer(normalised, hidden)
         similar = _similarities(self.context_projection(contexts), self.code_projection(quantized.codes))
-        contrastive, accuracy = contrast(similar / objective.temperature, quantized.ids, hidden, negatives)
+        ids = None if objective.count_twins else quantized.ids
+        contrastive, accuracy = contrast(similar / objective.temperature, ids, hidden, negatives)
         use = quantized.perplexity / (objective.codebooks * objective.codes)
         total = contrastive + objective.diversity * (1 - use) + objective.feature_penalty * penalty
         parts = {"contrastive": contrastive, "accuracy": accuracy, "code_use": use, "features": penalty}
@@ -156,18 +160,23 @@ class Wav2Vec2(System):
 
 
 def contrast(
-    logits: Float[Tensor, "b n n"], ids: Int64[Tensor, "b n g"], hidden: Bool[Tensor, "b n"], negatives: Int64[Tensor, "b n k"]
+    logits: Float[Tensor, "b n n"],
+    ids: Int64[Tensor, "b n g"] | None,
+    hidden: Bool[Tensor, "b n"],
+    negatives: Int64[Tensor, "b n k"],
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy in nats of telling each hidden frame's codes from its negatives', and how often that succeeds: scalars.
 
     Args:
         logits: Of the context at a frame with the codes of another.
-        ids: Codes of each frame; a negative with the same ones is no negative.
+        ids: Codes of each frame; a negative with the same ones is no negative. None where it is one.
         hidden: The frames that count.
         negatives: Places of each frame's negatives.
     """
-    same = (ids[:, :, None] == ids[:, None]).all(-1).gather(2, negatives)
-    others = logits.gather(2, negatives).masked_fill(same, -torch.inf)
+    others = logits.gather(2, negatives)
+    if ids is not None:
+        same = (ids[:, :, None] == ids[:, None]).all(-1).gather(2, negatives)
+        others = others.masked_fill(same, -torch.inf)
     choices = torch.cat([logits.diagonal(dim1=1, dim2=2)[..., None], others], dim=2)[hidden]
     count = max(1, len(choices))
     loss = (choices.logsumexp(1) - choices[:, 0]).sum() / count

@@ -1,5 +1,6 @@
 """wav2vec 2.0 and its CTC head learn, resume, and give the same text however a batch is made up."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,15 @@ def test_contrast_is_the_mean_over_hidden_frames_by_brute_force() -> None:
     loss, accuracy = contrast(logits, ids, hidden, negatives)
     torch.testing.assert_close(loss, torch.stack(losses).mean())
     assert float(accuracy) == pytest.approx(sum(hits) / len(hits))
+
+
+def test_codes_that_are_all_the_same_cost_nothing_unless_twins_count() -> None:
+    hidden, logits = torch.ones(1, 6, dtype=torch.bool), torch.ones(1, 6, 6)
+    negatives = torch.arange(6).roll(1)[None, :, None].expand(1, 6, 3)
+    ignored, _ = contrast(logits, torch.zeros(1, 6, 2, dtype=torch.int64), hidden, negatives)
+    counted, _ = contrast(logits, None, hidden, negatives)
+    assert float(ignored) == 0
+    assert float(counted) == pytest.approx(math.log(4))
 
 
 def test_recordings_too_short_for_a_span_cost_nothing() -> None:
