@@ -68,6 +68,9 @@ BeamsOption = Annotated[
     int | None,
     typer.Option("--beams", min=1, help="Continuations kept at each step; default: 1, or all candidates.", show_default=False),
 ]
+SpeechBeamsOption = Annotated[
+    int, typer.Option("--beams", min=1, help="Texts kept from frame to frame; 1 takes the likeliest path.")
+]
 FreeOption = Annotated[bool, typer.Option("--free", help="Write answers, which need not be among the known ones.")]
 LengthPenaltyOption = Annotated[
     float, typer.Option("--length-penalty", help="Beams are compared by log-likelihood over length to this power.")
@@ -461,6 +464,38 @@ def eval_few_shot(
     show.result(result, f"few-shot: {model} on {data}", json_file)
 
 
+@eval_app.command("recognition")
+def eval_recognition(
+    model: ModelArgument,
+    data: Annotated[
+        str, typer.Option("--data", metavar="SRC", help="emoji-speech:test/seen, or recordings with what is said in them.")
+    ],
+    beams: SpeechBeamsOption = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many recordings.")] = None,
+    text_field: TextFieldOption = None,
+    json_file: JsonOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+) -> None:
+    """Speech written down: errors over words (wer) and characters (cer)."""
+    from mm import show
+    from mm.run.recognition import evaluate_recognition
+
+    show.check_outputs(json_file=json_file)
+    with show.progress_bar("listening") as progress:
+        result = evaluate_recognition(
+            model,
+            data,
+            beams=beams,
+            limit=limit,
+            text_field=text_field,
+            device=device,
+            precision=precision,
+            progress=progress,
+        )
+    show.result(result, f"recognition: {model} on {data}", json_file)
+
+
 @eval_app.command("generation")
 def eval_generation(
     model: ModelArgument,
@@ -627,6 +662,25 @@ def caption(
             progress=progress,
         )
     show.captions(written, json_file)
+
+
+@app.command()
+def transcribe(
+    model: ModelArgument,
+    audios: Annotated[list[str], typer.Argument(metavar="AUDIO...", help="Sound files or folders.")],
+    beams: SpeechBeamsOption = 8,
+    json_file: JsonOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+) -> None:
+    """Write down what is said in recordings."""
+    from mm import show
+    from mm.run.recognition import transcribe as run_transcribe
+
+    show.check_outputs(json_file=json_file)
+    with show.progress_bar("listening") as progress:
+        written = run_transcribe(model, audios, beams=beams, device=device, precision=precision, progress=progress)
+    show.transcripts(written, json_file)
 
 
 def _decoding(

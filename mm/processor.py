@@ -29,7 +29,8 @@ class ProcessorConfig(StrictConfig):
         margin: Space left around the content by ``content``, as a share of its longer side.
         interpolation: Antialiased resampling filter.
         background: RGB colour under transparent pixels, and of the padding.
-        tokenizer: ``bpe`` is trained on the captions of the training data, ``clip`` is the vocabulary of OpenAI's CLIP.
+        tokenizer: ``bpe`` is trained on the captions of the training data, ``characters`` has those of these captions, for
+            recognition of speech, ``clip`` is the vocabulary of OpenAI's CLIP.
         templates: Prompts that surround a class name, ``{}`` being the name.
         audio: How recordings become waves, for systems that take them.
     """
@@ -38,7 +39,7 @@ class ProcessorConfig(StrictConfig):
     margin: float = 0.04
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     background: tuple[int, int, int] = (255, 255, 255)
-    tokenizer: Literal["bpe", "clip"] = "bpe"
+    tokenizer: Literal["bpe", "characters", "clip"] = "bpe"
     templates: tuple[str, ...] = ("{}",)
     audio: AudioSpec = AudioSpec()
 

@@ -27,6 +27,7 @@ from mm.media.image import open_image
 from mm.run.filtering import Filtered
 from mm.run.generation import Painting
 from mm.run.inference import Prediction, SearchResult
+from mm.run.recognition import Transcript
 from mm.run.writing import Caption
 from mm.training.loop import TrainResult
 from mm.training.parallel import environment
@@ -123,6 +124,17 @@ def captions(written: Sequence[Caption], json_file: Path | None) -> None:
         table.add_row(Text(one.image), Text(one.text, style="bold"), f"{one.log_likelihood:.2f}", *score)
     Console().print(table)
     _write_json(json_file, {"captions": [asdict(one) for one in written]})
+
+
+def transcripts(written: Sequence[Transcript], json_file: Path | None) -> None:
+    """What is said in each recording."""
+    table = Table()
+    table.add_column("recording")
+    table.add_column("text")
+    for one in written:
+        table.add_row(Text(one.audio), Text(one.text, style="bold"))
+    Console().print(table)
+    _write_json(json_file, {"transcripts": [asdict(one) for one in written]})
 
 
 def grounding(found: Grounding, image: str, view: Tensor, out: Path | None, json_file: Path | None) -> None:

@@ -11,6 +11,7 @@ from tiny_stable_diffusion import write_folder
 from mm.config import differences, read_layers, read_yaml
 from mm.hub import load, shipped
 from mm.media.image import ImageSpec
+from mm.processor import padded
 from mm.run.config import CONFIGS
 from mm.run.training import load_run_config
 from mm.systems import SystemConfig, build
@@ -79,8 +80,11 @@ def test_system_builds_and_every_parameter_learns(path: Path, published: Mapping
     batch = Batch(
         ids=("a", "b", "c", "d"),
         image=image,
-        text=TextBatch(torch.randint(3, 250, (4, length)), torch.tensor([8, 5, 8, 3])),
+        text=TextBatch(
+            torch.randint(3, min(250, (config.system.text_limits or (250, 0))[0]), (4, length)), torch.tensor([8, 5, 8, 3])
+        ),
         groups=torch.arange(4),
+        audio=padded(list(torch.randn(4, 12_000))) if config.system.hears else None,
         answers=({"yes": 1.0}, {"no": 1.0}, {"no": 0.3}, {}) if config.system.learns_answers else (),
     )
     optimizer = torch.optim.SGD([p for p in system.parameters() if p.requires_grad], lr=0.1)

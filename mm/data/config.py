@@ -50,6 +50,8 @@ class DataConfig(StrictConfig):
     Args:
         train: Training source, as in `MixturePart`. Exactly one of ``train`` and ``mixture`` is given.
         mixture: Several training sources with weights.
+        keep: Share of the training samples to learn from, such as 0.1. Their ids alone decide which; a larger share holds all
+            of a smaller one.
         validation: Source scored during training; none by default.
         image_field: Column or key that holds the picture; found by its usual names when absent.
         audio_field: The same for the recording.
@@ -69,6 +71,7 @@ class DataConfig(StrictConfig):
 
     train: str | None = None
     mixture: tuple[MixturePart, ...] = ()
+    keep: float = Field(default=1.0, gt=0, le=1)
     validation: str | None = None
     image_field: str | None = None
     audio_field: str | None = None

@@ -24,6 +24,7 @@ from mm.data.shards import ShardSource
 from mm.data.speech import open_speech
 from mm.data.table import TABLE_SUFFIXES, TableSource
 from mm.errors import BadSample, UserError
+from mm.seeding import derive_seed
 from mm.types import Sample, Source
 
 Progress = Callable[[int, int | None], None]
@@ -125,7 +126,7 @@ def open_training_source(config: DataConfig, *, image_size: int = 64, progress: 
     """The source of ``data.train``, or the weighted mixture of ``data.mixture``. Raises `UserError` as `open_source`."""
 
     def open_one(spec: str) -> Source:
-        return open_source(
+        source = open_source(
             spec,
             text_field=config.text_field,
             label_field=config.label_field,
@@ -134,6 +135,7 @@ def open_training_source(config: DataConfig, *, image_size: int = 64, progress: 
             image_size=image_size,
             progress=progress,
         )
+        return source if config.keep == 1 else kept_share(source, config.keep)
 
     if config.train is not None:
         return open_one(config.train)
@@ -205,6 +207,14 @@ class Subset:
 
     def read(self, index: int) -> Sample:
         return self.source.read(self.indices[index])
+
+
+def kept_share(source: Source, share: float) -> Subset:
+    """About that share of a source, chosen by ids: a larger share holds all of a smaller one. Raises `UserError` for none."""
+    indices = [index for index in range(len(source)) if derive_seed("keep", source.key(index)) < share * 2**63]
+    if not indices:
+        raise UserError(f"{source.name}: data.keep {share} leaves none of its {len(source)} samples; keep more")
+    return Subset(source, indices)
 
 
 class Concat:

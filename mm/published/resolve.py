@@ -17,6 +17,7 @@ from mm.published.openai import import_openai
 from mm.published.stable_diffusion import import_pipeline_folder
 from mm.published.text_encoders import import_text_encoder, is_text_encoder
 from mm.published.timm_folder import import_timm
+from mm.published.wav2vec2 import import_wav2vec2, is_wav2vec2
 
 HUB = "hf-hub:"
 REVISION = "@"
@@ -59,7 +60,7 @@ def import_model(model: str) -> Imported | None:
 
 
 def import_folder(folder: Path, state: Mapping[str, Tensor] | None = None) -> Imported | None:
-    """A folder in the layout of open_clip, timm, transformers, diffusers' pipelines or of a picture tokenizer, or None.
+    """A folder of open_clip, timm, transformers, diffusers' pipelines, torchaudio or of a picture tokenizer, or None.
 
     Args:
         folder: What to read.
@@ -71,10 +72,13 @@ def import_folder(folder: Path, state: Mapping[str, Tensor] | None = None) -> Im
         for read in (import_pipeline_folder, import_tokenizer_folder, import_timm):
             if (found := read(folder)) is not None:
                 return found
-    if is_language_model(folder):
-        return import_language_model(folder, state)
-    if is_text_encoder(folder):
-        return import_text_encoder(folder, state)
+    for recognised, read in (
+        (is_language_model, import_language_model),
+        (is_wav2vec2, import_wav2vec2),
+        (is_text_encoder, import_text_encoder),
+    ):
+        if recognised(folder):
+            return read(folder, state)
     if (folder / huggingface.CONFIG_FILE).is_file():
         return huggingface.import_huggingface(folder, state)
     return None

@@ -21,6 +21,7 @@ from mm.run.evaluation import (
 from mm.run.few_shot import evaluate_few_shot
 from mm.run.matching import evaluate_matching
 from mm.run.picture_evaluation import evaluate_generation, evaluate_reconstruction
+from mm.run.recognition import evaluate_recognition
 from mm.run.reranking import evaluate_reranked, recommended
 from mm.types import Source
 
@@ -83,6 +84,7 @@ TASKS: Mapping[str, Callable[..., Result]] = {
     "vqa": evaluate_vqa,
     "captioning": evaluate_captioning,
     "few-shot": evaluate_few_shot,
+    "recognition": evaluate_recognition,
 }
 
 

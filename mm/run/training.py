@@ -132,7 +132,7 @@ def assemble(config: RunConfig, *, resume: Path | None = None) -> Assembled:
     if resume is not None:
         processor = _kept_processor(config, resume, image_size)
     else:
-        processor = _processor(config, source, image_size, parts) if start is None else start.processor
+        processor = _first_processor(config, source, image_size, parts, start)
         if image_size is not None and not processor.has_image:  # begins as a language model
             processor = processor.with_image(config.processor.image_spec(image_size))
         elif image_size is not None and processor.image_spec.size != image_size:  # begins with a stage for smaller pictures
@@ -208,6 +208,23 @@ def _episodes(
     return EpisodePreparation(preparation, Pool(source, episodes.concept, apart=episodes.apart), episodes)
 
 
+def _first_processor(
+    config: RunConfig, source: Source, image_size: int | None, parts: Mapping[str, Model], start: Model | None
+) -> Processor:
+    """The preparation of what the run starts from, or of a new model."""
+    if start is None:
+        return _processor(config, source, image_size, parts)
+    if start.processor.has_text or config.system.text_limits is None or not config.system.hears:
+        return start.processor
+    heard, wanted = start.processor.audio_spec, config.processor.audio  # begins as an encoder that knows no words
+    if (heard.rate, heard.normalise) != (wanted.rate, wanted.normalise):
+        raise ConfigError(
+            f"init_from: '{config.init_from}' hears waves at {heard.rate} Hz, normalise: {str(heard.normalise).lower()}; "
+            "set both in processor.audio"
+        )
+    return _processor(config, source, image_size, parts)
+
+
 def _kept_processor(config: RunConfig, checkpoint: Path, image_size: int | None) -> Processor:
     """The preparation that a run began with. Raises `ConfigError` where the configuration asks for another by now."""
     kept = Processor.load(checkpoint)
@@ -259,6 +276,8 @@ def _processor(config: RunConfig, source: Source, image_size: int | None, parts:
         tokenizer = reader.processor.tokenizer
     elif settings.tokenizer == "clip":
         tokenizer = TextTokenizer.clip_bpe()
+    elif settings.tokenizer == "characters":
+        tokenizer = TextTokenizer.train_characters(_corpus(config, source))
     else:
         tokenizer = TextTokenizer.train_bpe(_corpus(config, source), vocab_size)
     return Processor(image=image, tokenizer=tokenizer, context_length=context_length, templates=settings.templates, audio=audio)

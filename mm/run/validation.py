@@ -10,6 +10,7 @@ from mm.data.labels import label_of, label_task
 from mm.data.loader import Loader
 from mm.data.questions import Question, check_questions, question_of
 from mm.errors import UserError
+from mm.evaluation.recognition import recognition
 from mm.evaluation.reconstruction import psnr, reconstructed, ssim
 from mm.evaluation.retrieval import ranks
 from mm.evaluation.vqa import accepted, accuracy
@@ -19,7 +20,7 @@ from mm.nn.quantize import CodeUsage
 from mm.processor import Processor
 from mm.run.preparation import EvalPreparation, QuestionPreparation
 from mm.systems import SystemConfig
-from mm.types import AudioBatch, Batch, Captions, Compresses, Decoding, Embeds, Hears, Source, System, Tokenizes
+from mm.types import AudioBatch, Batch, Captions, Compresses, Decoding, Embeds, Hears, Source, System, Tokenizes, Transcribes
 
 MAX_SAMPLES = 2000
 BATCH_SIZE = 128
@@ -46,7 +47,7 @@ class Validator:
     ``audio_to_image_r10``. Of picture autoencoders: ``psnr`` in decibels, ``ssim``, and of those with tokens ``codebook_usage``
     and ``perplexity``. Of all others: the mean of each part of their loss, of systems that answer questions ``accuracy``, by
     the rules of VQA v2, and of systems that caption ``exact``, the share of pictures whose likeliest caption, with the usual
-    beginning, is the first one.
+    beginning, is the first one; of systems that recognise speech ``wer`` and ``cer``, by the likeliest path.
 
     Args:
         source: Pictures, captioned or labelled ones for systems with text, of which the first 2,000 usable ones are taken.
@@ -91,6 +92,8 @@ class Validator:
             found |= self._accuracy(model, held)
         if "captions" in self._able and isinstance(system, Captions):
             found |= self._exact(system, held, device)
+        if isinstance(system, Transcribes):
+            found |= self._recognition(system, held, device)
         return found
 
     def _read(self) -> _Held:
@@ -169,7 +172,8 @@ class Validator:
                     texts = [f"{_usual(system)} {text}".strip() for text in texts]
                 text = self._processor.text(texts) if self._processor.has_text else None
                 answers = tuple(accepted(question.answers) for question in asked)
-                batch = Batch(tuple(map(str, range(rows.start, rows.stop))), pixels, text, answers=answers)
+                sound = held.sounds[number] if held.sounds else None
+                batch = Batch(tuple(map(str, range(rows.start, rows.stop))), pixels, text, answers=answers, audio=sound)
                 losses = system.loss(batch.to(device), 0)
                 for name, value in {"loss": losses.total, **losses.parts}.items():
                     sums[name] = sums.get(name, 0.0) + float(value) * size
@@ -199,6 +203,14 @@ class Validator:
                     count += 1
                     right += tokenizer.decode(written.ids) == tokenizer.decode(tokenizer.encode(expected[0]))
         return {"exact": right / max(1, count)}
+
+    def _recognition(self, system: Transcribes, held: _Held, device: torch.device) -> dict[str, float]:
+        """Rates of errors against the first caption, without intervals."""
+        tokenizer = self._processor.tokenizer
+        written = [tokenizer.decode(ids) for sound in held.sounds for ids in system.transcribe(sound.to(device))]
+        said = [captions[0] if captions else "" for captions in held.captions]
+        found = recognition(written, said, resamples=1).metrics
+        return {name: found[name].value for name in ("wer", "cer")}
 
     def _retrieval(self, model: Model, vectors: Tensor, held: _Held) -> dict[str, float]:
         rows = [row for row, captions in enumerate(held.captions) if captions]

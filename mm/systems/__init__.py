@@ -33,6 +33,8 @@ from mm.systems import (
     text_tower,
     vilt,
     vq,
+    wav2vec2,
+    wav2vec2_ctc,
 )
 from mm.systems.albef import AlbefConfig
 from mm.systems.albef_vqa import AlbefVqaConfig
@@ -57,6 +59,8 @@ from mm.systems.published_vq import PublishedVqConfig
 from mm.systems.text_tower import TextTowerConfig
 from mm.systems.vilt import ViltConfig
 from mm.systems.vq import VqConfig
+from mm.systems.wav2vec2 import Wav2Vec2Config
+from mm.systems.wav2vec2_ctc import Wav2Vec2CtcConfig
 from mm.types import System
 
 SystemConfig = (
@@ -83,6 +87,8 @@ SystemConfig = (
     | Dalle2Config
     | PublishedVaeConfig
     | LatentDiffusionConfig
+    | Wav2Vec2Config
+    | Wav2Vec2CtcConfig
 )
 """The union of all systems' configurations."""
 
@@ -113,6 +119,8 @@ MODULES: Mapping[str, ModuleType] = {
     "dalle2": dalle2,
     "published-vae": published_vae,
     "latent-diffusion": latent_diffusion,
+    "wav2vec2": wav2vec2,
+    "wav2vec2-ctc": wav2vec2_ctc,
 }
 """Name to the file that composes the system."""
 
@@ -140,6 +148,8 @@ CONFIGS: Mapping[str, type[SystemConfig]] = {
     "dalle2": Dalle2Config,
     "published-vae": PublishedVaeConfig,
     "latent-diffusion": LatentDiffusionConfig,
+    "wav2vec2": Wav2Vec2Config,
+    "wav2vec2-ctc": Wav2Vec2CtcConfig,
 }
 """Name to the configuration's class."""
 

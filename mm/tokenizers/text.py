@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
 from mm.errors import UserError
@@ -28,7 +28,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 FORMAT = "mm-text-tokenizer-1"
 MAX_FILE_BYTES = 64 << 20
-PAD, START, END = "<pad>", "<start>", "<end>"
+PAD, START, END, UNKNOWN = "<pad>", "<start>", "<end>", "<unk>"
 NUM_BYTES = 256
 
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -251,6 +251,45 @@ class TextTokenizer:
         return cls(tokenizer, cleaning=cleaning, pad=0, start=1, end=2)
 
     @classmethod
+    def train_characters(cls, texts: Iterable[str]) -> "TextTokenizer":
+        """The characters of texts as they are spoken: letters and digits with a space between words, in lower case, of which
+        nothing else is left. For recognition of speech: the padding, id 0, stands for no character; there is no start or end.
+
+        Args:
+            texts: As many as there are.
+        """
+        cleaning = Cleaning()
+        spoken = _spoken()
+        found = {character for text in texts for character in spoken.normalize_str(cleaning(text))}
+        return cls.of_characters([PAD, UNKNOWN, *sorted(found)], pad=0, cleaning=cleaning, normalizer=spoken)
+
+    @classmethod
+    def of_characters(
+        cls,
+        vocabulary: Sequence[str],
+        *,
+        pad: int,
+        cleaning: Cleaning,
+        unknown: str = UNKNOWN,
+        normalizer: normalizers.Normalizer | None = None,
+    ) -> "TextTokenizer":
+        """A token for each character of a text.
+
+        Args:
+            vocabulary: Characters, and special tokens of more than one, in the order of their ids.
+            pad: Id that fills up a batch.
+            cleaning: What happens to a text first.
+            unknown: Stands for all other characters.
+            normalizer: What happens to a text then.
+        """
+        tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token=unknown))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+        tokenizer.decoder = decoders.Fuse()
+        if normalizer is not None:
+            tokenizer.normalizer = normalizer
+        return cls(tokenizer, cleaning=cleaning, start=None, end=None, pad=pad)
+
+    @classmethod
     def clip_bpe(cls) -> "TextTokenizer":
         """The tokenizer of OpenAI's CLIP, with the ids of ``open_clip.tokenizer.SimpleTokenizer``.
 
@@ -290,6 +329,17 @@ def _without_punctuation(text: str, start: int, end: int) -> tuple[int, int]:
     while start < end and unicodedata.category(text[end - 1]).startswith("P"):
         end -= 1
     return start, end
+
+
+def _spoken() -> normalizers.Normalizer:
+    """Leaves letters and digits alone: apostrophes go, whatever else stands between words becomes a space."""
+    return normalizers.Sequence(
+        [
+            normalizers.Replace(Regex("['\u2019]"), ""),
+            normalizers.Replace(Regex(r"[^\p{L}\p{M}\p{N}]+"), " "),
+            normalizers.Strip(),
+        ]
+    )
 
 
 def _is_id(value: Any, tokenizer: Tokenizer) -> bool:

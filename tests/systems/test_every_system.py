@@ -10,10 +10,13 @@ from tiny_stable_diffusion import SIDE, UNET
 
 from mm.errors import ConfigError
 from mm.generators.unet import FIXED
+from mm.processor import padded
 from mm.run.catalogue import catalogue
 from mm.systems import CONFIGS, MODULES, SystemConfig, build, read_system
 from mm.systems.imagen import Imagen
 from mm.systems.text_tower import TextTower
+from mm.systems.wav2vec2 import Wav2Vec2
+from mm.systems.wav2vec2_ctc import Wav2Vec2Ctc
 from mm.tokenizers.library_vae import FIXED as FIXED_IN_VAE
 from mm.types import (
     CAPABILITIES,
@@ -45,6 +48,7 @@ T5 = {
     "vocab_size": 40,
 }
 VAE = {"vae": {"image_size": SIDE, "options": {name: value for name, value in tiny.VAE.items() if name not in FIXED_IN_VAE}}}
+SPEECH = {"conv_layers": [[16, 10, 5], [16, 4, 4]], "width": 32, "layers": 1, "heads": 2, "hidden": 48, "position_kernel": 8}
 REQUIRED: Mapping[str, Mapping[str, object]] = {
     "published-vq": PUBLISHED_VQ,
     "dalle": VQ,
@@ -62,6 +66,8 @@ REQUIRED: Mapping[str, Mapping[str, object]] = {
         "denoiser": {"kind": "unet", "options": {name: value for name, value in UNET.items() if name not in FIXED}},
         "empty_prompt": [1, 2],
     },
+    "wav2vec2": {"audio": SPEECH},
+    "wav2vec2-ctc": {"audio": SPEECH},
 }
 TOLD_BY_A_MODEL = ("imagen", "dalle2")
 """Their texts are read by a given model, which keeps its vocabulary."""
@@ -90,6 +96,8 @@ ABLE = {
     "dalle2": {"paints", "varies"},
     "published-vae": {"compresses"},
     "latent-diffusion": {"paints"},
+    "wav2vec2": set(),
+    "wav2vec2-ctc": {"transcribes"},
 }
 
 
@@ -121,8 +129,9 @@ def test_a_system_is_what_its_configuration_says(name: str) -> None:
     assert config.name == name
     assert capabilities(system) == ABLE[name]
     assert ABLE[name] <= CAPABILITIES.keys()
-    assert (config.picture_side is None) == (name in ("language-model", "text-tower", "clap"))
-    assert config.hears == ("hears" in ABLE[name] or "transcribes" in ABLE[name])
+    blind = ("language-model", "text-tower", "clap", "wav2vec2", "wav2vec2-ctc")
+    assert (config.picture_side is None) == (name in blind)
+    assert config.hears == (name in ("clap", "imagebind", "wav2vec2", "wav2vec2-ctc"))
     limits = config.text_limits
     if limits is not None and name not in TOLD_BY_A_MODEL:
         assert config.with_vocabulary(limits[0] + 5).text_limits == (limits[0] + 5, limits[1])
@@ -162,6 +171,8 @@ def _what_it_gives(system: System, image: torch.Tensor) -> torch.Tensor:  # noqa
         generator = torch.Generator().manual_seed(0)
         waves = torch.randn(2, 8_000, generator=generator)
         return system.embed_audio(AudioBatch(waves * (torch.arange(8_000) < 6_000), torch.tensor([6_000, 6_000])))
+    if isinstance(system, Wav2Vec2 | Wav2Vec2Ctc):
+        return system.encode_audio(padded([torch.sin(torch.arange(900.0)), torch.cos(torch.arange(400.0))])).pooled
     if isinstance(system, TextTower):
         return system.embed_text(TextBatch(torch.tensor([[1, 5, 2], [6, 2, 0]]), torch.tensor([3, 2])))
     if "embeds" in able:

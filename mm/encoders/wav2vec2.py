@@ -1,0 +1,244 @@
+"""Audio encoder of wav2vec 2.0: convolutions over the raw wave, then a transformer. Source: https://arxiv.org/abs/2006.11477.
+
+The backbone is torchaudio's, so its weights load under their own names.
+
+Shapes: B batch, T samples, N frames, C width of the convolutions, D width.
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torchaudio.models import Wav2Vec2Model, wav2vec2_model
+
+from mm.config import StrictConfig
+from mm.types import AudioBatch, Encoded
+
+CONV_LAYERS = ((512, 10, 5), *[(512, 3, 2)] * 4, *[(512, 2, 2)] * 2)
+"""Channels, kernel and stride of each convolution of the paper: a frame every 320 samples, which sees 400."""
+
+
+class Wav2Vec2EncoderConfig(StrictConfig):
+    """A wav2vec 2.0 encoder; the defaults are the paper's base model.
+
+    Args:
+        extractor: Norms of the convolutions. ``group_norm`` normalises the first one over the whole recording, padding
+            included; ``layer_norm`` normalises every frame of every one by itself, as the large models do.
+        conv_layers: Channels, kernel and stride of each convolution; the product of the strides is the length of a frame.
+        conv_bias: Whether convolutions have a bias.
+        width: D.
+        layers: Of the transformer.
+        heads: Of each attention.
+        hidden: Width inside of the feed-forward parts.
+        position_kernel: Frames that the convolution in place of position vectors sees.
+        position_groups: Its groups.
+        norm_first: Norms before each part of a layer instead of behind it, as the large models have them.
+        dropout: Of the transformer.
+        projection_dropout: Of the features before the transformer.
+        attention_dropout: Of attention weights.
+        hidden_dropout: Inside of the feed-forward parts.
+        layer_drop: Probability of leaving out a layer in training.
+    """
+
+    kind: Literal["wav2vec2"] = "wav2vec2"
+    extractor: Literal["group_norm", "layer_norm"] = "group_norm"
+    conv_layers: tuple[tuple[int, int, int], ...] = Field(default=CONV_LAYERS, min_length=1)
+    conv_bias: bool = False
+    width: int = Field(default=768, ge=1)
+    layers: int = Field(default=12, ge=1)
+    heads: int = Field(default=12, ge=1)
+    hidden: int = Field(default=3072, ge=1)
+    position_kernel: int = Field(default=128, ge=1)
+    position_groups: int = Field(default=16, ge=1)
+    norm_first: bool = False
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    projection_dropout: float = Field(default=0.1, ge=0, lt=1)
+    attention_dropout: float = Field(default=0.1, ge=0, lt=1)
+    hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
+    layer_drop: float = Field(default=0.05, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Wav2Vec2EncoderConfig":
+        for divisor in ("heads", "position_groups"):
+            if self.width % getattr(self, divisor):
+                raise ValueError(f"width {self.width} must be a multiple of {divisor} {getattr(self, divisor)}")
+        if min(map(min, self.conv_layers)) < 1:
+            raise ValueError("conv_layers: channels, kernels and strides are at least 1")
+        return self
+
+    @property
+    def receptive_field(self) -> int:
+        """Samples that a frame sees."""
+        field, stride = 1, 1
+        for _, kernel, step in self.conv_layers:
+            field, stride = field + (kernel - 1) * stride, stride * step
+        return field
+
+
+class Wav2Vec2Encoder(nn.Module):
+    """Waves to features, frame by frame.
+
+    A recording's features do not depend on the others of its batch. With layer norms what is behind its end is masked. Group
+    norm has no such mask, and the published models were trained without one: in evaluation recordings of different lengths are
+    computed apart; in training, which pads, statistics include the padding as they did for the published models.
+
+    Recordings too short for a single frame are filled up with silence to that length.
+
+    Args:
+        trunk: torchaudio's network without a head.
+        config: What built it.
+    """
+
+    def __init__(self, trunk: Wav2Vec2Model, config: Wav2Vec2EncoderConfig) -> None:
+        super().__init__()
+        self.trunk: Any = trunk
+        self.config = config
+        self.trunk.encoder.transformer.pos_conv_embed.conv.parametrizations.weight.original0.no_decay = True  # a gain
+
+    @property
+    def width(self) -> int:
+        """D, of the tokens and of the pooled vector."""
+        return self.config.width
+
+    @property
+    def frame_width(self) -> int:
+        """C, of what the convolutions give."""
+        return self.config.conv_layers[-1][0]
+
+    def forward(self, audio: AudioBatch) -> Encoded:
+        """Encode recordings; the pooled vector is the mean over their frames."""
+        if self.training or self.config.extractor == "layer_norm":
+            return self._encode(audio)
+        return self._encode_by_length(audio)
+
+    def frame_mask(self, audio: AudioBatch) -> Bool[Tensor, "b n"]:
+        """True for frames that are of the recording."""
+        frames, longest = audio.lengths, audio.waves.shape[1]
+        frames, longest = frames.clamp(min=self.config.receptive_field), max(longest, self.config.receptive_field)
+        for _, kernel, stride in self.config.conv_layers:
+            frames, longest = (frames - kernel) // stride + 1, (longest - kernel) // stride + 1
+        return torch.arange(longest, device=frames.device) < frames[:, None]
+
+    def frames(self, audio: AudioBatch) -> Float[Tensor, "b n c"]:
+        """What the convolutions make of waves, before any norm or projection; without meaning behind the end."""
+        short = max(0, self.config.receptive_field - audio.waves.shape[1])
+        dtype = self.trunk.encoder.feature_projection.projection.weight.dtype
+        return self.trunk.feature_extractor(F.pad(audio.waves, (0, short)).to(dtype), None)[0]
+
+    def normalise(self, frames: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        """Frames after their layer norm: what a quantiser is given."""
+        return self.trunk.encoder.feature_projection.layer_norm(frames)
+
+    def contextualise(
+        self, normalised: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"], hidden: tuple[Tensor, Tensor] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        """Run the transformer over frames.
+
+        Args:
+            normalised: See `normalised`.
+            mask: True for frames of the recording.
+            hidden: Which frames are hidden, ``(B, N)``, and the vector ``(D,)`` that stands in their place.
+        """
+        projection = self.trunk.encoder.feature_projection
+        x = projection.dropout(projection.projection(normalised))
+        if hidden is not None:
+            x = torch.where(hidden[0][..., None], hidden[1].to(x.dtype), x)
+        x = x * mask[..., None]
+        count = mask.shape[1]
+        attended = None if bool(mask.all()) else mask[:, None, None, :].expand(len(mask), 1, count, count)
+        return self.trunk.encoder.transformer(x, attended)
+
+    def _encode(self, audio: AudioBatch) -> Encoded:
+        mask = self.frame_mask(audio)
+        tokens = self.contextualise(self.normalise(self.frames(audio)), mask) * mask[..., None]
+        return Encoded(tokens, mask, tokens.sum(1) / mask.sum(1, keepdim=True))
+
+    def _encode_by_length(self, audio: AudioBatch) -> Encoded:
+        """Recordings of one length at a time, without padding."""
+        rows: list[Tensor] = []
+        parts: list[Encoded] = []
+        for length in audio.lengths.unique().tolist():
+            rows.append((audio.lengths == length).nonzero().flatten())
+            parts.append(self._encode(AudioBatch(audio.waves[rows[-1], :length], audio.lengths[rows[-1]])))
+        if len(parts) == 1:
+            return parts[0]
+        longest = max(part.mask.shape[1] for part in parts)
+        back = torch.cat(rows).argsort()
+        tokens = torch.cat([F.pad(part.tokens, (0, 0, 0, longest - part.mask.shape[1])) for part in parts])
+        mask = torch.cat([F.pad(part.mask, (0, longest - part.mask.shape[1])) for part in parts])
+        return Encoded(tokens[back], mask[back], torch.cat([part.pooled for part in parts])[back])
+
+
+def build_wav2vec2_encoder(config: Wav2Vec2EncoderConfig) -> Wav2Vec2Encoder:
+    """An encoder with fresh weights, drawn as the paper's code draws them."""
+    trunk = wav2vec2_model(
+        extractor_mode=config.extractor,
+        extractor_conv_layer_config=list(config.conv_layers),
+        extractor_conv_bias=config.conv_bias,
+        encoder_embed_dim=config.width,
+        encoder_projection_dropout=config.projection_dropout,
+        encoder_pos_conv_kernel=config.position_kernel,
+        encoder_pos_conv_groups=config.position_groups,
+        encoder_num_layers=config.layers,
+        encoder_num_heads=config.heads,
+        encoder_attention_dropout=config.attention_dropout,
+        encoder_ff_interm_features=config.hidden,
+        encoder_ff_interm_dropout=config.hidden_dropout,
+        encoder_dropout=config.dropout,
+        encoder_layer_norm_first=config.norm_first,
+        encoder_layer_drop=config.layer_drop,
+        aux_num_out=None,
+    )
+    _initialise(trunk, config)
+    return Wav2Vec2Encoder(trunk, config)
+
+
+@torch.no_grad()
+def _initialise(trunk: Any, config: Wav2Vec2EncoderConfig) -> None:
+    """fairseq's: convolutions by He, linear layers by N(0, 0.02), biases 0, the position convolution by its fan-in."""
+    for module in trunk.feature_extractor.modules():
+        if isinstance(module, nn.Conv1d):
+            nn.init.kaiming_normal_(module.weight)
+    for module in trunk.encoder.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+    positions = trunk.encoder.transformer.pos_conv_embed.conv
+    positions.weight = torch.randn_like(positions.weight) * (4 / (config.position_kernel * config.width)) ** 0.5
+    nn.init.zeros_(positions.bias)
+
+
+def span_mask(
+    valid: Bool[Tensor, "b n"], share: float, length: int, generator: torch.Generator | None = None
+) -> Bool[Tensor, "b n"]:
+    """Spans of frames to hide: about ``share / length`` of a recording's frames begin one, and spans may overlap.
+
+    Args:
+        valid: True for frames of the recording, from the first on.
+        share: Frames in spans, over all frames, were no two spans to overlap.
+        length: Frames of a span; recordings that are shorter have none.
+        generator: Draws them; torch's own by default.
+    """
+    frames = valid.sum(1, keepdim=True)
+    draws = torch.rand(len(valid), 1 + valid.shape[1], device=valid.device, generator=generator)
+    spans = (share * frames / length + draws[:, :1]).long().clamp(min=1)
+    may_begin = torch.arange(valid.shape[1], device=valid.device) <= frames - length
+    order = draws[:, 1:].masked_fill(~may_begin, 2.0).argsort(1).argsort(1)
+    begins = ((order < spans) & may_begin).float()
+    return F.max_pool1d(F.pad(begins[:, None], (length - 1, 0)), length, 1)[:, 0] > 0
+
+
+def draw_negatives(masked: Bool[Tensor, "b n"], count: int, generator: torch.Generator | None = None) -> Int64[Tensor, "b n k"]:
+    """For each masked frame the places of others of the same recording, evenly drawn with repetition.
+
+    What stands at frames that are not masked means nothing; so does all of a recording with a single masked frame.
+    """
+    rank, total = masked.cumsum(1) - 1, masked.sum(1)
+    draws = torch.rand(*masked.shape, count, device=masked.device, generator=generator)
+    others = (draws * (total - 1).clamp(min=1)[:, None, None]).long()
+    others = (others + (others >= rank[..., None])).clamp(max=masked.shape[1] - 1)
+    places = (~masked).int().argsort(dim=1, stable=True)
+    return places.gather(1, others.flatten(1)).view_as(others)

@@ -1,0 +1,178 @@
+"""Speech written down: one's own recordings, and how many errors a model makes on a source."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mm.data.emoji import MIN_SIZE
+from mm.data.labels import label_task
+from mm.data.loader import Loader
+from mm.data.sources import Subset, open_source
+from mm.errors import UserError
+from mm.evaluation.metrics import Result
+from mm.evaluation.recognition import recognition
+from mm.hub import Model
+from mm.run.evaluation import BATCH_SIZE, decoding_workers, loaded, refuse_incomplete, stamp, subset_masks
+from mm.run.preparation import EvalPreparation
+from mm.types import AudioBatch, Source, Transcribes
+
+Progress = Callable[[int, int], None]
+
+BEAMS = 8
+"""Texts kept from frame to frame where nothing else is said."""
+
+AUDIO_EXTENSIONS = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3"})
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What is said in a recording."""
+
+    audio: str
+    text: str
+
+
+def transcribe(
+    model: str | Path | Model,
+    audios: Sequence[Any],
+    *,
+    beams: int = BEAMS,
+    device: str = "auto",
+    precision: str = "auto",
+    progress: Progress | None = None,
+) -> list[Transcript]:
+    """Write down recordings.
+
+    Args:
+        model: A loaded model or a MODEL reference; it must recognise speech.
+        audios: Paths (a folder stands for all recordings in it), bytes, or waves at the model's rate.
+        beams: Texts kept from frame to frame; 1 takes the likeliest path.
+        device: Where to compute; ``auto`` chooses.
+        precision: See `mm.hub.load`.
+        progress: Called with (recordings done, in all).
+
+    Raises:
+        UserError: The model does not recognise speech, or there is no recording.
+    """
+    model = loaded(model, device, precision)
+    _recogniser(model)
+    raws = [raw for audio in audios for raw in _expanded(audio)]
+    if not raws:
+        raise UserError("no recordings to write down")
+    found: list[Transcript] = []
+    for start in range(0, len(raws), BATCH_SIZE):
+        part = raws[start : start + BATCH_SIZE]
+        texts = _written(model, model.processor.audios(part), beams)
+        names = (str(raw) if isinstance(raw, str | Path) else f"recording {start + row}" for row, raw in enumerate(part))
+        found += [Transcript(*entry) for entry in zip(names, texts, strict=True)]
+        if progress:
+            progress(len(found), len(raws))
+    return found
+
+
+def evaluate_recognition(
+    model: str | Path | Model,
+    data: str | Source,
+    *,
+    beams: int = BEAMS,
+    limit: int | None = None,
+    text_field: str | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    progress: Progress | None = None,
+    on_written: Callable[[Sequence[Transcript], Sequence[str]], None] | None = None,
+) -> Result:
+    """Error rates of a model on a source of recordings with what is said in them, see `mm.evaluation.recognition`.
+
+    Args:
+        model: A loaded model or a MODEL reference; it must recognise speech.
+        data: A source. The first caption of a sample is what is said; samples without one are left out.
+        beams: See `transcribe`.
+        limit: Take only so many samples, the first ones.
+        text_field: Column or field that holds what is said, where its name is not a usual one.
+        device: Where to compute; ``auto`` chooses.
+        precision: See `mm.hub.load`.
+        progress: Called with (recordings done, in all).
+        on_written: Receives what was written, and what is said.
+
+    Raises:
+        UserError: The model does not recognise speech, the source says of no recording what is said in it, or too many of its
+            samples cannot be used.
+    """
+    model = loaded(model, device, precision)
+    _recogniser(model)
+    source = open_source(data, text_field=text_field, image_size=MIN_SIZE) if isinstance(data, str) else data
+    split = getattr(source, "task", None) is not None
+    if limit is not None:
+        source = Subset(source, range(min(limit, len(source))))
+    preparation = EvalPreparation(model.processor)
+    loader = Loader(
+        source,
+        preparation,
+        preparation.collate,
+        batch_size=BATCH_SIZE,
+        seed=0,
+        tail="short",
+        shuffle=False,
+        substitute=False,
+        workers=decoding_workers(len(source)),
+        max_bad_fraction=1,  # judged below
+    )
+    found: list[Transcript] = []
+    said: list[str] = []
+    fields: list[Any] = []
+    done = 0
+    for batch in loader.one_epoch():
+        assert batch.audio is not None
+        rows = [row for row, captions in enumerate(batch.captions) if captions]
+        if rows:
+            texts = _written(model, batch.audio[torch.tensor(rows)], beams)
+            found += [Transcript(batch.ids[row], text) for row, text in zip(rows, texts, strict=True)]
+            said += [batch.captions[row][0] for row in rows]
+            fields += [batch.fields[row] for row in rows]
+        done += len(batch)
+        if progress:
+            progress(done, len(source))
+    refuse_incomplete(source, loader.accounting)
+    if not found:
+        raise UserError(f"{source.name}: no sample has a text; name the field with what is said by --text-field")
+    if on_written:
+        on_written(found, said)
+    masks = subset_masks(fields, label_task(source)) if split else {}
+    return recognition(
+        [one.text for one in found],
+        said,
+        subsets=masks if len(masks) > 1 else {},
+        protocol=stamp(model, source, loader.accounting.describe())
+        | {"decoding": "likeliest path" if beams == 1 else f"prefix search, {beams} beams, no language model"},
+    )
+
+
+def _written(model: Model, audio: AudioBatch, beams: int) -> list[str]:
+    system = _recogniser(model)
+    with torch.no_grad():
+        found = system.transcribe(audio.to(model.device), beams=beams)
+    return [model.processor.tokenizer.decode(ids) for ids in found]
+
+
+def _recogniser(model: Model) -> Transcribes:
+    if not isinstance(model.system, Transcribes):
+        able = ", ".join(sorted(model.capabilities)) or "nothing yet"
+        raise UserError(
+            f"{model.name} does not recognise speech (it can: {able}); take a run of configs/wav2vec2_ctc.yaml, or wav2vec 2.0 "
+            "with a CTC head"
+        )
+    return model.system
+
+
+def _expanded(audio: Any) -> list[Any]:
+    """A folder becomes its recordings; everything else stays what it is."""
+    if not isinstance(audio, str | Path) or not Path(audio).is_dir():
+        return [audio]
+    found = sorted(path for path in Path(audio).rglob("*") if path.suffix.lower() in AUDIO_EXTENSIONS)
+    if not found:
+        raise UserError(f"{audio}: no recording in this folder")
+    return list(found)

@@ -1,0 +1,140 @@
+"""Speech recognition: a wav2vec 2.0 encoder with a linear head, trained by connectionist temporal classification.
+
+Papers: wav2vec 2.0 https://arxiv.org/abs/2006.11477 (section 3.2), CTC https://www.cs.toronto.edu/~graves/icml_2006.pdf. Start
+with a pretrained encoder by ``init_from``.
+
+Deviation: the paper's code draws spans of hidden channels, too.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from mm.encoders.wav2vec2 import Wav2Vec2Encoder, Wav2Vec2EncoderConfig, build_wav2vec2_encoder, span_mask
+from mm.generators.ctc import best_path, prefix_search
+from mm.systems.settings import SystemSettings
+from mm.systems.wav2vec2 import Wav2Vec2
+from mm.types import AudioBatch, Batch, Encoded, Losses, System
+
+
+class Wav2Vec2CtcConfig(SystemSettings):
+    """A recogniser of speech.
+
+    Args:
+        audio: The encoder.
+        vocab_size: Of the head, the blank included.
+        context_length: Longest text in tokens.
+        blank: Id that stands for no token; the one that fills up texts.
+        dropout: Before the head.
+        mask_share: Frames in spans that training hides, over all frames (0 for none), and
+        mask_length: frames of a span.
+        train_convolutions: Whether the convolutions learn, too; the paper holds them fixed once they are pretrained.
+    """
+
+    name: Literal["wav2vec2-ctc"] = "wav2vec2-ctc"
+    audio: Wav2Vec2EncoderConfig = Wav2Vec2EncoderConfig()
+    vocab_size: int = Field(default=32, ge=2)
+    context_length: int = Field(default=256, ge=3)
+    blank: int = Field(default=0, ge=0)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    mask_share: float = Field(default=0.05, ge=0, le=1)
+    mask_length: int = Field(default=10, ge=1)
+    train_convolutions: bool = True
+
+    @property
+    def picture_side(self) -> None:
+        return None
+
+    @property
+    def text_limits(self) -> tuple[int, int]:
+        return self.vocab_size, self.context_length
+
+    @property
+    def hears(self) -> bool:
+        return True
+
+    def with_vocabulary(self, size: int) -> "Wav2Vec2CtcConfig":
+        return self.model_copy(update={"vocab_size": size})
+
+
+class Wav2Vec2Ctc(System):
+    """Writes down what is said.
+
+    Args:
+        encoder: Of waves.
+        config: What built it.
+    """
+
+    def __init__(self, encoder: Wav2Vec2Encoder, config: Wav2Vec2CtcConfig) -> None:
+        super().__init__()
+        self.encoder, self.config = encoder, config
+        self.mask_vector = nn.Parameter(torch.rand(encoder.width), requires_grad=config.mask_share > 0)
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(encoder.width, config.vocab_size)
+        encoder.trunk.feature_extractor.requires_grad_(config.train_convolutions)
+
+    @property
+    def only_for_training(self) -> tuple[str, ...]:
+        """See `mm.types.System`."""
+        return ("mask_vector",)
+
+    def state_from(self, start: System) -> dict[str, Tensor]:
+        """See `mm.types.System`: of a pretrained network its encoder and the vector of hidden frames."""
+        state = super().state_from(start)
+        if not isinstance(start, Wav2Vec2):
+            return state
+        return {name: tensor for name, tensor in state.items() if name.startswith(("encoder.", "mask_vector"))}
+
+    def cast_(self, dtype: torch.dtype) -> None:
+        """Hold the encoder in another floating type, for inference."""
+        self.encoder.to(dtype)
+
+    def encode_audio(self, audio: AudioBatch) -> Encoded:
+        """Features of recordings, frame by frame; they do not depend on the batch."""
+        return self.encoder(audio)
+
+    def log_shares(self, audio: AudioBatch) -> tuple[Float[Tensor, "b n v"], Bool[Tensor, "b n"]]:
+        """Log-probabilities of the tokens at each frame, fp32, and which frames are of the recording."""
+        encoded = self.encode_audio(audio)
+        return self._shares(encoded.tokens), encoded.mask
+
+    def loss(self, batch: Batch, step: int) -> Losses:
+        """Mean negative log-likelihood of the texts, each over its number of tokens, nats; texts that no path fits give 0."""
+        assert batch.audio is not None
+        assert batch.text is not None
+        mask = self.encoder.frame_mask(batch.audio)
+        normalised = self.encoder.normalise(self.encoder.frames(batch.audio))
+        hides = self.training and self.config.mask_share > 0
+        hidden = span_mask(mask, self.config.mask_share, self.config.mask_length) if hides else None
+        tokens = self.encoder.contextualise(normalised, mask, None if hidden is None else (hidden, self.mask_vector))
+        loss = F.ctc_loss(
+            self._shares(self.dropout(tokens)).transpose(0, 1),
+            batch.text.ids,
+            mask.sum(1),
+            batch.text.lengths,
+            blank=self.config.blank,
+            zero_infinity=True,
+        )
+        return Losses(loss)
+
+    @torch.no_grad()
+    def transcribe(self, audio: AudioBatch, *, beams: int = 1) -> list[tuple[int, ...]]:
+        """See `mm.types.Transcribes`."""
+        shares, mask = self.log_shares(audio)
+        rows = [row[:count].cpu() for row, count in zip(shares, mask.sum(1).tolist(), strict=True)]
+        if beams == 1:
+            return [best_path(row, self.config.blank) for row in rows]
+        return [prefix_search(row, beams, self.config.blank)[0][0] for row in rows]
+
+    def _shares(self, tokens: Tensor) -> Tensor:
+        return self.head(tokens.to(self.head.weight.dtype)).float().log_softmax(-1)
+
+
+def build(config: Wav2Vec2CtcConfig, parts: Mapping[str, Any] | None = None) -> Wav2Vec2Ctc:
+    """Build the network with fresh weights."""
+    return Wav2Vec2Ctc(build_wav2vec2_encoder(config.audio), config)
