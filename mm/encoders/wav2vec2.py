@@ -108,6 +108,10 @@ class Wav2Vec2Encoder(nn.Module):
         """C, of what the convolutions give."""
         return self.config.conv_layers[-1][0]
 
+    def cast_(self, dtype: torch.dtype) -> None:
+        """Hold the network in another floating type, for inference."""
+        self.to(dtype)
+
     def forward(self, audio: AudioBatch) -> Encoded:
         """Encode recordings; the pooled vector is the mean over their frames."""
         if self.training or self.config.extractor == "layer_norm":

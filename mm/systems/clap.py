@@ -7,22 +7,31 @@ crops (`mm.media.audio.AudioSpec.repeat` does as the paper).
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from torch import Tensor, nn
 
 from mm.encoders.audio import LogMelEncoderConfig, build_log_mel_encoder
 from mm.encoders.text import TextEncoderConfig, build_text_encoder
+from mm.encoders.wav2vec2 import Wav2Vec2EncoderConfig, build_wav2vec2_encoder
 from mm.fusion.dual_tower import DualTower
 from mm.losses.contrastive import info_nce
 from mm.losses.gather import current_gather
 from mm.systems.settings import SystemSettings
 from mm.types import AudioBatch, Batch, Encoded, Losses, System, TextBatch
 
-AudioTower = LogMelEncoderConfig
-"""Encoders of recordings, told apart by ``kind``."""
+
+def _kind(value: Any) -> str:
+    kind = value.get("kind", "log-mel") if isinstance(value, Mapping) else getattr(value, "kind", "log-mel")
+    return str(kind)
+
+
+AudioTower = Annotated[
+    Annotated[LogMelEncoderConfig, Tag("log-mel")] | Annotated[Wav2Vec2EncoderConfig, Tag("wav2vec2")], Discriminator(_kind)
+]
+"""Encoders of recordings, told apart by ``kind``; log-mel where it is not said."""
 
 TOWERS = ("audio", "text")
 
@@ -130,6 +139,8 @@ class Clap(System):
 
 def build_audio_encoder(config: AudioTower) -> Any:
     """An encoder of recordings with fresh weights."""
+    if isinstance(config, Wav2Vec2EncoderConfig):
+        return build_wav2vec2_encoder(config)
     return build_log_mel_encoder(config)
 
 

