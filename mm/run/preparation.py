@@ -139,25 +139,29 @@ class EvalPreparation:
 
     Args:
         processor: The model's preparation.
-        media: What samples must have, of what the model takes: ``image``, ``audio``.
+        media: What samples must have, of what the model takes: ``image``, ``audio``, or both.
     """
 
     processor: Processor
-    media: tuple[str, ...] = ("image",)
+    media: tuple[str, ...] = ("image", "audio")
 
     def __call__(self, sample: Sample, visit: int) -> Item:
         texts = tuple(text for text in sample.texts if text.strip())
         return Item(
             id=sample.id,
-            image=_pixels(sample, self.processor, keep_alpha=False) if "image" in self.media else None,
+            image=_pixels(sample, self.processor, keep_alpha=False) if self._sees else None,
             texts=texts,
             fields=sample.fields,
-            audio=fit_audio(recording(sample, self.processor), self.processor.audio_spec) if "audio" in self.media else None,
+            audio=fit_audio(recording(sample, self.processor), self.processor.audio_spec) if self._hears else None,
         )
 
     @property
     def _sees(self) -> bool:
         return "image" in self.media and self.processor.has_image
+
+    @property
+    def _hears(self) -> bool:
+        return "audio" in self.media and self.processor.has_audio
 
     def collate(self, items: Sequence[Item], epoch: int) -> Batch:
         return Batch(
@@ -165,7 +169,7 @@ class EvalPreparation:
             image=torch.stack([item.image for item in items if item.image is not None]) if self._sees else None,
             fields=tuple(item.fields for item in items),
             captions=tuple(item.texts for item in items),
-            audio=_heard(items) if "audio" in self.media else None,
+            audio=_heard(items) if self._hears else None,
         )
 
 
