@@ -5,9 +5,9 @@ python demos/app.py [--models MODEL ...] [--folders DIR ...] [--host ADDRESS --a
 
 import argparse
 import sys
+import threading
 from pathlib import Path
 
-from mm.errors import UserError
 from ui.offer import Offer, make_offer
 from ui.safety import (
     DELETED_AFTER,
@@ -20,16 +20,19 @@ from ui.safety import (
     read_accounts,
 )
 
+from mm.errors import UserError
+
 
 def page(offer: Offer):
     """The page, not yet served."""
     import gradio as gr
-    from ui import classify, look
+    from ui import classify, compare, create, describe, look, search
 
+    tabs = {"Classify": classify, "Search": search, "Caption & ask": describe, "Create": create, "Compare": compare}
     with gr.Blocks(title=look.TITLE, analytics_enabled=False, delete_cache=(DELETED_EVERY, DELETED_AFTER)) as blocks:
         gr.HTML(look.HEADER)
         with gr.Tabs():
-            for label, part in {"Classify": classify}.items():
+            for label, part in tabs.items():
                 with gr.Tab(label, id=label):
                     part.tab(offer)
     return blocks.queue(max_size=MAX_WAITING, api_open=False)
@@ -84,6 +87,7 @@ def serve(offer: Offer, folder: Path, host: str, port: int | None, accounts: lis
         app_kwargs={"middleware": [Middleware(Guard, folder=folder)], "docs_url": None, "redoc_url": None},
     )
     print(f"open {address} (stop with Ctrl-C)", flush=True)
+    threading.Thread(target=offer.load_all, daemon=True).start()
     blocks.block_thread()
 
 

@@ -3,14 +3,14 @@
 from functools import partial
 
 import gradio as gr
-import mm
-from mm.errors import UserError
 from torch import Tensor
 
+import mm
+from mm.errors import UserError
 from ui.offer import Offer, shares
 from ui.parts import LANE, examples, kindly, model_choice, picture_input, picture_of, texts_of
 
-LABELS = "dog face, cat face, wolf, pizza, automobile, rocket, red heart, sunflower"
+LABELS = "tiger face, cat face, lion, hot dog, balloon, helicopter, pear, crescent moon"
 MAX_LABELS = 50
 SHOWN = 8
 
@@ -28,13 +28,13 @@ def tab(offer: Offer) -> None:
     """Lay out the tab."""
     with gr.Row():
         with gr.Column():
-            picture = picture_input(offer, "dog face")
+            picture = picture_input(offer, "tiger face")
             examples(offer, picture)
         with gr.Column():
             labels = gr.Textbox(LABELS, label="Your labels, separated by commas", lines=2, max_length=5000)
             model = model_choice(offer, shares("image", "text"), first="emoji-clip")
             button = gr.Button("Classify", variant="primary")
-            answer = gr.Label(label="How likely each label is", num_top_classes=SHOWN)
+            answer = gr.Label(label="How likely each label is", num_top_classes=SHOWN, elem_classes="bars")
     gr.on(
         [button.click, labels.submit],
         kindly(partial(classify, offer)),

@@ -14,7 +14,7 @@ HEADER = """
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]
 
 CSS = """
-.gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
+.gradio-container { width: 100%; min-width: 0; max-width: 1120px !important; margin: 0 auto !important; }
 .head { padding: 1.2rem 0 .4rem; }
 .head h1 { font-size: 1.9rem; font-weight: 750; letter-spacing: -.02em; margin: 0; }
 .head h1 span { font-weight: 400; opacity: .6; margin-left: .35rem; }
@@ -22,6 +22,13 @@ CSS = """
 .lead { opacity: .8; }
 .picture img { object-fit: contain; }
 .painting img { width: 100%; height: 100%; object-fit: contain; }
+.found .grid-wrap { min-height: 0; max-height: none; }
+.found .grid-container {
+  grid-template-columns: repeat(auto-fill, minmax(128px, 1fr)) !important;
+  grid-template-rows: none !important;
+}
+.found .caption-label { max-width: 100%; white-space: normal; }
+.bars, .bars * { font-family: inherit; }
 @media (max-width: 640px) {
   .head h1 { font-size: 1.5rem; }
   .head h1 span { display: block; margin: .1rem 0 0; font-size: 1.1rem; }

@@ -3,42 +3,78 @@
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from PIL import Image
 
 import mm
 from mm.data.emoji import concepts, draw_concepts
 from mm.errors import UserError
-from mm.hub import Model
 from mm.evaluation.sheet import to_pillow
+from mm.hub import Model
 from mm.media.image import open_image
 from mm.paths import cache_folder
 from mm.types import Embeds
-from PIL import Image
 
 EMOJI = "emoji"
 EMOJI_ARTIST, EMOJI_SIDE = "emojione", 160
 """Drawings by the artist whom no shipped model has seen in training, and the side that they are drawn at, in pixels."""
 
 EMOJI_COUNT = 360
-EXAMPLES = ("dog face", "pizza", "automobile", "red heart", "sunflower", "rocket")
+EXAMPLES = ("tiger face", "hot dog", "balloon", "helicopter", "pear", "crescent moon")
 FILE_NAME = re.compile(r"[\w ]+")
 THUMBNAIL = 256
 
-Wish = Callable[[Model], bool]
+
+class Abilities(NamedTuple):
+    """What a model can do (`mm.types.CAPABILITIES`), and the modalities that it brings into one space."""
+
+    capabilities: frozenset[str]
+    modalities: frozenset[str] = frozenset()
+
+
+def abilities(model: Model) -> Abilities:
+    """Those of a loaded model."""
+    shared = model.system.encoders().keys() if isinstance(model.system, Embeds) else ()
+    return Abilities(model.capabilities, frozenset(shared))
+
+
+PAIRS = frozenset({"image", "text"})
+SHIPPED = {
+    "emoji-albef": Abilities(frozenset({"embeds", "matches", "grounds"}), PAIRS),
+    "emoji-captioner": Abilities(frozenset({"captions"})),
+    "emoji-clip": Abilities(frozenset({"embeds"}), PAIRS),
+    "emoji-dalle": Abilities(frozenset({"paints", "expects"})),
+    "emoji-flow": Abilities(frozenset({"paints", "varies"})),
+    "emoji-judge": Abilities(frozenset({"embeds"}), PAIRS),
+    "emoji-muse": Abilities(frozenset({"paints"})),
+    "emoji-vq": Abilities(frozenset({"tokenizes", "compresses"})),
+    "emoji-vqa": Abilities(frozenset({"answers", "answers_freely"})),
+}
+"""Told before they are loaded, so that the page need not wait for all of them; a test compares."""
+
+Wish = Callable[[Abilities], bool]
 
 
 class Offer:
-    """Loaded models and folders by id.
+    """Models and folders by id.
 
     Args:
-        models: By id; they are used by one request at a time.
+        models: MODEL references by id.
         folders: Of pictures, by id.
+
+    Raises:
+        UserError: A model that is not shipped cannot be loaded.
     """
 
-    def __init__(self, models: Mapping[str, Model], folders: Mapping[str, Path]) -> None:
+    def __init__(self, models: Mapping[str, str], folders: Mapping[str, Path]) -> None:
         self._models, self._folders = dict(models), dict(folders)
+        self._loaded: dict[str, Model] = {}
+        self._loading = threading.Lock()
+        self._abilities = {name: SHIPPED.get(name) or abilities(self.model(name)) for name in models}
 
     @property
     def folders(self) -> list[str]:
@@ -47,16 +83,24 @@ class Offer:
 
     def models(self, wish: Wish) -> list[str]:
         """Ids of the models that can do something."""
-        return [name for name, model in self._models.items() if wish(model)]
+        return [name for name, able in self._abilities.items() if wish(able)]
 
     def model(self, name: object) -> Model:
-        """A model by its id. Raises `UserError` for anything else: nothing is loaded for a visitor."""
+        """A model by its id, loaded when it is first asked for. Raises `UserError` where none was offered under this id."""
         if not isinstance(name, str) or name not in self._models:
             raise UserError(f"there is no such model here; choose one of {', '.join(self._models)}")
-        return self._models[name]
+        with self._loading:
+            if name not in self._loaded:
+                self._loaded[name] = mm.load(self._models[name])
+            return self._loaded[name]
+
+    def load_all(self) -> None:
+        """Load what is not loaded yet; done in the background while the first visitors look at the page."""
+        for name in self._models:
+            self.model(name)
 
     def folder(self, name: object) -> Path:
-        """A folder by its id. Raises `UserError` for anything else."""
+        """A folder by its id. Raises `UserError` where none was offered under this id."""
         if not isinstance(name, str) or name not in self._folders:
             raise UserError(f"there is no such folder here; choose one of {', '.join(self._folders)}")
         return self._folders[name]
@@ -67,35 +111,37 @@ class Offer:
 
 
 def can(*capabilities: str) -> Wish:
-    """Whether a model has capabilities, see `mm.types.CAPABILITIES`."""
-    return lambda model: set(capabilities) <= model.capabilities
+    """Whether a model has capabilities."""
+    return lambda able: able.capabilities.issuperset(capabilities)
 
 
 def shares(*modalities: str) -> Wish:
     """Whether a model brings modalities into one space."""
-    return lambda model: isinstance(model.system, Embeds) and set(modalities) <= model.system.encoders().keys()
+    return lambda able: able.modalities.issuperset(modalities)
 
 
 def make_offer(models: Iterable[str] = (), folders: Iterable[str | Path] = ()) -> Offer:
-    """Load the shipped models and those that are named beside them.
+    """The shipped models and the embedded emoji, and what is named beside them.
 
     Args:
         models: MODEL references, see `mm.load`. The id of a run or a model folder is its name.
-        folders: Of pictures, beside the embedded emoji; the id is the name.
+        folders: Of pictures; the id is the name.
 
     Raises:
         UserError: One cannot be had, or two of them have one name.
     """
-    loaded = {name: mm.load(name) for name in mm.shipped()}
+    offered = {name: name for name in mm.shipped()}
     for reference in models:
-        if reference not in loaded:
-            _put(loaded, _identity(reference), mm.load(reference), "models")
-    offered = {EMOJI: emoji_folder()}
+        if reference not in offered:
+            folder = Path(reference).expanduser()
+            name, whole = (folder.resolve().name, str(folder.resolve())) if folder.is_dir() else (reference, reference)
+            _put(offered, name, whole, "models")
+    places = {EMOJI: emoji_folder()}
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise UserError(f"--folders {folder}: no such folder")
-        _put(offered, folder.resolve().name, folder.resolve(), "folders")
-    return Offer(loaded, offered)
+        _put(places, folder.resolve().name, folder.resolve(), "folders")
+    return Offer(offered, places)
 
 
 def emoji_folder() -> Path:
@@ -125,11 +171,6 @@ def thumbnail(path: Path) -> Image.Image:
     picture = to_pillow(open_image(path))
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     return picture
-
-
-def _identity(reference: str) -> str:
-    path = Path(reference)
-    return path.resolve().name if path.is_dir() else reference
 
 
 def _put(into: dict[str, Any], name: str, value: Any, option: str) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import gradio as gr
 from gradio.data_classes import ImageData
-from mm.errors import BadSample, UserError
-from mm.media.image import ImageLimits, decode_image
 from torch import Tensor
 
+from mm.errors import BadSample, UserError
+from mm.media.image import ImageLimits, decode_image
 from ui.offer import EXAMPLES, Offer, Wish
 from ui.safety import MAX_UPLOAD_BYTES
 

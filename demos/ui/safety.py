@@ -16,9 +16,10 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from mm.errors import UserError
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mm.errors import UserError
 
 MAX_UPLOAD_BYTES = 10 << 20
 MAX_REQUEST_BYTES = 1 << 20
