@@ -81,7 +81,7 @@ def in_the_making(paint: Callable[[OnPicture], Tensor]) -> Iterator[Image.Image]
 
     The thread ends at its next state when nobody takes them any more.
     """
-    states: queue.Queue[Tensor | Exception] = queue.Queue()
+    states: queue.Queue[Tensor | Exception | None] = queue.Queue()
     stopped, finished = threading.Event(), threading.Event()
     last = 0.0
 
@@ -99,12 +99,12 @@ def in_the_making(paint: Callable[[OnPicture], Tensor]) -> Iterator[Image.Image]
         except Exception as error:
             states.put(error)
         finally:
+            states.put(None)
             finished.set()
 
     threading.Thread(target=work, daemon=True).start()
     try:
-        while not (finished.is_set() and states.empty()):
-            state = states.get()
+        while (state := states.get()) is not None:
             if isinstance(state, Exception):
                 raise state
             yield to_pillow(state)
@@ -121,7 +121,7 @@ def _side_by_side(pictures: Tensor) -> Tensor:
 def tab(offer: Offer) -> None:
     """Lay out the tab."""
     names = offer.models(can("paints"))
-    with gr.Row(equal_height=True):
+    with gr.Row(elem_classes="asked"):
         prompt = gr.Textbox("red heart", label="Prompt", scale=4, max_length=MAX_LETTERS)
         button = gr.Button("Create", variant="primary", scale=1, min_width=120)
         stop = gr.Button("Stop", scale=1, min_width=80)

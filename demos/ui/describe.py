@@ -64,16 +64,18 @@ def tab(offer: Offer) -> None:
             question = gr.Dropdown(QUESTIONS, value=QUESTIONS[0], label="Question", allow_custom_value=True)
             put = gr.Button("Ask", variant="primary")
             answer = gr.Label(label="Answers", num_top_classes=ANSWERS, elem_classes="bars")
-    with gr.Row(equal_height=True):
+    with gr.Row(elem_classes="asked"):
         reader = model_choice(offer, can("grounds"), "Reader")
         words = gr.Textbox("tiger face", label="Words to find in the picture", max_length=MAX_LETTERS, scale=4)
         find = gr.Button("Show where", variant="primary", scale=1, min_width=140)
+    gr.Markdown("Where each word is, and its share of the heat:", elem_classes="lead")
     heat = gr.Gallery(
-        label="Where each word is, with its share of heat",
+        label="Where each word is",
+        show_label=False,
         columns=4,
         object_fit="contain",
         buttons=[],
-        elem_classes="found",
+        elem_classes=["found", "heat"],
     )
     fits = gr.Markdown(elem_classes="lead")
     tell.click(kindly(partial(describe, offer)), [writer, language, picture], caption, api_name="describe", **LANE)

@@ -27,7 +27,10 @@ CSS = """
   grid-template-columns: repeat(auto-fill, minmax(128px, 1fr)) !important;
   grid-template-rows: none !important;
 }
-.found .caption-label { max-width: 100%; white-space: normal; }
+.found .thumbnail-lg img { padding-bottom: 2.4rem; }
+.found .caption-label { left: 0; right: 0; max-width: 100%; border: 0; text-align: center; white-space: normal; }
+.heat .grid-container { grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)) !important; }
+.asked { align-items: flex-end; }
 .bars, .bars * { font-family: inherit; }
 @media (max-width: 640px) {
   .head h1 { font-size: 1.5rem; }

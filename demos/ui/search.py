@@ -75,7 +75,7 @@ def tab(offer: Offer) -> None:
             with gr.Tab(query.label, visible=bool(offer.models(shares("image", query.kind)))):
                 fields.append((query, query.field(offer), gr.Button(f"Search {query.label.lower()}", variant="primary")))
     stop = gr.Button("Stop", size="sm", visible=len(offer.folders) > 1)
-    gallery = gr.Gallery(label="Found", columns=6, object_fit="contain", buttons=[], elem_classes="found")
+    gallery = gr.Gallery(label="Found", show_label=False, columns=6, object_fit="contain", buttons=[], elem_classes="found")
     said = gr.Markdown(elem_classes="lead")
     for query, field, button in fields:
 
