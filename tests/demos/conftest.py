@@ -1,50 +1,15 @@
 """The app as a person starts it: a process of its own, on a free port, with a canary beside its working folder."""
 
 import os
-import re
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-APP = Path(__file__).parents[2] / "demos" / "app.py"
-CANARY = "this text is never served"
-START_SECONDS = 120
-"""Until the page answers, on a machine that others use, too."""
-
-
-@dataclass(frozen=True)
-class Server:
-    """A running app.
-
-    Args:
-        url: Where it is.
-        process: The process.
-        canary: A file beside its working folder that holds `CANARY`.
-        log: What it says.
-        seconds: From its start to the first answer.
-    """
-
-    url: str
-    process: "subprocess.Popen[bytes]"
-    canary: Path
-    log: Path
-    seconds: float
-
-    def resident(self) -> int:
-        """Bytes of memory that it holds."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        found = re.search(r"VmRSS:\s+(\d+) kB", status)
-        assert found is not None
-        return int(found[1]) << 10
-
-
-Start = Callable[..., Server]
+from demo_server import APP, CANARY, START_SECONDS, Server, Start
 
 
 @pytest.fixture(scope="session")

@@ -193,8 +193,17 @@ def test_the_working_folder_is_private_empty_and_gone_afterwards(monkeypatch: py
 
 @pytest.mark.parametrize(
     ("host", "alone"),
-    [("127.0.0.1", True), ("127.8.9.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False)]  # noqa: S104
-    + [("192.168.0.7", False), ("127.0.0.1.example.com", False), ("", False)],
+    [
+        ("127.0.0.1", True),
+        ("127.8.9.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),  # noqa: S104
+        ("::", False),
+        ("192.168.0.7", False),
+        ("127.0.0.1.example.com", False),
+        ("", False),
+    ],
 )
 def test_other_addresses_need_accounts(host: str, alone: bool) -> None:
     assert is_loopback(host) == alone
