@@ -7,6 +7,7 @@ import argparse
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ui.offer import Offer, make_offer
 from ui.safety import (
@@ -22,8 +23,11 @@ from ui.safety import (
 
 from mm.errors import UserError
 
+if TYPE_CHECKING:
+    import gradio as gr
 
-def page(offer: Offer):
+
+def page(offer: Offer) -> "gr.Blocks":
     """The page, not yet served."""
     import gradio as gr
     from ui import classify, compare, create, describe, look, search

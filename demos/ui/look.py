@@ -1,6 +1,6 @@
 """The look of the page: system fonts, one accent, room for the content, one column on a phone."""
 
-import gradio as gr
+from gradio.themes import Base
 
 TITLE = "mm: pictures and words"
 HEADER = """
@@ -39,9 +39,9 @@ CSS = """
 """
 
 
-def theme() -> gr.themes.Base:
+def theme() -> Base:
     """Fonts of the system alone: the page asks no other server for anything."""
-    return gr.themes.Base(
+    return Base(
         primary_hue="indigo",
         neutral_hue="slate",
         radius_size="lg",

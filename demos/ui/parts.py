@@ -108,7 +108,8 @@ def picture_input(offer: Offer, example: str, label: str = "Picture") -> gr.Imag
         buttons=[],
         elem_classes="picture",
     )
-    component.preprocess = _decoded  # Gradio's own would decode whatever Pillow can, and say little of what it cannot
+    # Gradio's own would decode whatever Pillow can, and say little of what it cannot
+    component.preprocess = _decoded  # pyright: ignore[reportAttributeAccessIssue]
     return component
 
 

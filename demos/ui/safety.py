@@ -37,7 +37,10 @@ MAX_WAITING = 16
 BOUNDARY_BYTES = 64 << 10
 """What an upload may take beside the file."""
 
-ROUTES = ("info", "file=", "upload", "queue/", "call/", "cancel", "heartbeat/", "startup-events", "theme.css", "app_id", "user")
+ROUTES = (
+    *("info", "file=", "upload", "queue/", "call/", "cancel", "reset", "heartbeat/", "startup-events", "theme.css"),
+    *("app_id", "user", "login_check"),
+)
 """What the page and `gradio_client` ask for behind `API`."""
 
 API = "/gradio_api/"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
+from gradio.components import Component
 from PIL import Image
 
 import mm
@@ -28,7 +29,7 @@ class Query:
 
     kind: str
     label: str
-    field: Callable[[Offer], gr.components.Component]
+    field: Callable[[Offer], Component]
     read: Callable[[Any], Any]
 
 
@@ -56,7 +57,11 @@ def search(
     """The pictures of a folder that fit best, each with its name and cosine, and how many were looked through."""
     wanted, most = query.read(given), int(number_of(count, "How many", 1, MOST))
     place = offer.folder(folder)
-    told = (lambda done, total: progress((done, total), desc="reading the folder")) if progress else None
+
+    def told(done: int, total: int) -> None:
+        if progress is not None:
+            progress((done, total), desc="reading the folder")
+
     found = mm.search(offer.model(model), place, k=most, progress=told, **{query.kind: wanted})
     unread = f", {len(found.skipped)} could not be read" if found.skipped else ""
     shown = [(thumbnail(hit.path), f"{hit.path.stem}  {hit.score:.2f}") for hit in found.hits]
@@ -78,14 +83,9 @@ def tab(offer: Offer) -> None:
     gallery = gr.Gallery(label="Found", show_label=False, columns=6, object_fit="contain", buttons=[], elem_classes="found")
     said = gr.Markdown(elem_classes="lead")
     for query, field, button in fields:
-
-        def handler(model: str, folder: str, count: float, given: Any, progress=gr.Progress(), query: Query = query) -> Any:  # noqa: B008
-            return search(offer, query, model, folder, count, given, progress)
-
-        triggers = [button.click] + ([field.submit] if isinstance(field, gr.Textbox) else [])
         event = gr.on(
-            triggers,
-            kindly(handler),
+            [button.click] + ([field.submit] if isinstance(field, gr.Textbox) else []),
+            _handler(offer, query),
             [model, folder, count, field],
             [gallery, said],
             api_name=f"search_by_{query.kind}",
@@ -93,3 +93,10 @@ def tab(offer: Offer) -> None:
             **LANE,
         )
         stop.click(None, cancels=[event], api_visibility="private")
+
+
+def _handler(offer: Offer, query: Query) -> Callable[..., Any]:
+    def handler(model: str, folder: str, count: float, given: Any, progress: gr.Progress = gr.Progress()) -> Any:  # noqa: B008
+        return search(offer, query, model, folder, count, given, progress)
+
+    return kindly(handler)

@@ -68,23 +68,20 @@ def _open(page: Page, tab: str) -> None:
         page.locator(".overflow-dropdown button", has_text=tab).click()
 
 
-def _pixels(page: Page, locator: str) -> int:
-    """Number of pictures that are there and decoded."""
-    return page.locator(locator).evaluate_all("all => all.filter(img => img.complete && img.naturalWidth > 0).length")
-
-
 def test_classify(page: Page, tmp_path: Path) -> None:
     page.get_by_role("button", name="Classify", exact=True).click()
     expect(page.get_by_test_id("label-output-value")).to_have_text("tiger face")
+    shown = page.locator(".picture img:visible")
+    before = str(shown.get_attribute("src"))
     page.locator("button.gallery-item:visible").nth(4).click()
-    page.wait_for_timeout(1000)
+    expect(shown).not_to_have_attribute("src", before)
     page.get_by_label("Your labels, separated by commas").fill("pear, rocket")
     page.get_by_role("button", name="Classify", exact=True).click()
     expect(page.get_by_test_id("label-output-value")).to_have_text("pear")
     (tmp_path / "page.jpg").write_text("<!doctype html><script>alert(1)</script>")
-    page.get_by_label("Remove Image").or_(page.get_by_label("Clear")).first.click()
+    page.get_by_label("Clear").locator("visible=true").first.click()
     page.locator("input[type=file]").first.set_input_files(tmp_path / "page.jpg")
-    page.wait_for_timeout(1000)
+    expect(shown).to_have_attribute("src", re.compile("page.jpg"))
     page.get_by_role("button", name="Classify", exact=True).click()
     expect(page.get_by_text("This picture cannot be used: unknown format")).to_be_visible()
 
@@ -125,6 +122,14 @@ def test_create(page: Page) -> None:
     with page.expect_download() as download:
         page.locator(".painting").first.get_by_label("Download").click()
     assert download.value.suggested_filename.endswith(".png")
+    before = page.locator(".painting img").first.get_attribute("src")
+    page.get_by_role("button", name="Create", exact=True).click()
+    page.get_by_role("button", name="Stop", exact=True).locator("visible=true").click()
+    page.get_by_label("Prompt").fill("pear")
+    page.get_by_role("button", name="Create", exact=True).click()
+    expect(page.locator(".painting img")).to_have_count(3)
+    expect(page.locator(".painting img").first).not_to_have_attribute("src", str(before))
+    page.wait_for_function("[...document.querySelectorAll('.painting img')].every(img => img.naturalWidth == 64)")
 
 
 def test_compare(page: Page) -> None:
