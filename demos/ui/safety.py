@@ -176,7 +176,8 @@ class Guard:
     def _check_file(self, name: str) -> None:
         if "://" in name or name.startswith(("//", "\\\\", "data:")):
             raise Refused(400, "addresses are not fetched; upload the picture itself")
-        if "\0" in name or not (self.folder / name).resolve().is_relative_to(self.folder):
+        path = Path(name)
+        if "\0" in name or not path.is_absolute() or not path.resolve().is_relative_to(self.folder) or not path.is_file():
             raise Refused(403, "this file was not uploaded here")
 
 

@@ -21,6 +21,8 @@ pytestmark = pytest.mark.slow
 
 SECONDS = float(os.environ.get("MM_LOAD_SECONDS", "120"))
 CLIENTS = 16
+PATIENCE = 300
+"""Seconds that a client waits for a part of an answer, on machines that others use, too."""
 BURST = 40
 ROUTES = ("/gradio_api/file=", "/file=", "/file/", "/static/", "/assets/", "/svelte/", "/gradio_api/file/", "/")
 """Ways to ask for a file."""
@@ -44,9 +46,13 @@ def picture(cache: Path, server: Server) -> str:
     return str(next(cache.glob("demo-*/tiger face.png")))
 
 
+def _client(server: Server) -> Client:
+    return Client(server.url, verbose=False, httpx_kwargs={"timeout": PATIENCE})
+
+
 @pytest.fixture
 def client(server: Server) -> Client:
-    return Client(server.url, verbose=False)
+    return _client(server)
 
 
 def _requests(client: Client, picture: str) -> list[tuple[str, Any]]:
@@ -72,7 +78,7 @@ def _requests(client: Client, picture: str) -> list[tuple[str, Any]]:
 
 
 def test_many_visitors_are_all_answered_within_bounded_memory(server: Server, picture: str) -> None:
-    for _, request in _requests(Client(server.url, verbose=False), picture):
+    for _, request in _requests(_client(server), picture):
         assert request()
     before = server.resident()
     until = time.monotonic() + SECONDS
@@ -80,7 +86,7 @@ def test_many_visitors_are_all_answered_within_bounded_memory(server: Server, pi
 
     def visit(number: int) -> Counter[str]:
         seen: Counter[str] = Counter()
-        requests = _requests(Client(server.url, verbose=False), picture)
+        requests = _requests(_client(server), picture)
         turn = number
         while time.monotonic() < until:
             name, request = requests[turn % len(requests)]
@@ -113,7 +119,7 @@ def test_a_full_queue_is_told_and_recovers(server: Server, client: Client) -> No
     def join(number: int) -> None:
         given = {"data": [["emoji-flow"], "red heart", number, 3, 1]}
         joined.wait()
-        got = httpx.post(f"{server.url}/gradio_api/call/create", json=given, timeout=120)
+        got = httpx.post(f"{server.url}/gradio_api/call/create", json=given, timeout=PATIENCE)
         answers[got.status_code] += 1
         if got.status_code == httpx.codes.OK:
             _drain(server, got.json()["event_id"])
@@ -130,30 +136,30 @@ def test_a_full_queue_is_told_and_recovers(server: Server, client: Client) -> No
 
 
 def _drain(server: Server, event: str) -> None:
-    with httpx.stream("GET", f"{server.url}/gradio_api/call/create/{event}", timeout=300) as answer:
+    with httpx.stream("GET", f"{server.url}/gradio_api/call/create/{event}", timeout=PATIENCE) as answer:
         *_, last = (line for line in answer.iter_lines() if line.startswith("event:"))
         assert last == "event: complete"
 
 
 def _error(server: Server, api: str, data: list[Any]) -> str:
     """What an endpoint says to what it cannot use: at once, or as its answer."""
-    got = httpx.post(f"{server.url}/gradio_api/call/{api}", json={"data": data}, timeout=60)
+    got = httpx.post(f"{server.url}/gradio_api/call/{api}", json={"data": data}, timeout=PATIENCE)
     if got.status_code != httpx.codes.OK:
         return f"{got.status_code} {got.json()['detail']}"
-    answer = httpx.get(f"{server.url}/gradio_api/call/{api}/{got.json()['event_id']}", timeout=60).text
+    answer = httpx.get(f"{server.url}/gradio_api/call/{api}/{got.json()['event_id']}", timeout=PATIENCE).text
     assert "event: error" in answer, answer
     return str(json.loads(answer.partition("data: ")[2].partition("\n")[0])["error"])
 
 
 def _upload(server: Server, name: str, data: bytes) -> httpx.Response:
-    return httpx.post(f"{server.url}/gradio_api/upload", files={"files": (name, data)}, timeout=60)
+    return httpx.post(f"{server.url}/gradio_api/upload", files={"files": (name, data)}, timeout=PATIENCE)
 
 
 @pytest.fixture(autouse=True)
 def alive(server: Server, picture: str) -> Iterator[None]:
     """Afterwards the app answers, and the canary has not been seen."""
     yield
-    assert _requests(Client(server.url, verbose=False), picture)[0][1]()
+    assert _requests(_client(server), picture)[0][1]()
     assert server.canary.read_text() == CANARY
     assert CANARY not in server.log.read_text()
 
@@ -166,8 +172,9 @@ def alive(server: Server, picture: str) -> Iterator[None]:
         ("page.jpg", b"<!doctype html><script>alert(1)</script>", "unknown format"),
         ("drawing.jpg", b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>', "unknown format"),
         ("drawing.svg", b'<svg xmlns="http://www.w3.org/2000/svg"/>', "unknown format"),
-        ("cut.png", _png(64, 64)[:60], "truncated"),
+        ("cut.png", _png(64, 64)[:60], "undecodable"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_pictures_that_are_none_are_refused_in_words(server: Server, name: str, data: bytes, said: str) -> None:
     before = server.resident()
@@ -176,7 +183,7 @@ def test_pictures_that_are_none_are_refused_in_words(server: Server, name: str, 
     told = _error(server, "classify", ["emoji-clip", given, "a, b"])
     assert told.startswith(f"This picture cannot be used: {said}")
     assert server.resident() - before < 100 << 20
-    served = httpx.get(f"{server.url}/gradio_api/file={uploaded}")
+    served = httpx.get(f"{server.url}/gradio_api/file={uploaded}", timeout=PATIENCE)
     assert served.headers["content-type"] in ("application/octet-stream", "image/png", "image/jpeg"), "never shown as a page"
     assert served.headers["x-content-type-options"] == "nosniff"
 
@@ -216,7 +223,7 @@ def test_the_canary_is_never_served(server: Server) -> None:
                 "/gradio_api/file/",
                 "/",
             ):
-                got = httpx.get(httpx.URL(server.url + "/").copy_with(raw_path=(route + path).encode()))
+                got = httpx.get(httpx.URL(server.url + "/").copy_with(raw_path=(route + path).encode()), timeout=PATIENCE)
                 assert CANARY not in got.text, (route, path)
                 assert got.status_code >= 400, (route, path)
         given = {"path": name, "meta": {"_type": "gradio.FileData"}}
@@ -226,11 +233,11 @@ def test_the_canary_is_never_served(server: Server) -> None:
 def test_models_and_folders_are_not_named_by_paths(server: Server, picture: str) -> None:
     folder = str(server.canary.parent)
     assert "emoji" in _error(server, "search_by_text", ["emoji-clip", folder, 3, "pear"])
-    assert folder not in _error(server, "search_by_text", [folder, "emoji", 3, "pear"])
+    assert "not in the list" in _error(server, "search_by_text", [folder, "emoji", 3, "pear"])
 
 
 def test_endpoints_are_named_and_described(server: Server) -> None:
-    named = httpx.get(f"{server.url}/gradio_api/info").json()["named_endpoints"]
+    named = httpx.get(f"{server.url}/gradio_api/info", timeout=PATIENCE).json()["named_endpoints"]
     known = {"/classify", "/search_by_text", "/search_by_image", "/describe", "/ask", "/locate", "/create", "/compare"}
     assert named.keys() == known
     assert all(endpoint["description"] for endpoint in named.values())
@@ -241,8 +248,12 @@ def test_accounts_are_asked_for(start: Start, tmp_path: Path) -> None:
     (tmp_path / "accounts").chmod(0o600)
     guarded = start("--auth", str(tmp_path / "accounts"))
     for path in ("/config", "/gradio_api/info"):
-        assert httpx.get(guarded.url + path).status_code == 401
-    assert httpx.post(f"{guarded.url}/gradio_api/call/classify", json={"data": []}).status_code == 401
+        assert httpx.get(guarded.url + path, timeout=PATIENCE).status_code == 401
+    assert httpx.post(f"{guarded.url}/gradio_api/call/classify", json={"data": []}, timeout=PATIENCE).status_code == 401
     assert _upload(guarded, "a.png", b"x").status_code == 401
-    assert httpx.post(f"{guarded.url}/login", data={"username": "ann", "password": "wrong"}).status_code == 400
-    assert Client(guarded.url, auth=("ann", "secret"), verbose=False).view_api(return_format="dict")
+    assert (
+        httpx.post(f"{guarded.url}/login", data={"username": "ann", "password": "wrong"}, timeout=PATIENCE).status_code == 400
+    )
+    assert Client(guarded.url, auth=("ann", "secret"), verbose=False, httpx_kwargs={"timeout": PATIENCE}).view_api(
+        return_format="dict"
+    )

@@ -107,7 +107,9 @@ def test_what_the_page_does_not_need_is_not_there(folder: Path, path: str) -> No
     assert not reached
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../canary.txt", "a/../../canary.txt", "..", "\0", "/", "files\0/../.."])
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "../canary.txt", "a/../../canary.txt", "..", "\0", "/", "files\0/../..", "canary.txt", "", "~/x"]
+)
 def test_files_outside_the_folder_are_neither_served_nor_taken(folder: Path, name: str) -> None:
     status, _, body, reached = ask(folder, f"{API}file={name}", method="GET")
     assert (status, reached) == (403, [])
@@ -136,8 +138,12 @@ def test_addresses_are_not_fetched(folder: Path, name: str) -> None:
 
 
 def test_an_uploaded_file_and_an_escaped_key_are_seen(folder: Path) -> None:
+    (folder / "abc").mkdir()
     given = json.dumps({"data": [{"path": str(folder / "abc" / "a.png"), "url": "http://127.0.0.1:7860/x"}]}).encode()
+    assert ask(folder, API + "queue/join", given)[0] == 403, "not yet uploaded"
+    (folder / "abc" / "a.png").write_bytes(b"a")
     assert ask(folder, API + "queue/join", given)[3] == [given]
+    assert ask(folder, f"{API}file={folder}/abc/a.png", method="GET")[0] == 200
     hidden = b'{"data": [{"\\u0070ath": "\\u0068ttp://10.0.0.1/"}]}'
     assert ask(folder, API + "queue/join", hidden)[0] == 400
 
