@@ -99,7 +99,7 @@ def picture_of(given: Tensor | None) -> Tensor:
 
 def picture_input(offer: Offer, example: str, label: str = "Picture") -> gr.Image:
     """A field for a picture, prefilled. Handlers receive uint8 ``(3|4, H, W)``, or None where it is empty."""
-    component = gr.Image(
+    return gr.Image(
         value=str(offer.example(example)),
         type="filepath",
         sources=["upload", "clipboard"],
@@ -108,9 +108,6 @@ def picture_input(offer: Offer, example: str, label: str = "Picture") -> gr.Imag
         buttons=[],
         elem_classes="picture",
     )
-    # Gradio's own would decode whatever Pillow can, and say little of what it cannot
-    component.preprocess = _decoded  # pyright: ignore[reportAttributeAccessIssue]
-    return component
 
 
 def _decoded(payload: ImageData | None) -> Tensor | None:
@@ -121,6 +118,15 @@ def _decoded(payload: ImageData | None) -> Tensor | None:
     except BadSample as error:
         words = f"This picture cannot be used: {error.cause}. Give a JPEG, PNG, WebP, GIF or BMP file of at most 40 megapixels."
         raise gr.Error(words, title="Please change something", print_exception=False) from None
+
+
+def _preprocess(_: gr.Image, payload: ImageData | None) -> Tensor | None:
+    return _decoded(payload)
+
+
+# Gradio's own would decode whatever Pillow can and say "Error" of what it cannot. For the class, not for a component, which
+# Gradio makes anew when an example fills it; and not in a subclass, beside whose source it would write a file.
+gr.Image.preprocess = _preprocess  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def examples(offer: Offer, picture: gr.Image, names: tuple[str, ...] = EXAMPLES) -> None:

@@ -39,9 +39,9 @@ BOUNDARY_BYTES = 64 << 10
 
 ROUTES = (
     *("info", "file=", "upload", "queue/", "call/", "cancel", "reset", "heartbeat/", "startup-events", "theme.css"),
-    *("app_id", "user", "login_check"),
+    *("app_id", "user", "login_check", "run/predict"),
 )
-"""What the page and `gradio_client` ask for behind `API`."""
+"""What the page and `gradio_client` ask for behind `API`; ``run/predict`` answers for examples alone, all else must queue."""
 
 API = "/gradio_api/"
 PAGES = ("/", "/config", "/theme.css", "/favicon.ico", "/login", "/logout", "/robots.txt", "/manifest.json")
@@ -168,7 +168,7 @@ class Guard:
                 raise Refused(507, "too much was uploaded in the last hour; try again later")
             return _at_most(receive, scope, MAX_UPLOAD_BYTES + BOUNDARY_BYTES)
         body = await _read(_at_most(receive, scope, MAX_REQUEST_BYTES))
-        if route is not None and route.startswith(("queue/", "call/")):
+        if route is not None and route.startswith(("queue/", "call/", "run/")):
             for name in _file_names(body):
                 self._check_file(name)
         return _replay(body, receive)

@@ -79,7 +79,7 @@ def test_classify(page: Page, tmp_path: Path) -> None:
     page.get_by_role("button", name="Classify", exact=True).click()
     expect(page.get_by_test_id("label-output-value")).to_have_text("pear")
     (tmp_path / "page.jpg").write_text("<!doctype html><script>alert(1)</script>")
-    page.get_by_label("Clear").locator("visible=true").first.click()
+    page.get_by_label("Remove Image").locator("visible=true").first.click()
     page.locator("input[type=file]").first.set_input_files(tmp_path / "page.jpg")
     expect(shown).to_have_attribute("src", re.compile("page.jpg"))
     page.get_by_role("button", name="Classify", exact=True).click()

@@ -236,6 +236,16 @@ def test_models_and_folders_are_not_named_by_paths(server: Server, picture: str)
     assert "not in the list" in _error(server, "search_by_text", [folder, "emoji", 3, "pear"])
 
 
+def test_nobody_passes_the_queue(server: Server) -> None:
+    """What computes is answered by the queue alone; only examples are filled in directly."""
+    known = httpx.get(f"{server.url}/config", timeout=PATIENCE).json()["dependencies"]
+    computing = [one["id"] for one in known if one["api_visibility"] == "public"]
+    assert len(computing) == 8
+    for number in computing:
+        given = {"fn_index": number, "data": [], "session_hash": "x"}
+        assert httpx.post(f"{server.url}/gradio_api/run/predict", json=given, timeout=PATIENCE).status_code == 404
+
+
 def test_endpoints_are_named_and_described(server: Server) -> None:
     named = httpx.get(f"{server.url}/gradio_api/info", timeout=PATIENCE).json()["named_endpoints"]
     known = {"/classify", "/search_by_text", "/search_by_image", "/describe", "/ask", "/locate", "/create", "/compare"}

@@ -114,7 +114,7 @@ def test_files_outside_the_folder_are_neither_served_nor_taken(folder: Path, nam
     status, _, body, reached = ask(folder, f"{API}file={name}", method="GET")
     assert (status, reached) == (403, [])
     given = json.dumps({"data": [{"path": name, "meta": {"_type": "gradio.FileData"}}]}).encode()
-    for route in ("queue/join", "call/classify", "call/v2/classify"):
+    for route in ("queue/join", "call/classify", "call/v2/classify", "run/predict"):
         status, _, body, reached = ask(folder, API + route, given)
         assert (status, reached) == (403, [])
         assert "not uploaded" in json.loads(body)["detail"]
