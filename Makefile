@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.mm-setup
 
-.PHONY: setup quickstart test test-all check format bench published demo clean
+.PHONY: setup quickstart test test-all test-demo check format bench published demo demo-classify clean
 
 setup: $(STAMP)
 
@@ -22,6 +22,11 @@ quickstart: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# the page in Chromium, with screenshots in build/screenshots, and under load for LOAD_SECONDS
+LOAD_SECONDS ?= 120
+test-demo: setup
+	MM_LOAD_SECONDS=$(LOAD_SECONDS) $(BIN)/python -m pytest -m 'browser or slow' tests/demos
 
 test-all: setup
 	$(BIN)/python -m pytest -m 'not gpu'
@@ -44,7 +49,11 @@ bench: setup
 published: setup
 	$(BIN)/python tools/published.py --write $(if $(DATA),--data $(DATA))
 
-demo: setup quickstart
+# a page in the browser; more models and folders: make demo ARGS='--models runs/clip --folders photos'
+demo: setup
+	$(BIN)/python demos/app.py $(ARGS)
+
+demo-classify: setup quickstart
 	$(BIN)/python demos/zero_shot_imagefolder.py runs/quickstart/pictures --labels "dog face,pizza,automobile,crab,smiling face"
 
 clean:

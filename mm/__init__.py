@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mm.run.inference import classify, search
     from mm.run.tasks import evaluate
     from mm.run.training import train
+    from mm.run.weighing import weigh
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ _HOMES = {
     "search": "mm.run.inference",
     "train": "mm.run.training",
     "vary": "mm.run.generation",
+    "weigh": "mm.run.weighing",
 }
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "shipped",
     "train",
     "vary",
+    "weigh",
 ]
 
 

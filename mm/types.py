@@ -530,6 +530,15 @@ class Paints(Protocol):
 
 
 @runtime_checkable
+class Expects(Protocol):
+    """Systems that tell how much a text lets them expect a picture."""
+
+    def picture_likelihoods(self, image: Tensor, text: TextBatch) -> Tensor:
+        """Log-likelihood ``(B,)`` of picture i, uint8 ``(B, 3, H, W)``, behind text i: nats, mean over its tokens, fp32."""
+        ...
+
+
+@runtime_checkable
 class Varies(Protocol):
     """Systems that make other pictures of what a picture shows."""
 
@@ -713,6 +722,7 @@ CAPABILITIES: Mapping[str, type] = {
     "captions": Captions,
     "writes": Writes,
     "paints": Paints,
+    "expects": Expects,
     "varies": Varies,
 }
 """Every declared capability. Evaluation, command line and demos ask for one of these, never for a class or a name."""

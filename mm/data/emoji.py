@@ -17,7 +17,7 @@ from typing import Any
 
 from mm.data.captions import look_up
 from mm.data.labels import LabelTask
-from mm.data.raster import rasterize, svg_names
+from mm.data.raster import draw, rasterize, svg_names
 from mm.data.shards import ShardSource
 from mm.data.write import Progress, write_shards
 from mm.errors import DataError, UserError
@@ -163,6 +163,19 @@ def built_once(name: str, write: Callable[[Path], None], cache: str | Path | Non
     except OSError as error:
         raise UserError(f"{root}: {name} cannot be built there: {error}; set MM_CACHE to a writable folder") from None
     return target
+
+
+def draw_concepts(artist: str, keys: Sequence[str], size: int) -> dict[str, bytes]:
+    """PNG of a few concepts by key, drawn at once and not kept: for examples, where building all would take too long.
+
+    Args:
+        artist: One of `ARTISTS`; concepts that this artist did not draw are left out.
+        keys: Of `concepts`.
+        size: Side in pixels.
+    """
+    wanted = {f"{artist}/{key}~0.svg": key for key in keys}
+    found = [draw(_ASSETS / name, wanted.keys(), size) for name in _ARCHIVES]
+    return {wanted[name]: png for drawn in found for name, png in drawn.items()}
 
 
 def concepts() -> Mapping[str, Mapping[str, Any]]:

@@ -10,7 +10,7 @@ import lzma
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
@@ -45,6 +45,14 @@ def rasterize(archive: Path, size: int, processes: int) -> Iterator[bytes]:
         while (png := _receive(helpers[turn % processes])) is not None:
             yield png
             turn += 1
+
+
+def draw(archive: Path, wanted: Collection[str], size: int) -> dict[str, bytes]:
+    """A few pictures of an archive by name, drawn in this process; see `rasterize`. Names that it lacks are left out."""
+    with _open(archive) as files:
+        members = [member for member in files if member.isfile() and member.name in wanted]
+        opened = {member.name: files.extractfile(member) for member in members}
+        return {name: _draw(file.read().decode(), size) for name, file in opened.items() if file is not None}
 
 
 def _start(archive: Path, size: int, part: int, parts: int) -> "subprocess.Popen[bytes]":

@@ -213,6 +213,13 @@ class Dalle(System):
                 on_picture(self.decode_partial(ids), ids.shape[1] / self.num_image)
         return self.tokenizer.decode(ids)
 
+    @torch.no_grad()
+    def picture_likelihoods(self, image: Tensor, text: TextBatch) -> Tensor:
+        """See `mm.types.Expects`."""
+        ids = self.tokenizer.encode(image)
+        logits = self.forward_logits(self.prompt(text), ids)[1].float()
+        return -F.cross_entropy(logits.transpose(1, 2), ids, reduction="none").mean(1)
+
     def decode_partial(self, ids: Tensor) -> Tensor:
         """The picture of its first tokens, ``(B, n)``; what is missing is filled up with the last one."""
         missing = self.num_image - ids.shape[1]

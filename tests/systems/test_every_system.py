@@ -81,7 +81,7 @@ ABLE = {
     "vq": {"tokenizes", "compresses"},
     "kl": {"compresses"},
     "published-vq": {"tokenizes"},
-    "dalle": {"paints"},
+    "dalle": {"paints", "expects"},
     "muse": {"paints"},
     "vilt": {"matches"},
     "albef": {"embeds", "matches", "grounds"},
