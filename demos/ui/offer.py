@@ -45,6 +45,7 @@ def abilities(model: Model) -> Abilities:
 PAIRS = frozenset({"image", "text"})
 SHIPPED = {
     "emoji-albef": Abilities(frozenset({"embeds", "matches", "grounds"}), PAIRS),
+    "emoji-audio": Abilities(frozenset({"embeds", "hears"}), PAIRS | {"audio"}),
     "emoji-captioner": Abilities(frozenset({"captions"})),
     "emoji-clip": Abilities(frozenset({"embeds"}), PAIRS),
     "emoji-dalle": Abilities(frozenset({"paints", "expects"})),
