@@ -75,14 +75,13 @@ def test_system_builds_and_every_parameter_learns(path: Path, published: Mapping
         built["teacher"] = build(network.for_inference(), built)
     system = build(network, built | (known if network.learns_answers else {}))
     system.train()
-    size, length = config.system.model_copy(update=parts).picture_side, 8
+    whole, length = config.system.model_copy(update=parts), 8
+    size = whole.picture_side
     image = None if size is None else torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8)
     batch = Batch(
         ids=("a", "b", "c", "d"),
         image=image,
-        text=TextBatch(
-            torch.randint(3, min(250, (config.system.text_limits or (250, 0))[0]), (4, length)), torch.tensor([8, 5, 8, 3])
-        ),
+        text=TextBatch(torch.randint(3, min(250, (whole.text_limits or (250, 0))[0]), (4, length)), torch.tensor([8, 5, 8, 3])),
         groups=torch.arange(4),
         audio=padded(list(torch.randn(4, 12_000))) if config.system.hears else None,
         answers=({"yes": 1.0}, {"no": 1.0}, {"no": 0.3}, {}) if config.system.learns_answers else (),
