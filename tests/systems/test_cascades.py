@@ -174,6 +174,7 @@ def test_an_upscaler_honours_the_smaller_picture() -> None:
     assert errors.diagonal().mean() < 0.3 * errors[~torch.eye(4, dtype=torch.bool)].mean()
 
 
+@pytest.mark.slow
 def test_a_cascade_overfits_one_batch() -> None:
     """Its base learns the texts' pictures, an upscaler that begins with it makes them larger."""
     base = imagen("base", base=QUICK["base"], text=TEXT, caption_dropout=0.0)
@@ -237,6 +238,7 @@ def test_the_candidate_nearest_to_the_text_is_painted() -> None:
     assert (best > first + 1e-4).any()
 
 
+@pytest.mark.slow
 def test_a_decoder_overfits_pictures_by_their_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"latents": {"image_size": 8}, "denoiser": DIT | {"width": 32, "patch": 2}}
     system, data = dalle2(**options, words_dropout=0.9), batch(8)
@@ -249,6 +251,7 @@ def test_a_decoder_overfits_pictures_by_their_vectors(monkeypatch: pytest.Monkey
     assert torch.equal(errors.argmin(1), torch.arange(4)), "each is nearest to its own picture"
 
 
+@pytest.mark.slow
 def test_a_cascade_grows_by_runs_and_paints(tmp_path: Path) -> None:
     """The run of an upscaler begins with that of the base, sees larger pictures, and leaves the base as it was."""
     options = [
