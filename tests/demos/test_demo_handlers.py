@@ -48,7 +48,7 @@ def test_models_and_folders_are_known_by_id_alone(offer: Offer, tmp_path: Path) 
         with pytest.raises(UserError, match="no such folder here"):
             offer.folder(name)
     assert offer.models(can("paints")) == ["emoji-dalle", "emoji-flow", "emoji-muse"]
-    assert offer.models(shares("image", "text")) == ["emoji-albef", "emoji-clip", "emoji-judge"]
+    assert offer.models(shares("image", "text")) == ["emoji-albef", "emoji-audio", "emoji-clip", "emoji-judge"]
     assert offer.models(shares("image", "smell")) == []
 
 

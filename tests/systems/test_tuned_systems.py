@@ -22,7 +22,7 @@ from mm.run.config import RunConfig
 from mm.systems import MODULES, SystemConfig, build, read_system
 from mm.tokenizers.text import TextTokenizer
 from mm.training.parameters import count_parameters, parameter_lines
-from mm.types import Batch, System, TextBatch
+from mm.types import AudioBatch, Batch, System, TextBatch
 
 VIT = {"backbone": "vit_tiny_patch16_224", "image_size": 16, "patch_size": 8}
 VIT = VIT | {"options": {"embed_dim": 16, "depth": 1, "num_heads": 2}}
@@ -35,6 +35,7 @@ ALBEF = ALBEF | {"vocab_size": 40, "context_length": 8}
 WORDS = {"width": 16, "layers": 2, "heads": 2, "context_length": 12, "vocab_size": 40}
 READER: dict[str, Any] = {"image": VIT, "language": {"network": WORDS}, "train_language": True}
 DIT = {"patch": 8, "width": 16, "layers": 2, "heads": 2}
+SOUND = {"mels": 16, "stride": 4, "width": 16, "layers": 2, "heads": 2}
 SYSTEMS: dict[str, dict[str, Any]] = {
     "clip": CLIP,
     "albef": ALBEF | {"queue_size": 8},
@@ -49,9 +50,11 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "frozen": READER,
     "flamingo": READER | {"latents": 2, "resampler_layers": 1, "resampler_heads": 2},
     "imagen": {"text": CLIP, "base": {"image_size": 16, "denoiser": DIT}},
+    "clap": {"audio": SOUND, "text": TEXT, "embed_dim": 8},
+    "imagebind": {"hub": CLIP, "train_hub": True, "audio": SOUND},
     "dalle2": {"text": CLIP, "latents": {"image_size": 16}, "denoiser": DIT, "prior": {"width": 16, "layers": 1, "heads": 2}},
 }
-WITHOUT_BLOCKS = {"vq", "kl", "published-vq", "image-tower", "text-tower", "published-vae"}
+WITHOUT_BLOCKS = {"vq", "kl", "published-vq", "image-tower", "text-tower", "published-vae", "wav2vec2", "wav2vec2-ctc"}
 LIBRARY_BLOCKS = {"latent-diffusion"}
 """Has LoRA alone: tests/systems/test_latent_diffusion.py."""
 
@@ -93,6 +96,7 @@ def batch(seed: int = 1) -> Batch:
         text=TextBatch(torch.randint(3, 40, (6, 8), generator=generator), torch.tensor([8, 5, 6, 3, 7, 4])),
         groups=torch.tensor([0, 0, 1, 2, 3, 4]),
         answers=({"yes": 1.0}, {"no": 1.0}, {"x": 1.0}) * 2,
+        audio=AudioBatch(torch.randn(6, 3_000, generator=generator), torch.full((6,), 3_000)),
     )
 
 
