@@ -202,7 +202,7 @@ def test_bad_requests(workshop: Path, options: dict[str, Any], message: str) -> 
 def test_models_are_asked_only_for_what_they_can(workshop: Path) -> None:
     vq, clip = mm.load(workshop / "vq"), mm.load(workshop / "clip-a")
     assert vq.capabilities == {"tokenizes", "compresses"}
-    assert mm.load(workshop / "dalle").capabilities == {"paints"}
+    assert mm.load(workshop / "dalle").capabilities == {"paints", "expects"}
     with pytest.raises(UserError, match="cannot paint"):
         mm.generate(vq, ["red"])
     with pytest.raises(UserError, match="does not turn pictures into tokens"):
