@@ -33,6 +33,8 @@ DYNAMIC_RANGE = 8.0
 
 FLOOR = 1e-10
 KERNEL = 3
+NORMALISING_FLOOR = 1e-3
+"""Added to the variance of a band, whose levels differ by about 1: silence is not blown up."""
 
 
 class LogMelEncoderConfig(StrictConfig):
@@ -42,6 +44,7 @@ class LogMelEncoderConfig(StrictConfig):
         kind: Tells this encoder from others of sound.
         rate: Samples a second that it expects.
         mels: Bands of the spectrogram, M.
+        normalise: Give each band of a recording mean 0 and spread 1 over time, so that loudness, microphone and timbre count less.
         stride: Frames of 10 ms that become one token: 2 (Whisper) or 4.
         width: Feature width.
         layers: Number of blocks.
@@ -58,6 +61,7 @@ class LogMelEncoderConfig(StrictConfig):
     kind: Literal["log-mel"] = "log-mel"
     rate: int = Field(default=16_000, ge=1_000)
     mels: int = Field(default=80, ge=8)
+    normalise: bool = False
     stride: Literal[2, 4] = 2
     width: int = Field(default=256, ge=1)
     layers: int = Field(default=4, ge=1)
@@ -107,7 +111,7 @@ class LogMel(nn.Module):
             spectrum = torch.stft(
                 waves, self.size, self.hop, window=self.window.float(), center=True, pad_mode="constant", return_complex=True
             )
-            power = self.filters.float() @ spectrum.abs().square()
+            power = self.filters.float() @ spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
         there = torch.arange(power.shape[-1], device=power.device) < self.frames(audio.lengths)[:, None]
         levels = power.clamp(min=FLOOR).log10()
         loudest = levels.masked_fill(~there[:, None], -torch.inf).amax((1, 2), keepdim=True)
@@ -142,6 +146,8 @@ class LogMelEncoder(nn.Module):
     def forward(self, audio: AudioBatch) -> Encoded:
         """Features of recordings; none depends on the others of the batch."""
         x, there = self.spectrogram(audio)
+        if self.config.normalise:
+            x = _normalised(x, there)
         if self.training:
             x = self._masked(x, there.sum(1)) * there[:, None]
         x = x.to(next(self.stem.parameters()).dtype)
@@ -175,6 +181,13 @@ class LogMelEncoder(nn.Module):
             hidden |= _run(frames, longest, x.shape[2])[:, None]
             hidden |= _run(bands, self.config.mask_bands * bands, x.shape[1])[:, :, None]
         return torch.where(hidden, mean, x)
+
+
+def _normalised(x: Float[Tensor, "b m f"], there: Bool[Tensor, "b f"]) -> Float[Tensor, "b m f"]:
+    """Each recording's bands with mean 0 and spread 1 over its frames, zero behind its end."""
+    valid, frames = there[:, None], there.sum(1)[:, None, None]
+    centred = (x - x.sum(2, keepdim=True) / frames) * valid  # the spectrogram is zero behind the end
+    return centred / (centred.square().sum(2, keepdim=True) / frames + NORMALISING_FLOOR).sqrt()
 
 
 def _run(lengths: Tensor, longest: Tensor, size: int) -> Bool[Tensor, "b n"]:
