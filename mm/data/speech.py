@@ -54,7 +54,7 @@ class NoSpeakerError(UserError):
 
 @dataclass(frozen=True)
 class Utterance:
-    """Words spoken by a voice, at words a minute and a pitch of 0 to 99; ``manner`` tells recordings of the same words apart."""
+    """Words spoken by a voice, at words a minute and a pitch of 0 to 99; a ``manner`` is one of several ways."""
 
     words: str
     voice: str
@@ -121,8 +121,8 @@ def open_speech(spec: str, size: int = 64, progress: Progress | None = None) -> 
 
     Args:
         spec: As for `mm.data.emoji.open_emoji`, but beginning with ``emoji-speech:``; there is no ``all``, and ``train`` has
-            seen concepts only: every name by every train voice in two manners, every keyword in one, each with one picture. The others
-            have every picture once, with its name in the held-out voice.
+            seen concepts only: every name by every train voice in two manners, every keyword in one, each with one picture.
+            The others have every picture once, with its name in the held-out voice.
         size: Side of the pictures in pixels.
         progress: Called with (recordings made, in all) while recording.
 

@@ -44,7 +44,7 @@ class LogMelEncoderConfig(StrictConfig):
         kind: Tells this encoder from others of sound.
         rate: Samples a second that it expects.
         mels: Bands of the spectrogram, M.
-        normalise: Give each band of a recording mean 0 and spread 1 over time, so that loudness, microphone and timbre count less.
+        normalise: Give each band of a recording mean 0 and spread 1 over time: loudness and microphone count less.
         stride: Frames of 10 ms that become one token: 2 (Whisper) or 4.
         width: Feature width.
         layers: Number of blocks.
