@@ -18,7 +18,6 @@ from torch import Tensor
 from mm.data.accounting import Accounting
 from mm.data.captions import look_up
 from mm.data.labels import LabelTask, label_of, label_task
-from mm.data.loader import Loader
 from mm.data.sources import CaptionAsField, Subset, open_source, revision
 from mm.errors import BadSample, DataError, UserError
 from mm.evaluation.baseline import pixel_baseline, thumbnails
@@ -29,7 +28,7 @@ from mm.evaluation.zero_shot import class_vectors, ranked, zero_shot
 from mm.hub import Model, load, load_painter
 from mm.media.image import decode_image
 from mm.paths import cache_folder
-from mm.run.preparation import EvalPreparation
+from mm.run.reading import MAX_BAD_SHARE, evaluation_loader
 from mm.training.parallel import World, gather_bytes, open_world
 from mm.types import Sample, Source
 
@@ -38,7 +37,6 @@ Medium = Literal["image", "audio"]
 Between = tuple[Literal["image", "audio", "text"], Literal["image", "audio", "text"]]
 T = TypeVar("T")
 
-BATCH_SIZE = 64
 CAPTION_LABEL = "txt"
 """What ``label`` is called where the first caption of a sample is the name of its class."""
 
@@ -48,12 +46,6 @@ PROBED = 20
 RANKED = 5
 """Classes of a picture that a caller of `evaluate_zero_shot` is told."""
 
-MAX_WORKERS = 8
-WORKERS_FROM = 1000
-"""Pictures from which on processes that decode beside the network are worth their start."""
-
-MAX_BAD_SHARE = 0.2
-"""Pictures of a user's own source that may be left out; of a published set, whose figures are compared, none may."""
 
 COMMANDS = {"zero-shot": "zero-shot", "winoground": "compositional", "sugarcrepe": "compositional", "vqa": "vqa"}
 """``mm eval`` command for what figures of a set are published for, where it is not retrieval."""
@@ -441,19 +433,7 @@ def _encode_here(
     if not len(source):  # fewer samples than processes
         return torch.empty(0, model.embed_dim), [], Accounting()
     _check_medium(model, media)
-    preparation = EvalPreparation(model.processor, (media,))
-    loader = Loader(
-        source,
-        preparation,
-        preparation.collate,
-        batch_size=BATCH_SIZE,
-        seed=0,
-        tail="short",
-        shuffle=False,
-        substitute=False,
-        workers=decoding_workers(len(source)),
-        max_bad_fraction=1,  # what all processes together left out is judged in `encode`
-    )
+    loader = evaluation_loader(source, model.processor, (media,))  # what all processes left out is judged in `encode`
     vectors: list[Tensor] = []
     samples: list[Mapping[str, Any]] = []
     for batch in loader.one_epoch():
@@ -472,11 +452,6 @@ def _encode_here(
 def _check_medium(model: Model, media: Medium) -> None:
     """Raises `UserError` where the model does not take it."""
     _ = model.processor.audio_spec if media == "audio" else model.processor.image_spec
-
-
-def decoding_workers(samples: int) -> int:
-    """Processes that decode beside the network, none where their start would take longer than they save."""
-    return min(MAX_WORKERS, (os.cpu_count() or 1) // 2) if samples >= WORKERS_FROM else 0
 
 
 def stretch(length: int, world: World) -> tuple[int, int]:

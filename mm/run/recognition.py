@@ -9,14 +9,13 @@ import torch
 
 from mm.data.emoji import MIN_SIZE
 from mm.data.labels import label_task
-from mm.data.loader import Loader
 from mm.data.sources import Subset, open_source
 from mm.errors import UserError
 from mm.evaluation.metrics import Result
 from mm.evaluation.recognition import recognition
 from mm.hub import Model
-from mm.run.evaluation import BATCH_SIZE, decoding_workers, loaded, refuse_incomplete, stamp, subset_masks
-from mm.run.preparation import EvalPreparation
+from mm.run.evaluation import loaded, refuse_incomplete, stamp, subset_masks
+from mm.run.reading import BATCH_SIZE, evaluation_loader
 from mm.types import AudioBatch, Source, Transcribes
 
 Progress = Callable[[int, int], None]
@@ -108,19 +107,7 @@ def evaluate_recognition(
     split = getattr(source, "task", None) is not None
     if limit is not None:
         source = Subset(source, range(min(limit, len(source))))
-    preparation = EvalPreparation(model.processor)
-    loader = Loader(
-        source,
-        preparation,
-        preparation.collate,
-        batch_size=BATCH_SIZE,
-        seed=0,
-        tail="short",
-        shuffle=False,
-        substitute=False,
-        workers=decoding_workers(len(source)),
-        max_bad_fraction=1,  # judged below
-    )
+    loader = evaluation_loader(source, model.processor)
     found: list[Transcript] = []
     said: list[str] = []
     fields: list[Any] = []
