@@ -154,6 +154,7 @@ def eval_zero_shot(
     label: Annotated[str | None, typer.Option(metavar="FIELD", help="Field with the class: cls, txt or a JSON key.")] = None,
     template: Annotated[list[str] | None, typer.Option(help="Prompt with {} for the name; repeat for an ensemble.")] = None,
     image_field: ImageFieldOption = None,
+    audio_field: AudioFieldOption = None,
     baseline: Annotated[str | None, typer.Option(metavar="SRC", help="Source of the pixel baseline, or 'none'.")] = None,
     json_file: JsonOption = None,
     device: DeviceOption = "auto",
@@ -172,6 +173,7 @@ def eval_zero_shot(
             classes=read_classes(classes) if classes else None,
             label=label,
             image_field=image_field,
+            audio_field=audio_field,
             templates=template,
             baseline=baseline,
             device=device,
@@ -187,6 +189,7 @@ def eval_retrieval(
     model: ModelArgument,
     data: DataOption,
     image_field: ImageFieldOption = None,
+    audio_field: AudioFieldOption = None,
     text_field: TextFieldOption = None,
     between: Annotated[
         str, typer.Option(metavar="A,B", help="The two sides: image,text or audio,text or audio,image.")
@@ -226,6 +229,7 @@ def eval_retrieval(
             data,
             between=tuple(side.strip() for side in between.split(",")),  # pyright: ignore[reportArgumentType] - it looks itself
             image_field=image_field,
+            audio_field=audio_field,
             text_field=text_field,
             score=score,
             itm_weight=itm_weight,
@@ -472,6 +476,7 @@ def eval_recognition(
     ],
     beams: SpeechBeamsOption = 8,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many recordings.")] = None,
+    audio_field: AudioFieldOption = None,
     text_field: TextFieldOption = None,
     json_file: JsonOption = None,
     device: DeviceOption = "auto",
@@ -488,6 +493,7 @@ def eval_recognition(
             data,
             beams=beams,
             limit=limit,
+            audio_field=audio_field,
             text_field=text_field,
             device=device,
             precision=precision,

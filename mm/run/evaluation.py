@@ -91,6 +91,7 @@ def evaluate_zero_shot(
     classes: Sequence[str] | None = None,
     label: str | None = None,
     image_field: str | None = None,
+    audio_field: str | None = None,
     templates: Sequence[str] | None = None,
     baseline: str | None = None,
     device: str = "auto",
@@ -108,6 +109,7 @@ def evaluate_zero_shot(
         classes: Candidate names; default: the source's own.
         label: Field that holds the class name, ``txt`` for the caption; default: the source's own.
         image_field: Column of a table that holds the picture files, where its name is not a usual one.
+        audio_field: Column that holds the recordings, likewise.
         templates: Prompt ensemble; default: the one published for the data set, else the processor's.
         baseline: Labelled source for nearest neighbour on pixels, ``none`` for no baseline; default: the source's own, if any.
         device: Where to compute; ``auto`` chooses.
@@ -123,7 +125,7 @@ def evaluate_zero_shot(
         UserError: When labels, classes or templates do not fit the source.
     """
     model = loaded(model, device, precision)
-    source = opened(data, model, image_field=image_field)
+    source = opened(data, model, image_field=image_field, audio_field=audio_field)
     if label == CAPTION_LABEL:
         source = CaptionAsField(source, CAPTION_LABEL)
     task = label_task(source, label=label, classes=classes)
@@ -149,6 +151,7 @@ def evaluate_zero_shot(
         vectors,
         labels,
         subsets=subset_masks([fields[row] for row in rows], task),
+        what="pictures" if media == "image" else "recordings",
         protocol=stamp(model, source, encoded.accounting, fingerprint) | {"label": task.label, "templates": list(prompts)},
     )
     reference = baseline or (task.reference if media == "image" else None)
@@ -163,6 +166,7 @@ def evaluate_retrieval(
     *,
     between: Between = ("image", "text"),
     image_field: str | None = None,
+    audio_field: str | None = None,
     text_field: str | None = None,
     device: str = "auto",
     precision: str = "auto",
@@ -177,6 +181,7 @@ def evaluate_retrieval(
         data: A source.
         between: The two sides, of ``image``, ``audio`` and ``text``.
         image_field: Column of a table that holds the picture files, where its name is not a usual one.
+        audio_field: Column that holds the recordings, likewise.
         text_field: Column or field that holds the captions, likewise.
         device: Where to compute; ``auto`` chooses.
         precision: See `mm.hub.load`.
@@ -191,7 +196,7 @@ def evaluate_retrieval(
     if set(between) not in ({"image", "text"}, {"audio", "text"}, {"audio", "image"}):
         raise UserError(f"between '{','.join(between)}': give two of image, audio and text, such as audio,text")
     model = loaded(model, device, precision)
-    source = opened(data, model, image_field=image_field, text_field=text_field)
+    source = opened(data, model, image_field=image_field, audio_field=audio_field, text_field=text_field)
     check_retrieval_set(source)
     fingerprint = model.fingerprint
     with open_world(model.device.type) as world:
@@ -480,12 +485,19 @@ def loaded(model: str | Path | Model, device: str, precision: str = "auto", *, p
     return (load_painter if painting else load)(model, device=device, precision=precision)
 
 
-def opened(data: str | Source, model: Model, *, image_field: str | None = None, text_field: str | None = None) -> Source:
+def opened(
+    data: str | Source,
+    model: Model,
+    *,
+    image_field: str | None = None,
+    audio_field: str | None = None,
+    text_field: str | None = None,
+) -> Source:
     """The source itself, or the one that a SRC names, with vector art drawn at the model's size."""
     if not isinstance(data, str):
         return data
     size: dict[str, Any] = {"image_size": model.processor.image_spec.size} if model.processor.has_image else {}
-    return open_source(data, image_field=image_field, text_field=text_field, **size)
+    return open_source(data, image_field=image_field, audio_field=audio_field, text_field=text_field, **size)
 
 
 def labelled(fields: Sequence[Mapping[str, Any]], task: LabelTask, source: Source) -> tuple[list[int], Tensor]:

@@ -78,6 +78,7 @@ def evaluate_recognition(
     *,
     beams: int = BEAMS,
     limit: int | None = None,
+    audio_field: str | None = None,
     text_field: str | None = None,
     device: str = "auto",
     precision: str = "auto",
@@ -91,7 +92,8 @@ def evaluate_recognition(
         data: A source. The first caption of a sample is what is said; samples without one are left out.
         beams: See `transcribe`.
         limit: Take only so many samples, the first ones.
-        text_field: Column or field that holds what is said, where its name is not a usual one.
+        audio_field: Column of a table that holds the recordings, where its name is not a usual one.
+        text_field: Column or field that holds what is said, likewise.
         device: Where to compute; ``auto`` chooses.
         precision: See `mm.hub.load`.
         progress: Called with (recordings done, in all).
@@ -103,7 +105,11 @@ def evaluate_recognition(
     """
     model = loaded(model, device, precision)
     _recogniser(model)
-    source = open_source(data, text_field=text_field, image_size=MIN_SIZE) if isinstance(data, str) else data
+    source = (
+        open_source(data, audio_field=audio_field, text_field=text_field, image_size=MIN_SIZE)
+        if isinstance(data, str)
+        else data
+    )
     split = getattr(source, "task", None) is not None
     if limit is not None:
         source = Subset(source, range(min(limit, len(source))))
