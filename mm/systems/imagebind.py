@@ -50,11 +50,11 @@ class ImagebindConfig(SystemSettings):
         audio: The encoder of recordings.
         image_weight: Of the contrastive loss between recordings and pictures.
         text_weight: Of that between recordings and texts.
-        likeness_weight: Of one minus the cosine of a recording's vector and its text's.
+        likeness_weight: Of one minus the cosine of a recording's vector and its text's. Needs no batch to tell texts apart.
         queue_size: Past vectors of pictures and texts kept as further negatives of the recordings. A fixed hub never changes
             them, so that they are as good as those of a larger batch. ``Batch.groups`` must then have lasting meaning. With a
-            queue, vectors are contrasted by their directions from its mean: those of a trained hub lie in a narrow cone, where
-            directions from the origin hardly differ.
+            queue, recordings follow the directions of the hub's vectors from its mean: these lie in a narrow cone, so that
+            whoever follows them from the origin mostly learns their mean.
         chunk_size: See `mm.systems.clip.ClipConfig`.
     """
 
@@ -157,20 +157,29 @@ class Imagebind(System):
         audio, parts = representations["audio"], {"logit_scale": scale.detach()}
         total = audio.new_zeros(())
         groups = lasting_groups(batch, audio.device) if self._queues else batch.groups
+        targets = {name: representations[name] for name in ("image", "text") if name in representations}
+        negatives: dict[str, tuple[Queued, Queued]] = {}
+        for name, queue in self._queues.items():
+            assert groups is not None
+            past = queue.content()
+            if self.training and torch.is_grad_enabled():
+                queue.stage(targets[name], groups, step)
+            targets[name], known = (_from_centre(x, past.features) for x in (targets[name], past.features))
+            negatives[name] = Queued(audio[:0].detach(), groups[:0]), Queued(known, past.ids)
         for name, weight in config.contrasted.items():
-            seen, other, negatives = audio, representations[name], None
-            if self._queues:
-                assert groups is not None
-                past = self._queues[name].content()
-                if self.training and torch.is_grad_enabled():
-                    self._queues[name].stage(other, groups, step)
-                seen, other, known = (_from_centre(x, past.features) for x in (audio, other, past.features))
-                negatives = Queued(seen[:0].detach(), groups[:0]), Queued(known, past.ids)
-            part = info_nce(seen, other, scale, groups=groups, chunk_size=config.chunk_size, negatives=negatives, gather=gather)
+            part = info_nce(
+                audio,
+                targets[name],
+                scale,
+                groups=groups,
+                chunk_size=config.chunk_size,
+                negatives=negatives.get(name),
+                gather=gather,
+            )
             parts[f"audio_{name}"] = part.detach()
             total = total + weight * part
         if config.likeness_weight:
-            unlike = 1 - (audio * representations["text"]).sum(1).mean()
+            unlike = 1 - (audio * targets["text"]).sum(1).mean()
             parts["unlike"] = unlike.detach()
             total = total + config.likeness_weight * unlike
         if config.train_hub:

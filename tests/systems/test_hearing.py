@@ -156,8 +156,8 @@ def test_queued_texts_are_negatives_seen_from_their_mean() -> None:
 
     past = system.embed_text(first.text)
     vectors = system.represent(second)
-    audio, text, past = (F.normalize(x - past.mean(0), dim=1) for x in (vectors["audio"], vectors["text"], past))
-    logits = system.towers.scale() * audio @ torch.cat([text, past]).T
+    text, past = (F.normalize(x - past.mean(0), dim=1) for x in (vectors["text"], past))
+    logits = system.towers.scale() * vectors["audio"] @ torch.cat([text, past]).T
     logits[0, 4 + 2] = logits[1, 4 + 3] = -torch.inf
     rows = F.cross_entropy(logits, torch.arange(4))
     columns = F.cross_entropy(logits[:, :4].T, torch.arange(4))
