@@ -5,6 +5,56 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from mm.config import StrictConfig
+from mm.errors import ConfigError
+
+
+class ParallelConfig(StrictConfig):
+    """How processes share a training; torchrun says how many there are. Checkpoints are the same whatever is said here.
+
+    Args:
+        data: What processes with different samples hold: the whole network (``ddp``), or shares of weights, gradients and
+            optimizer state, gathered block by block where they are needed (``fsdp``).
+        replicas: With fsdp, number of groups of processes that hold the network once each (hybrid sharding); divides theirs.
+        tensor: Number of processes that compute each layer of a transformer together, by heads and hidden features.
+        pipeline: Number of processes that hold consecutive layers of each transformer.
+        microbatches: With a pipeline, parts of a process's batch that are on their way at once.
+        recompute: What the backward pass computes again instead of keeping it: nothing (``none``), all but the results of
+            matrix products and attention (``selective``), or whole blocks (``full``).
+    """
+
+    data: Literal["ddp", "fsdp"] = "ddp"
+    replicas: int = Field(default=1, ge=1)
+    tensor: int = Field(default=1, ge=1)
+    pipeline: int = Field(default=1, ge=1)
+    microbatches: int = Field(default=1, ge=1)
+    recompute: Literal["none", "selective", "full"] = "none"
+
+    @property
+    def model_size(self) -> int:
+        """Processes that share one copy of the network and see the same samples."""
+        return self.tensor * self.pipeline
+
+    def data_size(self, world_size: int) -> int:
+        """Number of parts of the global batch. Raises `ConfigError` for a number of processes that cannot be shared out."""
+        if world_size % self.model_size:
+            raise ConfigError(
+                f"parallel.tensor {self.tensor} times parallel.pipeline {self.pipeline} does not divide the {world_size} "
+                "processes; start another number of them with torchrun, or change these"
+            )
+        size = world_size // self.model_size
+        if size % self.replicas:
+            raise ConfigError(
+                f"parallel.replicas {self.replicas} does not divide the {size} processes with samples of their own"
+            )
+        return size
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.replicas > 1 and self.data == "ddp":
+            raise ValueError("replicas is for data: fsdp; processes of data: ddp are all replicas")
+        if self.microbatches > 1 and self.pipeline == 1:
+            raise ValueError("microbatches is for a pipeline; to fit a large batch into memory set train.accumulate")
+        return self
 
 
 class TrainConfig(StrictConfig):
