@@ -1,6 +1,6 @@
 """Where the numbers of a tensor are, when processes share it: whole tensors to pieces and back, by what a parameter knows.
 
-A parameter may be cut twice: over the processes that compute a layer together (its attribute ``split``, `mm.ranks.Split`), and
+A parameter may be cut twice: over the processes that compute a layer together (its attribute ``sliced``, `mm.ranks.Split`), and
 what is left over the processes with other samples (then it is a DTensor). On the meta device it belongs to another process,
 the stage of a pipeline that its attribute ``stage`` names. Averages that optimizers keep lie where their parameter lies.
 """
@@ -32,7 +32,7 @@ def whole(value: Tensor, like: Tensor) -> Tensor:
     value = value.detach()
     if is_sharded(value):
         value = value.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
-    split = getattr(like, "split", None)
+    split = getattr(like, "sliced", None)
     return value if split is None or value.is_meta or not value.ndim else split.whole(value)
 
 
@@ -41,7 +41,7 @@ def own(value: Tensor, like: Any) -> Tensor:
     if like.is_meta:
         return torch.empty_like(like, dtype=value.dtype)
     value = value.to(like.device)
-    split = getattr(like, "split", None)
+    split = getattr(like, "sliced", None)
     if split is not None:
         value = split.own(value)
     if is_sharded(like):
@@ -53,7 +53,7 @@ def own(value: Tensor, like: Any) -> Tensor:
 
 def whole_shape(like: Tensor) -> torch.Size:
     """Shape of the whole tensor."""
-    split, shape = getattr(like, "split", None), list(like.shape)
+    split, shape = getattr(like, "sliced", None), list(like.shape)
     if split is not None:
         shape[split.dim] *= split.peers.size
     return torch.Size(shape)

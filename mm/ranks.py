@@ -44,7 +44,7 @@ def set_data_peers(peers: Peers | None) -> None:
 
 @dataclass(frozen=True)
 class Split:
-    """How a parameter is shared by processes that compute a layer together; a parameter carries it as its attribute ``split``.
+    """How a parameter is shared by processes that compute a layer together; a parameter carries it as its attribute ``sliced``.
 
     Args:
         dim: Dimension that is cut.

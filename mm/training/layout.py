@@ -13,6 +13,7 @@ FSDP2: https://arxiv.org/abs/2411.00284. Hybrid sharding: https://arxiv.org/abs/
 pipeline parallel by `mm.nn.parallel`, which knows their layers.
 """  # noqa: E501 - a table
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -80,7 +81,7 @@ class Layout:
         """Make each ``.grad`` that of the global batch."""
         average_gradients([p for p in parameters if not is_sharded(p)], self._world, self.data)
         average_gradients([p for p in parameters if not hasattr(p, "stage")], self._world, self._stages)
-        average_gradients([p for p in parameters if not hasattr(p, "split")], self._world, self._slices)
+        average_gradients([p for p in parameters if not hasattr(p, "sliced")], self._world, self._slices)
 
     def clip(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         """Scale gradients in place to a global norm of at most ``max_norm`` (0: leave them); returns the norm before."""
@@ -130,7 +131,8 @@ class Layout:
             return get_total_norm(_gradients(parameters))
         kinds: dict[tuple[int, int, int], list[Tensor]] = {}
         for p in parameters:
-            kinds.setdefault((is_sharded(p), hasattr(p, "stage"), hasattr(p, "split")), []).append(p)
+            kind = int(is_sharded(p)), int(hasattr(p, "stage")), int(hasattr(p, "sliced"))  # booleans would be a mask
+            kinds.setdefault(kind, []).append(p)
         squares = torch.zeros(2, 2, 2, device=self._world.device)
         for kind, members in kinds.items():
             squares[kind] = get_total_norm(_gradients(members)).square()
@@ -164,7 +166,6 @@ def _shard(system: System, mesh: Any, device: torch.device) -> None:
     Weights stay in fp32, and gradients are added in fp32: autocast makes what is computed bf16.
     """
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-    from torch.export import register_dataclass
 
     marks = {name: vars(parameter) for name, parameter in system.named_parameters()}
     for block in blocks(system):
@@ -177,4 +178,12 @@ def _shard(system: System, mesh: Any, device: torch.device) -> None:
             part.set_force_sum_reduction_for_comms(True)  # gloo cannot average
     if isinstance(system, CachesGradients):
         register_fsdp_forward_method(system, "represent")
-    register_dataclass(Losses)  # so that FSDP2 finds the tensor that the backward pass starts from
+    _show_losses()
+
+
+@functools.cache
+def _show_losses() -> None:
+    """Let FSDP2 find the tensor that the backward pass starts from."""
+    from torch.export import register_dataclass
+
+    register_dataclass(Losses)
