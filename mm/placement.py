@@ -5,11 +5,11 @@ what is left over the processes with other samples (then it is a DTensor). On th
 the stage of a pipeline that its attribute ``stage`` names. Averages that optimizers keep lie where their parameter lies.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -57,3 +57,10 @@ def whole_shape(like: Tensor) -> torch.Size:
     if split is not None:
         shape[split.dim] *= split.peers.size
     return torch.Size(shape)
+
+
+def blocks(network: nn.Module) -> Iterator[nn.Module]:
+    """The repeated parts of a network, in order: what is in a list called ``blocks``, or something that ends like this."""
+    for name, part in network.named_modules():
+        if isinstance(part, nn.ModuleList | nn.Sequential) and name.endswith("blocks"):
+            yield from (block for block in part if next(block.parameters(), None) is not None)

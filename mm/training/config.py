@@ -52,6 +52,8 @@ class ParallelConfig(StrictConfig):
     def _possible(self) -> Self:
         if self.replicas > 1 and self.data == "ddp":
             raise ValueError("replicas is for data: fsdp; processes of data: ddp are all replicas")
+        if self.pipeline > 1 and self.data == "fsdp":
+            raise ValueError("pipeline goes with data: ddp; its stages hold layers of their own already")
         if self.microbatches > 1 and self.pipeline == 1:
             raise ValueError("microbatches is for a pipeline; to fit a large batch into memory set train.accumulate")
         return self

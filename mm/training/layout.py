@@ -14,15 +14,15 @@ pipeline parallel by `mm.nn.parallel`, which knows their layers.
 """  # noqa: E501 - a table
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from mm.placement import is_sharded, local, whole
+from mm.placement import blocks, is_sharded, local, whole
 from mm.ranks import Peers, set_data_peers
 from mm.training.config import ParallelConfig
 from mm.training.parallel import World, average_gradients, broadcast_module, gather_json
@@ -30,8 +30,8 @@ from mm.types import CachesGradients, Follows, Losses, System
 
 AXES = ("replicas", "shards", "stages", "slices")
 
-Divide = Callable[[System, ParallelConfig, Peers, Peers], None]
-"""Cuts a network among pipeline stages and tensor parallel slices, see `mm.nn.parallel.divide`."""
+Divide = Callable[..., None]
+"""Cuts a network, see `mm.nn.parallel.divide`."""
 
 
 class Layout:
@@ -66,6 +66,11 @@ class Layout:
             self._shards = _peers(mesh["shards"])
             self._mesh = mesh["shards"] if config.replicas == 1 else mesh["replicas", "shards"]
 
+    @property
+    def divides(self) -> bool:
+        """Whether a process has less than the whole network."""
+        return self._world.size > 1 and (self._mesh is not None or self._config.model_size > 1)
+
     def begin(self, system: System) -> None:
         """Give every process the first one's weights, then leave each with its share. Parameters may be other objects then."""
         broadcast_module(system, self._world)
@@ -73,7 +78,8 @@ class Layout:
             if isinstance(part, Follows):
                 part.take_over()
         if self._divide is not None:
-            self._divide(system, self._config, self._stages, self._slices)
+            options = {"microbatches": self._config.microbatches, "recompute": self._config.recompute}
+            self._divide(system, stages=self._stages, slices=self._slices, **options)
         if self._mesh is not None:
             _shard(system, self._mesh, self._world.device)
 
@@ -99,7 +105,7 @@ class Layout:
             tensors: Of one name to the pieces that are here.
             like: Of the same name to the parameter that lies likewise, where there is one.
         """
-        if self._world.size == 1 or (self._mesh is None and self._config.model_size == 1):
+        if not self.divides:
             return dict(tensors)
         complete = {}
         for name, tensor in tensors.items():
@@ -151,13 +157,6 @@ def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 def _peers(mesh: Any) -> Peers:
     return Peers(mesh.get_local_rank(), mesh.size(), mesh.get_group())
-
-
-def blocks(network: nn.Module) -> Iterator[nn.Module]:
-    """The repeated parts of a network, in order: what is in a list called ``blocks``, or something that ends like this."""
-    for name, part in network.named_modules():
-        if isinstance(part, nn.ModuleList | nn.Sequential) and name.endswith("blocks"):
-            yield from (block for block in part if next(block.parameters(), None) is not None)
 
 
 def _shard(system: System, mesh: Any, device: torch.device) -> None:

@@ -20,7 +20,7 @@ def build_optimizer(system: System, config: TrainConfig, device: torch.device) -
         {**group, "params": alike}
         for group in system.parameter_groups()
         for sharded in (False, True)  # torch's kernels take no list of both
-        if (alike := [p for p in group["params"] if is_sharded(p) == sharded])
+        if (alike := [p for p in group["params"] if is_sharded(p) == sharded and not p.is_meta])
     ]
     options: dict[str, Any] = {
         "lr": config.lr,

@@ -1,7 +1,9 @@
 """One optimizer step on all processes, and the tensors that it changes."""
 
+import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -68,16 +70,20 @@ class Stepper:
         config: Optimisation and precision.
         world: This process among all.
         layout: How they share the network; each has all of it by default.
+        validates: Whether `evaluated` will be called.
     """
 
-    def __init__(self, system: System, config: TrainConfig, world: World, layout: Layout | None = None) -> None:
-        self.system, self._config, self._world = system.to(world.device), config, world
+    def __init__(
+        self, system: System, config: TrainConfig, world: World, layout: Layout | None = None, *, validates: bool = False
+    ) -> None:
         self._layout = layout or Layout(world, ParallelConfig())
+        self._twin = copy.deepcopy(system) if validates and world.is_main and self._layout.divides else None
+        self.system, self._config, self._world = system.to(world.device), config, world
         self._layout.begin(system)
         self.dtype = choose_dtype(config.precision, world.device)
         self.optimizer = build_optimizer(system, config, world.device)
         self.ema = Ema(system, config.ema_decay) if config.ema_decay else None
-        self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._parameters = [p for group in system.parameter_groups() for p in group["params"]]
         self._statistics = list(running_statistics(system).values())
         self._statistics_before = [buffer.clone() for buffer in self._statistics]
         self._autocast = partial(autocast, world.device, self.dtype)
@@ -115,6 +121,25 @@ class Stepper:
         else:  # the forward pass has already spoiled the running statistics
             _copy(self._statistics_before, self._statistics)
         return report
+
+    @contextmanager
+    def evaluated(self) -> Iterator[System | None]:
+        """The whole network with its averaged weights, where there is an average, on the main process; None elsewhere.
+
+        Its own training goes on as if nothing had happened. All processes enter this together.
+        """
+        if not self._layout.divides:
+            with self.ema.swapped() if self.ema else nullcontext(), _in_evaluation_mode(self.system):
+                yield self.system if self._world.is_main else None
+            return
+        parameters = self.system.state_dict(keep_vars=True)
+        weights = self._layout.gathered(self.ema.state_dict(self.system) if self.ema else parameters, parameters)
+        if self._twin is None:
+            yield None
+            return
+        self._twin.load_state_dict(weights)
+        yield self._twin.to(self._world.device).eval()
+        self._twin.cpu()
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds, by file stem, on the main process. All processes call this together."""
@@ -158,6 +183,16 @@ class Stepper:
         self.system.after_step(step)
         if self.ema is not None:
             self.ema.update()
+
+
+@contextmanager
+def _in_evaluation_mode(system: nn.Module) -> Iterator[None]:
+    """Each part goes back to its own mode afterwards."""
+    modes = [(module, module.training) for module in system.modules()]
+    system.eval()
+    yield
+    for module, training in modes:
+        module.training = training
 
 
 @torch.no_grad()
