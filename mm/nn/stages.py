@@ -40,24 +40,30 @@ class Pipeline:
     peers: Peers
     microbatches: int
 
+    def layers(self, num_layers: int, stage: int) -> range:
+        """Those of a stage, of so many."""
+        return range(num_layers * stage // self.peers.size, num_layers * (stage + 1) // self.peers.size)
+
     def own(self, num_layers: int) -> range:
-        """The layers of this process."""
-        return range(*(num_layers * (self.peers.rank + end) // self.peers.size for end in (0, 1)))
+        """Those of this process."""
+        return self.layers(num_layers, self.peers.rank)
 
     def rows(self, size: int) -> list[slice]:
         """The microbatches of ``size`` samples."""
         count = min(self.microbatches, size)
         return [slice(size * i // count, size * (i + 1) // count) for i in range(count)]
 
-    def __call__(self, run: Run, x: Tensor, shared: Shared = ()) -> Tensor:
+    def __call__(self, run: Run, x: Tensor, shared: Shared, learns: bool) -> Tensor:
         """The result of all stages, on all of them.
 
         Args:
             run: Own layers; they keep the shape and the type of ``x``.
             x: ``(B, ...)``, alike on all stages.
             shared: Other tensors of B rows that layers read, alike on all stages.
+            learns: Whether any layer of any stage is trained.
         """
-        anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())  # there is a backward pass even if only layers learn
+        learns = learns or any(value is not None and value.requires_grad for value in (x, *shared))
+        anchor = torch.zeros((), requires_grad=learns and torch.is_grad_enabled())  # even if only layers learn
         return _Staged.apply(self, run, anchor, x, *shared)  # pyright: ignore[reportReturnType]
 
     def receive(self, like: Tensor, step: int) -> Tensor:
@@ -66,9 +72,10 @@ class Pipeline:
         dist.recv(arrived, group=self.peers.group, group_src=self.peers.rank + step)
         return arrived
 
-    def send(self, value: Tensor, step: int) -> Any:
-        """Begin to send to the stage ``step`` places further on."""
-        return dist.isend(value.contiguous(), group=self.peers.group, group_dst=self.peers.rank + step)
+    def send(self, value: Tensor, step: int) -> tuple[Any, Tensor]:
+        """Begin to send to the stage ``step`` places further on: what to wait for, and what must be kept until then."""
+        value = value.contiguous()
+        return dist.isend(value, group=self.peers.group, group_dst=self.peers.rank + step), value
 
     def from_stage(self, value: Tensor, stage: int) -> Tensor:
         """A tensor of a stage, on all of them."""
@@ -94,10 +101,9 @@ def stage_layers(network: nn.Module, peers: Peers, microbatches: int) -> None:
         if not (transformer or sequence) or len(stack) < peers.size or normed:
             continue
         found = True
-        for layer, block in enumerate(stack):
-            _belongs(
-                block, next(s for s in range(peers.size) if layer in Pipeline(Peers(s, peers.size), 1).own(len(stack))), peers
-            )
+        for stage in range(peers.size):
+            for layer in pipeline.layers(len(stack), stage):
+                _belongs(stack[layer], stage, peers)
         if transformer:
             _belongs(part.final_norm, peers.size - 1, peers)
         part.forward = partial(_transformer if transformer else _sequence, pipeline, part, part.forward)
@@ -131,7 +137,7 @@ def _sequence(pipeline: Pipeline, part: nn.Sequential, _: Any, x: Tensor) -> Ten
             x = block(x)
         return x
 
-    return pipeline(run, x)
+    return pipeline(run, x, (), _learns(part))
 
 
 def _transformer(
@@ -159,7 +165,11 @@ def _transformer(
         told = {"mask": masks, "context_mask": _rows(context_mask, rows, size), "condition": shared[1]}
         return forward(x, shared[0], **told, layers=own) if len(own) else x
 
-    return pipeline(run, x, (context, condition))
+    return pipeline(run, x, (context, condition), _learns(part))
+
+
+def _learns(part: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in part.parameters())
 
 
 def _rows(mask: Mask, rows: slice, size: int) -> Mask:
@@ -184,19 +194,14 @@ class _Staged(torch.autograd.Function):
             torch.manual_seed(seed + rank)
             for rows in pipeline.rows(len(x)):
                 arrived = x[rows] if rank == 0 else pipeline.receive(x[rows], -1)
-                inputs = [
-                    None if value is None else value.detach()
-                    for value in (arrived, *(v if v is None else v[rows] for v in shared))
-                ]
+                inputs = (arrived, *(value if value is None else value[rows] for value in shared))
+                leaves = [None if value is None else value.detach().requires_grad_(anchor.requires_grad) for value in inputs]
                 with torch.set_grad_enabled(anchor.requires_grad):
-                    leaves = [
-                        v if v is None or not v.is_floating_point() else v.requires_grad_(anchor.requires_grad) for v in inputs
-                    ]
                     output = run(rows, leaves[0], tuple(leaves[1:])).to(x.dtype)  # pyright: ignore[reportArgumentType]
                 if anchor.requires_grad:
                     ctx.passes.append((rows, leaves, output))
                 if rank < last:
-                    sent.append((pipeline.send(output.detach(), 1), output))
+                    sent.append(pipeline.send(output.detach(), 1))
                 else:
                     result[rows] = output.detach()
         for work, _ in sent:
@@ -217,7 +222,7 @@ class _Staged(torch.autograd.Function):
                 torch.autograd.backward(output, arrived)
             of_rows = torch.zeros_like(leaves[0]) if leaves[0].grad is None else leaves[0].grad
             if rank:
-                sent.append((pipeline.send(of_rows, -1), of_rows))
+                sent.append(pipeline.send(of_rows, -1))
             else:
                 of_input[rows] = of_rows
             for total, leaf in zip(of_shared, leaves[1:], strict=True):

@@ -89,7 +89,7 @@ class Layout:
         average_gradients([p for p in parameters if not hasattr(p, "stage")], self._world, self._stages)
         average_gradients([p for p in parameters if not hasattr(p, "sliced")], self._world, self._slices)
 
-    def clip(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    def clip(self, parameters: Sequence[Tensor], max_norm: float) -> Tensor:
         """Scale gradients in place to a global norm of at most ``max_norm`` (0: leave them); returns the norm before."""
         norm = self._norm(parameters)
         gradients = _gradients(parameters)

@@ -2,14 +2,15 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from tiny_systems import global_batch, share, tiny
+from tiny_systems import SYSTEMS, global_batch, share, tiny
 from torch import Tensor
 
 from mm.nn.parallel import divide
@@ -23,57 +24,135 @@ LAYOUTS: Mapping[str, Mapping[str, Any]] = {
     "ddp": {},
     "fsdp": {"data": "fsdp"},
     "tensor": {"tensor": 2},
-    "pipeline": {"pipeline": 2, "microbatches": 2},
+    "pipeline": {"pipeline": 2, "microbatches": 3},
 }
+HELD = {"ddp": (1.0, 1.0), "fsdp": (0.5, 0.6), "tensor": (0.5, 0.95), "pipeline": (0.5, 0.95)}
+"""Least and largest share of the trained numbers that one of two processes holds; embeddings and heads are whole with the last
+two."""
+
+
+class Case(NamedTuple):
+    """A training to be compared with that of one process."""
+
+    system: str
+    parallel: Mapping[str, Any]
+    train: Mapping[str, Any] = {}
+
+
+def case_name(case: Case) -> str:
+    options = {**case.parallel, **case.train}
+    return "-".join([case.system, *(f"{key}={value}" for key, value in options.items())])
 
 
 def config(**changes: Any) -> TrainConfig:
-    """Steps small enough that rounding does not grow: AdamW would turn gradients that are zero but for rounding into steps."""
+    """A large eps: AdamW would make whole steps of gradients that are zero but for rounding."""
     values = {"steps": STEPS, "batch_size": 8, "lr": 1e-3, "eps": 1e-3, "warmup_steps": 0, "device": "cpu", "precision": "fp32"}
     return TrainConfig.model_validate(values | changes)
 
 
-def trained(name: str, parallel: ParallelConfig, **changes: Any) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
-    """Losses of some steps, and all tensors of the checkpoint after them."""
+def trained(case: Case, parallel: ParallelConfig) -> tuple[list[dict[str, float]], dict[str, Tensor], int]:
+    """Losses of some steps, all tensors of the checkpoint after them, and the trained numbers that this process holds."""
     with open_world("cpu", parallel) as world:
         layout = Layout(world, parallel, divide)
-        stepper = Stepper(tiny(name), config(**changes), world, layout)
+        stepper = Stepper(tiny(case.system), config(**case.train), world, layout)
         stepper.system.train()
         curve = []
         for step in range(STEPS):
-            batch = share(global_batch(step), world.data_rank, layout.data.size)
-            report = stepper.step(batch, step)
+            report = stepper.step(share(global_batch(step), world.data_rank, layout.data.size), step)
             curve.append({"loss": report.loss, "grad_norm": report.grad_norm, **report.parts})
+        held = [p for p in stepper.system.parameters() if p.requires_grad and not p.is_meta]
         files = stepper.tensors()
-    return curve, {f"{stem}/{key}": value.clone().contiguous() for stem, named in files.items() for key, value in named.items()}
+    tensors = {f"{stem}/{key}": value.clone().contiguous() for stem, named in files.items() for key, value in named.items()}
+    return curve, tensors, sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in held)
 
 
-def worker(rank: int, size: int, folder: Path, cases: list[tuple[str, str, dict[str, Any]]]) -> None:
-    """One process of several, each case in turn."""
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=size)
-    for name, layout, changes in cases:
-        curve, tensors = trained(name, ParallelConfig.model_validate(LAYOUTS[layout]), **changes)
+def worker(rank: int, size: int, folder: Path, cases: Sequence[Case]) -> None:
+    """One process of several; each case in turn."""
+    join(rank, size, folder)
+    for case in cases:
+        curve, tensors, held = trained(case, ParallelConfig.model_validate(case.parallel))
         if rank == 0:
-            (folder / f"{name}-{layout}.json").write_text(json.dumps(curve))
-            save_file(tensors, folder / f"{name}-{layout}.safetensors")
+            (folder / f"{case_name(case)}.json").write_text(json.dumps({"curve": curve, "held": held}))
+            save_file(tensors, folder / f"{case_name(case)}.safetensors")
     dist.destroy_process_group()
 
 
-def run_together(folder: Path, cases: list[tuple[str, str, dict[str, Any]]], size: int = 2) -> None:
-    torch.multiprocessing.spawn(worker, (size, folder, cases), nprocs=size)
+def join(rank: int, size: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=size)
 
 
-def largest_difference(name: str, layout: str, folder: Path, **changes: Any) -> tuple[float, float]:
-    """Of the losses, relative to one process's, and of the weights and averages."""
-    alone, tensors = trained(name, ParallelConfig(), **changes)
-    curve, found = (
-        json.loads((folder / f"{name}-{layout}.json").read_text()),
-        load_file(folder / f"{name}-{layout}.safetensors"),
+def run_together(target: Callable[..., None], folder: Path, *args: Any, size: int = 2) -> None:
+    """Run a function on several processes, with its rank, their number, and a folder that they share."""
+    folder.mkdir(exist_ok=True)
+    torch.multiprocessing.spawn(target, (size, folder, *args), nprocs=size)
+    (folder / "store").unlink(missing_ok=True)
+
+
+def compare(case: Case, folder: Path) -> tuple[float, float, float]:
+    """Largest difference to one process of the losses and norms, relative to those above 1, and of weights and averages; and
+    the share of the numbers that the first process held."""
+    alone, tensors, whole = trained(case, ParallelConfig())
+    told, found = (
+        json.loads((folder / f"{case_name(case)}.json").read_text()),
+        load_file(folder / f"{case_name(case)}.safetensors"),
     )
-    assert found.keys() == tensors.keys()
-    assert {key: value.shape for key, value in found.items()} == {key: value.shape for key, value in tensors.items()}
-    losses = max(abs(a[key] - b[key]) / max(1, abs(a[key])) for a, b in zip(alone, curve, strict=True) for key in a)
-    weights = max((found[key].double() - tensors[key].double()).abs().max().item() for key in tensors)
-    return losses, weights
+    assert {name: value.shape for name, value in found.items()} == {name: value.shape for name, value in tensors.items()}
+    assert len({step["loss"] for step in alone}) == STEPS, "nothing was learned"
+    pairs = [(a[key], b[key]) for a, b in zip(alone, told["curve"], strict=True) for key in a]
+    losses = max(abs(a - b) / max(1.0, abs(a)) for a, b in pairs)
+    weights = max((found[name].double() - tensors[name].double()).abs().max().item() for name in tensors)
+    return losses, weights, told["held"] / whole
+
+
+def check(cases: Sequence[Case], folder: Path, size: int = 2) -> None:
+    run_together(worker, folder, cases, size=size)
+    for case in cases:
+        losses, weights, held = compare(case, folder)
+        print(f"{case_name(case):60} losses {losses:.1e}, weights {weights:.1e}, held by one process {held:.2f}")
+        assert losses < 1e-5, case
+        assert weights < 1e-5, case
+        layout = next((name for name, parallel in LAYOUTS.items() if parallel == case.parallel), None)
+        if layout is not None:
+            least, most = HELD[layout]
+            assert least <= held <= most, case
+
+
+def test_two_processes_train_like_one(tmp_path: Path) -> None:
+    """One system of each kind in one layout of each kind; the others are slow tests."""
+    pairs = zip(("albef", "clip", "dalle", "flow"), LAYOUTS.values(), strict=True)
+    check([Case(system, parallel) for system, parallel in pairs], tmp_path)
+
+
+@pytest.mark.slow
+def test_every_system_in_every_layout(tmp_path: Path) -> None:
+    check([Case(system, parallel) for parallel in LAYOUTS.values() for system in SYSTEMS], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "train",
+    [{"optimizer": "muon"}, {"accumulate": 2}, {"clip_norm": 0.05}, {"ema_decay": 0.0}],
+    ids=["muon", "accumulate", "clipped", "without average"],
+)
+def test_what_a_step_is_made_of(tmp_path: Path, train: dict[str, Any]) -> None:
+    check([Case("clip", parallel, train) for parallel in LAYOUTS.values()], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_what_is_computed_again(tmp_path: Path, recompute: str) -> None:
+    """Gradients come from the same numbers in one process as well."""
+    check([Case("albef", {**parallel, "recompute": recompute}) for parallel in LAYOUTS.values()], tmp_path)
+
+
+@pytest.mark.slow
+def test_four_processes_in_two_dimensions(tmp_path: Path) -> None:
+    layouts = [
+        {"data": "fsdp", "replicas": 2},
+        {"data": "fsdp", "tensor": 2},
+        {"tensor": 2, "pipeline": 2},
+        {"pipeline": 2, "microbatches": 2},
+    ]
+    check([Case(system, parallel) for parallel in layouts for system in ("clip", "albef")], tmp_path, size=4)
