@@ -22,9 +22,11 @@ class Gather:
 
     Args:
         group: The process group, None being the default one.
+        ring: Whether losses that can are to pass features around (`mm.losses.ring`) instead of gathering those of all.
     """
 
     group: dist.ProcessGroup | None = None
+    ring: bool = False
 
     @property
     def rank(self) -> int:
@@ -67,7 +69,7 @@ class Gather:
 def current_gather() -> Gather | None:
     """The gather over the processes that hold other samples, or None where this process holds all."""
     peers = data_peers()
-    return Gather(peers.group) if peers.size > 1 else None
+    return Gather(peers.group, peers.ring) if peers.size > 1 else None
 
 
 def average_count(count: int, gather: Gather | None, device: torch.device) -> float | Tensor:

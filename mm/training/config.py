@@ -18,6 +18,8 @@ class ParallelConfig(StrictConfig):
         tensor: Number of processes that compute each layer of a transformer together, by heads and hidden features.
         pipeline: Number of processes that hold consecutive layers of each transformer.
         microbatches: With a pipeline, parts of a process's batch that are on their way at once.
+        contrastive: Whether contrastive losses compare with the features of all processes ``gathered`` in each of them, or
+            pass them around in a ``ring``, in memory that does not grow with their number.
         recompute: What the backward pass computes again instead of keeping it: nothing (``none``), all but the results of
             matrix products and attention (``selective``), or whole blocks (``full``).
     """
@@ -27,6 +29,7 @@ class ParallelConfig(StrictConfig):
     tensor: int = Field(default=1, ge=1)
     pipeline: int = Field(default=1, ge=1)
     microbatches: int = Field(default=1, ge=1)
+    contrastive: Literal["gathered", "ring"] = "gathered"
     recompute: Literal["none", "selective", "full"] = "none"
 
     @property

@@ -15,6 +15,7 @@ pipeline parallel by `mm.nn.parallel`, which knows their layers.
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ class Layout:
         data_size = config.data_size(world.size)
         self.data, self._slices, self._stages, self._shards = Peers(world.rank, world.size), Peers(), Peers(), Peers()
         self._mesh: Any = None
+        ring = config.contrastive == "ring"
+        set_data_peers(replace(self.data, ring=ring))
         if world.size == 1 or (config.model_size == 1 and config.data == "ddp"):
             return
         from torch.distributed.device_mesh import init_device_mesh
@@ -61,7 +64,7 @@ class Layout:
         )
         samples = mesh["replicas", "shards"]._flatten("samples")
         self.data, self._stages, self._slices = (_peers(part) for part in (samples, mesh["stages"], mesh["slices"]))
-        set_data_peers(self.data)
+        set_data_peers(replace(self.data, ring=ring))
         if config.data == "fsdp":
             self._shards = _peers(mesh["shards"])
             self._mesh = mesh["shards"] if config.replicas == 1 else mesh["replicas", "shards"]

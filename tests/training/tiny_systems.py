@@ -1,6 +1,6 @@
 """The smallest of four kinds of systems, with batches whose texts are as long on each process as its own longest one."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -82,3 +82,21 @@ def share(batch: Batch, rank: int, size: int) -> Batch:
     assert part.text is not None
     longest = int(part.text.lengths.max())
     return replace(part, text=TextBatch(part.text.ids[:, :longest], part.text.lengths))
+
+
+class TinyStream:
+    """The batches from `global_batch`, a process's share of each."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self._rank, self._size, self.cursor = rank, size, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            self.cursor += 1
+            yield share(global_batch(self.cursor - 1), self._rank, self._size)
+
+    def state(self) -> dict[str, Any]:
+        return {"cursor": self.cursor, "accounting": {"delivered": self.cursor * ROWS // self._size}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.cursor = state["cursor"]
