@@ -45,13 +45,8 @@ def test_numbers_are_spread_as_they_should_be() -> None:
 def test_samples_draws_places_and_steps_have_nothing_in_common() -> None:
     random = draws(IDS)
     first, second, later = random.normal(4000), random.normal(4000), draws(IDS, step=1).normal(4000)
-    for a, b in (
-        (first[1:], first[:-1]),
-        (first[:, 1:], first[:, :-1]),
-        (first, second),
-        (first, later),
-        (first[:, :2000], first[:, 2000:]),
-    ):
+    pairs = [(first[1:], first[:-1]), (first[:, 1:], first[:, :-1]), (first, second), (first, later)]
+    for a, b in (*pairs, (first[:, :2000], first[:, 2000:])):
         correlation = (a * b).mean().item()
         assert abs(correlation) < 5 / math.sqrt(a.numel())
 

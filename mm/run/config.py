@@ -44,4 +44,6 @@ class RunConfig(StrictConfig):
     def _possible(self) -> Self:
         if self.system.name in ("clip", "albef") and self.train.batch_size < 2:
             raise ValueError("train.batch_size must be at least 2: a contrastive loss compares samples of a batch")
+        if self.train.compile and self.parallel.model_size > 1:
+            raise ValueError("train.compile goes with data parallelism alone; set parallel.tensor and parallel.pipeline to 1")
         return self

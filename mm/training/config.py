@@ -82,7 +82,7 @@ class TrainConfig(StrictConfig):
         clip_norm: Largest global gradient norm; 0 does not clip.
         ema_decay: Decay of the moving average of weights that evaluation uses; 0 keeps no average.
         precision: bf16 autocast or fp32; auto takes bf16 where the hardware computes it.
-        compile: Compile the encoders with torch.compile.
+        compile: Compile the encoders with torch.compile, with ``parallel.data: fsdp`` block by block.
         seed: Seed of data order, augmentation, dropout.
         device: Where to train; auto prefers CUDA, then MPS, then CPU.
         checkpoint_every_steps: Save every so many steps; 0 saves by minutes only.

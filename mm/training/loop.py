@@ -123,7 +123,7 @@ def train(
         parameters = count_parameters(system)
         stepper = Stepper(system, config, world, Layout(world, parallel, divide), validates=validate is not None)
         trainer = _Trainer(stepper, Feed(stream, world.device), config, run, world, signals, tracker)
-        trainer.parameters = parameters
+        trainer.parameters, trainer.parallel = parameters, parallel
         trainer.validate, trainer.extra_files, trainer.merge_states = validate, extra_files, merge_states
         return trainer.run()
 
@@ -135,6 +135,7 @@ class _Trainer:
     extra_files: ExtraFiles | None = None
     merge_states: MergeStates | None = None
     parameters: dict[str, Any]
+    parallel: ParallelConfig
 
     def __init__(
         self, stepper: Stepper, feed: Feed, config: TrainConfig, run: Path, world: World, signals: StopSignals, tracker: Tracker
@@ -162,7 +163,7 @@ class _Trainer:
         for line in parameter_lines(self.parameters):
             self.tracker.say(line)
         if self.config.compile:
-            compile_parts(self.stepper.system)
+            compile_parts(self.stepper.system, by_block=self.parallel.data == "fsdp")
         self.stepper.system.train()
         stopped = False
         while self.step < self.config.steps and not stopped:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mm.draws import sample_seeds
 from mm.errors import CheckpointError
-from mm.placement import own, whole_shape
+from mm.placement import blocks, own, whole_shape
 from mm.seeding import derive_seed
 from mm.training.checkpoint import Checkpoint
 from mm.training.config import ParallelConfig, TrainConfig
@@ -216,10 +216,18 @@ def load_weights(system: nn.Module, tensors: Mapping[str, Tensor], where: str) -
     system.load_state_dict({name: own(tensor, expected[name]) for name, tensor in tensors.items()})
 
 
-def compile_parts(system: nn.Module) -> None:
+def compile_parts(system: nn.Module, *, by_block: bool = False) -> None:
     """Compile in place the outermost parts with a forward of their own: encoders and projections.
 
     Not the system itself: its batch carries ids, which would make every step a new graph.
+
+    Args:
+        system: In place.
+        by_block: Compile each block by itself instead, for weights that are gathered block by block.
     """
+    if by_block:
+        for block in blocks(system):
+            block.forward = torch.compile(block.forward)
+        return
     for _, part in outermost_parts(system):
         part.compile()
