@@ -10,6 +10,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from mm.draws import Draws
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -164,6 +166,7 @@ class Batch:
             ``image``.
         features: What a frozen part made of the captions, words and a vector each, in half precision; in place of ``text``.
         audio: One recording a sample.
+        seeds: Of what is drawn at random for each sample in a step of training, ``(B,)`` int64, see `draws`.
     """
 
     ids: tuple[str, ...]
@@ -177,9 +180,14 @@ class Batch:
     latents: Tensor | None = None
     features: Encoded | None = None
     audio: AudioBatch | None = None
+    seeds: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def draws(self, device: torch.device) -> Draws:
+        """Random numbers for each sample, from the start of its stream; from torch's generators where there are no seeds."""
+        return Draws(self.seeds, len(self), device)
 
     def __getitem__(self, rows: slice) -> "Batch":
         return Batch(
@@ -194,6 +202,7 @@ class Batch:
             latents=None if self.latents is None else self.latents[rows],
             features=None if self.features is None else self.features[rows],
             audio=None if self.audio is None else self.audio[rows],
+            seeds=None if self.seeds is None else self.seeds[rows],
         )
 
     def to(self, device: torch.device) -> "Batch":
@@ -206,6 +215,7 @@ class Batch:
             latents=None if self.latents is None else self.latents.to(device, non_blocking=True),
             features=None if self.features is None else self.features.to(device),
             audio=None if self.audio is None else self.audio.to(device),
+            seeds=None if self.seeds is None else self.seeds.to(device, non_blocking=True),
         )
 
 
@@ -291,6 +301,15 @@ class CachesGradients(Protocol):
 
     def loss_from(self, representations: Mapping[str, Tensor], batch: Batch, step: int) -> Losses:
         """The loss of the whole batch given its representations."""
+        ...
+
+
+@runtime_checkable
+class Follows(Protocol):
+    """Parts of a system that hold a copy of others' weights."""
+
+    def take_over(self) -> None:
+        """Copy the weights that training begins with."""
         ...
 
 

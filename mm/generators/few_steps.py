@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mm.draws import Draws
 from mm.generators.diffusion import Denoise, diffuse, gaussian_noise
 from mm.generators.sampling import guided, sample_generators
 from mm.losses.consistency import Distance, consistent, distance
@@ -83,7 +84,7 @@ def reflow_loss(
 ) -> Float[Tensor, " b"]:
     """Error of the student on the lines between noise and what a teacher makes of it, `Teacher.pairs`, at moments drawn at
     random."""
-    path, time = student.path, student.path.draw(len(sample), sample.device)
+    path, time = student.path, student.path.draw(Draws(None, len(sample), sample.device))
     output = student.network(mixed(path, sample, noise, time), path.read(time))
     return loss(path, student.prediction, output, sample, noise, time, weighting)
 
@@ -96,6 +97,7 @@ def consistency_loss(
     moments: Float[Tensor, " s"],
     guidance: float,
     kind: Distance = "huber",
+    draws: Draws | None = None,
 ) -> Float[Tensor, " b"]:
     """Distance between the data that a student tells from a moment, and those told from the next one on the teacher's way.
 
@@ -107,11 +109,13 @@ def consistency_loss(
         moments: From noise to data, such as `mm.losses.diffusion.Path.schedule` gives; pairs of neighbours are drawn.
         guidance: Of the teacher.
         kind: See `mm.losses.consistency.distance`.
+        draws: Random numbers; None draws from torch's generators.
     """
+    draws = draws or Draws(None, len(sample), sample.device)
     path, prediction = student.path, student.prediction
-    drawn = torch.randint(len(moments) - 1, (len(sample),), device=sample.device)
+    drawn = draws.below(len(moments) - 1)
     time, later = moments[drawn], moments[drawn + 1]
-    x = mixed(path, sample, torch.randn_like(sample), time)
+    x = mixed(path, sample, draws.normal(*sample.shape[1:]), time)
     told = consistent(path, prediction, student.network(x, path.read(time)).float(), x, time)
     with torch.no_grad():
         x = teacher.step(x, time, later, guidance)

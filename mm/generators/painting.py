@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
+from mm.draws import Draws
 from mm.generators.denoiser import Condition, joined, without_padding
 from mm.generators.diffusion import Denoise, Known, Step, diffuse
 from mm.generators.schedulers import SchedulerConfig
@@ -39,7 +39,7 @@ class Denoising:
     scheduler: SchedulerConfig = USUAL
 
     def loss(
-        self, denoiser: Any, sample: Float[Tensor, "b ..."], condition: Condition, **options: Any
+        self, denoiser: Any, sample: Float[Tensor, "b ..."], condition: Condition, draws: Draws, **options: Any
     ) -> tuple[Float[Tensor, " b"], Tensor | None]:
         """The weighted error of each sample at a moment drawn at random, and what else the network gives.
 
@@ -47,9 +47,10 @@ class Denoising:
             denoiser: A `mm.generators.denoiser.Denoiser`.
             sample: Data.
             condition: What the network is told.
+            draws: Random numbers.
             options: Passed on to the network.
         """
-        time, noise = self.path.draw(len(sample), sample.device), torch.randn_like(sample)
+        time, noise = self.path.draw(draws), draws.normal(*sample.shape[1:])
         x = objective.mixed(self.path, sample, noise, time)
         output = denoiser(x, self.path.read(time), without_padding(condition), **options)
         output, further = output if isinstance(output, tuple) else (output, None)

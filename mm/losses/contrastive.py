@@ -5,6 +5,8 @@ contrastive loss: a row's target is uniform over its positives (https://arxiv.or
 
 With a `Gather`, each rank gives its own rows and computes only these against the columns of all ranks. What it returns is its
 share: the mean over ranks is the loss of the global batch, and gradients averaged over ranks are the gradients of that loss.
+Columns of all ranks are gathered or, where the `Gather` says so, visit one after the other (`mm.losses.ring`; all but the
+supervised loss): the same numbers in memory that does not grow with the number of ranks.
 Everything is computed in fp32 (fp64 for fp64 input), under autocast too.
 
 Shapes: B rows of this rank, K columns of all ranks, Q queued features, D width.
@@ -18,6 +20,7 @@ from torch import Tensor
 from mm.losses.gather import Gather
 from mm.losses.partition import Excluded, automatic_chunk_size, log_partitions
 from mm.losses.queue import Queued
+from mm.losses.ring import mean_over_ranks, ring_group_sums, ring_log_partitions, ring_softplus
 from mm.losses.sigmoid import softplus_excess
 from mm.nn.precision import full_precision
 
@@ -53,18 +56,20 @@ def info_nce(
         ValueError: ``a`` and ``b`` differ in shape, or there are ``negatives`` and no ``groups``.
     """
     a, b, scale = _prepare(a, b, logit_scale)
-    columns, own = _gathered(b, gather)
+    ring = gather if gather is not None and gather.ring else None
+    columns, own = _gathered(b, None if ring else gather)
     target = b
     if groups is not None:
-        sums, sizes = _group_sums(columns, _gathered(groups, gather)[0], own)
-        target = sums / sizes[own, None]
+        target = _group_means(columns, groups, own, gather)
     if label_smoothing:
-        target = target.lerp(columns.mean(0), label_smoothing)
+        mean = columns.mean(0)
+        target = target.lerp(mean_over_ranks(mean, ring) if ring else mean, label_smoothing)
     attraction = scale * torch.linalg.vecdot(a, target)
-    row, column = log_partitions(a, columns, scale, chunk_size=chunk_size)
-    if gather is not None:
-        column = gather(column[None]).logsumexp(0)
-    column = column[own]
+    if ring is not None:
+        row, column = ring_log_partitions(a, b, scale, ring, chunk_size)
+    else:
+        row, column = log_partitions(a, columns, scale, chunk_size=chunk_size)
+        column = (column if gather is None else gather(column[None]).logsumexp(0))[own]
     if negatives is not None:
         if groups is None:
             raise ValueError("queued negatives need groups, to leave out those that show the same thing")
@@ -91,6 +96,10 @@ def siglip(
     """
     a, b, scale = _prepare(a, b, logit_scale)
     bias = logit_bias.to(a.dtype)
+    if gather is not None and gather.ring:
+        sums, sizes = (b, b.new_ones(len(b))) if groups is None else ring_group_sums(b, groups, gather)
+        attraction = scale * torch.linalg.vecdot(a, sums) + bias * sizes
+        return ring_softplus(a, b, scale, bias, attraction, gather, chunk_size) / len(a)
     columns, own = _gathered(b, gather)
     if chunk_size is None:
         chunk_size = automatic_chunk_size(len(a), len(columns))
@@ -141,6 +150,15 @@ def _gathered(local: Tensor, gather: Gather | None) -> tuple[Tensor, slice]:
     if gather is None:
         return local, slice(0, len(local))
     return gather(local), gather.own(len(local))
+
+
+def _group_means(columns: Tensor, groups: Tensor, own: slice, gather: Gather | None) -> Tensor:
+    """The mean over each own row's group, of all ranks, ``(B, D)``."""
+    if gather is not None and gather.ring:
+        sums, sizes = ring_group_sums(columns, groups, gather)
+        return sums / sizes[:, None]
+    sums, sizes = _group_sums(columns, _gathered(groups, gather)[0], own)
+    return sums / sizes[own, None]
 
 
 def _group_sums(columns: Tensor, groups: Tensor, own: slice) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mm.draws import Draws
+
 Prediction = Literal["velocity", "noise", "sample"]
 Weighting = Literal["uniform", "min_snr", "velocity"]
 Betas = Literal["linear", "scaled_linear", "cosine"]
@@ -50,8 +52,8 @@ class Path(Protocol):
         """What data and noise are multiplied by in a velocity."""
         ...
 
-    def draw(self, count: int, device: torch.device) -> Float[Tensor, " b"]:
-        """Moments to train on."""
+    def draw(self, draws: Draws) -> Float[Tensor, " b"]:
+        """Moments to train on, one a sample."""
         ...
 
     def schedule(self, steps: int, shift: float = 1.0) -> Float[Tensor, " s"]:
@@ -86,11 +88,11 @@ class StraightPath:
         ones = torch.ones_like(time, dtype=torch.float32)
         return -ones, ones
 
-    def draw(self, count: int, device: torch.device) -> Float[Tensor, " b"]:
+    def draw(self, draws: Draws) -> Float[Tensor, " b"]:
         """See `Path`."""
         if self.std == 0:
-            return _shifted(torch.rand(count, device=device), self.shift)
-        return _shifted(torch.sigmoid(self.mean + self.std * torch.randn(count, device=device)), self.shift)
+            return _shifted(draws.uniform(), self.shift)
+        return _shifted(torch.sigmoid(self.mean + self.std * draws.normal()), self.shift)
 
     def schedule(self, steps: int, shift: float = 1.0) -> Float[Tensor, " s"]:
         """See `Path`."""
@@ -126,9 +128,9 @@ class DiffusionPath:
         alpha, sigma = self.coefficients(time)
         return -sigma, alpha
 
-    def draw(self, count: int, device: torch.device) -> Float[Tensor, " b"]:
+    def draw(self, draws: Draws) -> Float[Tensor, " b"]:
         """See `Path`."""
-        return torch.randint(1, NUM_STEPS + 1, (count,), device=device) / NUM_STEPS
+        return (1 + draws.below(NUM_STEPS)) / NUM_STEPS
 
     def schedule(self, steps: int, shift: float = 1.0) -> Float[Tensor, " s"]:
         """See `Path`. Evenly spaced from the very last step on (https://arxiv.org/abs/2305.08891); ``shift`` as for flows."""

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mm.ranks import data_peers
+
 
 @dataclass(frozen=True)
 class Gather:
@@ -20,9 +22,11 @@ class Gather:
 
     Args:
         group: The process group, None being the default one.
+        ring: Whether losses that can are to pass features around (`mm.losses.ring`) instead of gathering those of all.
     """
 
     group: dist.ProcessGroup | None = None
+    ring: bool = False
 
     @property
     def rank(self) -> int:
@@ -40,12 +44,47 @@ class Gather:
         """``(n, ...)`` of each rank to ``(W * n, ...)`` in rank order. The number of rows is the same on all ranks."""
         return _GatherRows.apply(local, self)  # pyright: ignore[reportReturnType]
 
+    def longest(self, local: Tensor) -> int:
+        """The largest second dimension that any rank has."""
+        length = torch.tensor(local.shape[1], device=local.device)
+        dist.all_reduce(length, op=dist.ReduceOp.MAX, group=self.group)
+        return int(length)
+
+    def rows(self, local: Tensor, wanted: Tensor) -> Tensor:
+        """Some rows ``(m, ...)`` of what calling this would give, differentiably; only these are sent.
+
+        Args:
+            local: ``(n, ...)``, of one shape on all ranks.
+            wanted: Places in the gathered tensor, ``(m,)`` int64; m is the same on all ranks.
+        """
+        order = wanted.argsort(stable=True)  # by owner, as they arrive
+        requests = self(wanted[order]).view(self.world_size, -1)
+        owners = requests.div(len(local), rounding_mode="floor")
+        asked = requests[owners == self.rank] - self.rank * len(local)
+        sent = (owners == self.rank).sum(1).tolist()
+        received = torch.bincount(owners[self.rank], minlength=self.world_size).tolist()
+        return _Exchange.apply(local[asked], sent, received, self.group)[order.argsort()]  # pyright: ignore[reportIndexIssue]
+
 
 def current_gather() -> Gather | None:
-    """The gather over the default process group, or None in a single process."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return Gather()
-    return None
+    """The gather over the processes that hold other samples, or None where this process holds all."""
+    peers = data_peers()
+    return Gather(peers.group, peers.ring) if peers.size > 1 else None
+
+
+def average_count(count: int, gather: Gather | None, device: torch.device) -> float | Tensor:
+    """What to divide a rank's sum by so that the mean over ranks is the mean over everything that all ranks count, at least 1.
+
+    Args:
+        count: What this rank sums over.
+        gather: Ranks whose gradients are averaged; None for this process alone.
+        device: That the ranks talk from.
+    """
+    if gather is None:
+        return max(1, count)
+    total = torch.tensor(float(count), device=device)
+    dist.all_reduce(total, group=gather.group)
+    return total.clamp_(min=1).div_(gather.world_size)
 
 
 class _GatherRows(torch.autograd.Function):
@@ -69,3 +108,21 @@ class _GatherRows(torch.autograd.Function):
         total = gradient.clone()  # gloo has no reduce-scatter; autograd may still use the incoming tensor elsewhere
         dist.all_reduce(total, group=gather.group)
         return total[gather.own(num_rows)], None
+
+
+class _Exchange(torch.autograd.Function):
+    """Sends ``sent[r]`` rows to each rank r and returns those received; gradients go back the same way."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup | None) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        arrived = rows.new_empty(sum(received), *rows.shape[1:])
+        dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=group)
+        return arrived
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        gradient = gradients[0].contiguous()
+        returned = gradient.new_empty(sum(ctx.sent), *gradient.shape[1:])
+        dist.all_to_all_single(returned, gradient, ctx.sent, ctx.received, group=ctx.group)
+        return returned, None, None, None

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mm.draws import Draws
+from mm.losses.gather import Gather, average_count
 from mm.types import TextBatch
 
 MASK_RATE = 0.15
@@ -36,8 +38,9 @@ def mask_tokens(
     vocab_size: int,
     rate: float = MASK_RATE,
     words: Int[Tensor, "b t"] | None = None,
+    draws: Draws | None = None,
 ) -> MaskedTokens:
-    """Choose tokens, at least one in every row that has a maskable one, and change them; draws from torch's global generator.
+    """Choose tokens, at least one in every row that has a maskable one, and change them.
 
     Args:
         ids: Token ids; not changed.
@@ -47,19 +50,24 @@ def mask_tokens(
         rate: Share of the tokens, or of the words, to choose.
         words: Number of the word of its row that a token is part of, in ``0..T-1``: whole words are chosen
             (https://arxiv.org/abs/2102.03334, section 3.3). None chooses tokens.
+        draws: Random numbers; None draws from torch's generators.
     """
-    draws = torch.rand(ids.shape, device=ids.device)
+    draws = draws or Draws(None, len(ids), ids.device)
+    length = ids.shape[1]
+    order = draws.uniform(length)
     if words is not None:
-        draws = draws.gather(1, words)
-    draws = draws.masked_fill(~maskable, torch.inf)
-    chosen = maskable & (draws <= draws.amin(1, keepdim=True).clamp(min=rate))
-    kind = torch.rand(ids.shape, device=ids.device)
-    changed = torch.where(kind < HIDDEN_SHARE, mask_id, torch.randint_like(ids, vocab_size))
+        order = order.gather(1, words)
+    order = order.masked_fill(~maskable, torch.inf)
+    chosen = maskable & (order <= order.amin(1, keepdim=True).clamp(min=rate))
+    kind = draws.uniform(length)
+    changed = torch.where(kind < HIDDEN_SHARE, mask_id, draws.below(vocab_size, length))
     changed = torch.where(chosen & (kind < HIDDEN_SHARE + REPLACED_SHARE), changed, ids)
     return MaskedTokens(changed, ids, chosen)
 
 
-def hide_words(text: TextBatch, vocab_size: int, *, rate: float = MASK_RATE, whole: bool = False) -> MaskedTokens:
+def hide_words(
+    text: TextBatch, vocab_size: int, *, rate: float = MASK_RATE, whole: bool = False, draws: Draws | None = None
+) -> MaskedTokens:
     """`mask_tokens` of a batch of texts, its start and end left alone; the id behind the vocabulary stands for a hidden token.
 
     Args:
@@ -67,6 +75,7 @@ def hide_words(text: TextBatch, vocab_size: int, *, rate: float = MASK_RATE, who
         vocab_size: V.
         rate: Share of the tokens, or of the words, to choose.
         whole: Choose words.
+        draws: See `mask_tokens`.
 
     Raises:
         ValueError: Whole words of a text that comes without.
@@ -74,7 +83,8 @@ def hide_words(text: TextBatch, vocab_size: int, *, rate: float = MASK_RATE, who
     if whole and text.words is None:
         raise ValueError("whole words are to be hidden, but the batch does not say which tokens make a word")
     words = text.words if whole else None
-    return mask_tokens(text.ids, text.inner(), mask_id=vocab_size, vocab_size=vocab_size, rate=rate, words=words)
+    options = {"rate": rate, "words": words, "draws": draws}
+    return mask_tokens(text.ids, text.inner(), mask_id=vocab_size, vocab_size=vocab_size, **options)
 
 
 def masked_cross_entropy(
@@ -84,8 +94,9 @@ def masked_cross_entropy(
     *,
     teacher: Float[Tensor, "m v"] | None = None,
     alpha: float = 0.0,
+    gather: Gather | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean cross-entropy of the chosen positions in nats; 0 where there are none.
+    """Mean cross-entropy of the chosen positions in nats, of all ranks together; 0 where there are none.
 
     With a teacher the target is ``alpha * softmax(teacher) + (1 - alpha) * one-hot`` (https://arxiv.org/abs/2107.07651,
     equation 7): several words may fit a gap.
@@ -96,10 +107,11 @@ def masked_cross_entropy(
         head: Features ``(M, D)`` to logits ``(M, V)``; computed for the M chosen positions only.
         teacher: Logits of a momentum encoder for the same positions, in their order; no gradient passes through them.
         alpha: Share of the teacher, in 0..1.
+        gather: Ranks whose gradients are averaged; None for this process alone.
     """
     logits, targets = head(features[masked.chosen]).float(), masked.targets[masked.chosen]
     total = F.cross_entropy(logits, targets, reduction="sum")
     if teacher is not None:
         soft = F.cross_entropy(logits, teacher.detach().float().softmax(-1), reduction="sum")
         total = (1 - alpha) * total + alpha * soft
-    return total / max(1, len(targets))
+    return total / average_count(len(targets), gather, total.device)

@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mm.draws import Draws
+from mm.losses.gather import Gather, average_count
+
 
 class Pairing(NamedTuple):
     """The row that each row is paired with, and whether the two match."""
@@ -48,32 +51,41 @@ def half_mismatched(groups: Int[Tensor, " b"]) -> Pairing:
 
 
 class Negatives(NamedTuple):
-    """A row of another group for each row, and False where there is none (the row given then means nothing)."""
+    """A column of another group for each row, and False where there is none (the row given then means nothing)."""
 
     rows: Int[Tensor, " b"]
     valid: Bool[Tensor, " b"]
 
 
 @torch.no_grad()
-def draw_negatives(logits: Float[Tensor, "b b"], groups: Int[Tensor, " b"]) -> Negatives:
-    """For each row one column of another group, drawn by the softmax of its logits; draws from torch's global generator.
+def draw_negatives(
+    logits: Float[Tensor, "b k"],
+    groups: Int[Tensor, " b"],
+    columns: Int[Tensor, " k"] | None = None,
+    draws: Draws | None = None,
+) -> Negatives:
+    """For each row one column of another group, drawn by the softmax of its logits.
 
     The largest sum of a logit and a Gumbel variable is such a draw: no probability is formed, so none underflows and no row is
     too empty to draw from.
 
     Args:
         logits: Similarities of queries (rows) with items (columns), the larger the harder; equal ones give random negatives.
-        groups: Of the queries, and of the items in the same order.
+        groups: Of the queries.
+        columns: Groups of the items; those of the queries, in their order, if None.
+        draws: Random numbers; None draws from torch's generators.
     """
-    other = groups[:, None] != groups
-    gumbel = -torch.empty_like(logits, dtype=torch.float32).exponential_().log()
+    draws = draws or Draws(None, len(groups), logits.device)
+    other = groups[:, None] != (groups if columns is None else columns)
+    gumbel = -(-draws.uniform(logits.shape[1]).log()).log()
     rows = (logits.float() + gumbel).masked_fill(~other, -torch.inf).argmax(1)
     return Negatives(rows, other.any(1))
 
 
-def matching_loss(logits: Float[Tensor, " b"], matched: Bool[Tensor, " b"]) -> Float[Tensor, ""]:
-    """Mean binary cross-entropy of "these two match", in nats."""
-    return F.binary_cross_entropy_with_logits(logits.float(), matched.float())
+def matching_loss(logits: Float[Tensor, " p"], matched: Bool[Tensor, " p"], gather: Gather | None = None) -> Float[Tensor, ""]:
+    """Mean binary cross-entropy of "these two match" over the pairs of all ranks, in nats."""
+    total = F.binary_cross_entropy_with_logits(logits.float(), matched.float(), reduction="sum")
+    return total / average_count(len(logits), gather, total.device)
 
 
 class Candidates(NamedTuple):

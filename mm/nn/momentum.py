@@ -9,6 +9,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mm.placement import here
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -46,19 +48,22 @@ class Momentum(nn.Module, Generic[M]):
         """The copy, in the mode of its owner. Until the first update it follows exactly, since weights may still be loaded."""
         self._moves = self._moves or bool(self.num_updates)
         if not self._moves:
-            self._take_over()
+            self.take_over()
         return self._average
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the present weights: after an optimizer step, which is before the next pass of the copy."""
-        averages, present = zip(*self._pairs(), strict=True)
+        averages, present = (here(tensors) for tensors in zip(*self._pairs(), strict=True))
         torch._foreach_lerp_(averages, present, 1 - self.decay)  # pyright: ignore[reportPrivateImportUsage]
         self.num_updates += 1
         self._moves = True
 
     @torch.no_grad()
-    def _take_over(self) -> None:
+    def take_over(self) -> None:
+        """Copy the present weights, unless there is an average of them already; see `mm.types.Follows`."""
+        if self.num_updates:
+            return
         for averaged, present in self._pairs():
             averaged.copy_(present)
         for averaged, present in zip(self._average.buffers(), self._followed[0].buffers(), strict=True):

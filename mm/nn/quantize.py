@@ -15,6 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from mm.errors import ConfigError
+from mm.ranks import data_peers
 
 FSQ_EPS = 1e-3
 """Keeps bounded values strictly inside the outermost steps of a channel, so that rounding cannot leave them."""
@@ -317,10 +318,11 @@ def _kmeans(features: Tensor, count: int) -> Tensor:
 
 
 def sum_over_processes(*tensors: Tensor) -> None:
-    """Add up, in place, what each process of a training has."""
-    if dist.is_available() and dist.is_initialized():
+    """Add up, in place, what the processes of a training have found in their samples."""
+    peers = data_peers()
+    if peers.size > 1:
         for tensor in tensors:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=peers.group)
 
 
 def _same_everywhere(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from mm.data.config import DataConfig
 from mm.nn.tuning import Tune
 from mm.processor import ProcessorConfig
 from mm.systems import NamedSystem
-from mm.training.config import TrainConfig
+from mm.training.config import ParallelConfig, TrainConfig
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
@@ -25,6 +25,7 @@ class RunConfig(StrictConfig):
         processor: Preparation of raw pictures and texts.
         data: Sources, captions, augmentation, order.
         train: Optimisation, precision, checkpoints.
+        parallel: How the processes that torchrun starts share the network.
         init_from: A MODEL whose weights and preparation the run starts from; its network must be the one configured. Without a
             ``system`` section the network is the model's own.
         tune: What is trained: all (full), or something small that is added to frozen weights (`mm.nn.tuning`): lora, adapter,
@@ -35,6 +36,7 @@ class RunConfig(StrictConfig):
     data: DataConfig
     processor: ProcessorConfig = ProcessorConfig()
     train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
     init_from: str | None = None
     tune: Tune | None = None
 
@@ -42,4 +44,6 @@ class RunConfig(StrictConfig):
     def _possible(self) -> Self:
         if self.system.name in ("clip", "albef") and self.train.batch_size < 2:
             raise ValueError("train.batch_size must be at least 2: a contrastive loss compares samples of a batch")
+        if self.train.compile and self.parallel.model_size > 1:
+            raise ValueError("train.compile goes with data parallelism alone; set parallel.tensor and parallel.pipeline to 1")
         return self

@@ -20,6 +20,7 @@ from mm.data.sources import open_source, open_training_source
 from mm.errors import BadSample, ConfigError, UserError
 from mm.evaluation.vqa import frequent_answers, normalise
 from mm.hub import CONFIG_FILE, Model, embed_parts, load, load_parts, with_parts
+from mm.nn.parallel import divide
 from mm.nn.tuning import tune
 from mm.processor import Processor
 from mm.run.config import RunConfig
@@ -73,6 +74,8 @@ def train(
         validate=run.validator,
         extra_files=run.write_files,
         merge_states=merge_states,
+        parallel=run.config.parallel,
+        divide=divide,
         **loop_options,
     )
 
@@ -145,6 +148,7 @@ def assemble(config: RunConfig, *, resume: Path | None = None) -> Assembled:
     known = {"answer_text": processor.text(config.system.known_answers)} if config.system.learns_answers else {}
     system = _system(config, start, {name: part.system for name, part in parts.items()} | known)
     rank, world_size = environment()
+    rank, world_size = rank // config.parallel.model_size, config.parallel.data_size(world_size)
     if config.train.batch_size % world_size:
         raise ConfigError(
             f"train.batch_size {config.train.batch_size} is not a multiple of the {world_size} processes, which share it evenly"

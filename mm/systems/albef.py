@@ -7,8 +7,9 @@ Deviations: samples of the same group are positives of each other, in the queue,
 pretraining knows only pairs); momentum features of all processes are columns before they are queued; hard negatives are drawn
 by the similarities of the trained encoders; one logit tells whether a pair matches, which is the paper's two-way softmax; the
 temperature is learned as the logarithm of its inverse, as CLIP does: steps are relative to its size, and none can change its
-sign. Its range is the reference's, 0.001 to 0.5. As in the reference, matching and hidden words are averaged over what each
-process, or slice of a batch, has of them; unlike it, ``whole_words`` can be hidden instead of tokens. With ``caption_weight``
+sign. Its range is the reference's, 0.001 to 0.5. Negatives are drawn from the samples of all processes, and matching and hidden
+words averaged over all that these have, where the reference knows those of a process; ``whole_words`` can be hidden instead of
+tokens. With ``caption_weight``
 the same layers also learn to write, as in BLIP https://arxiv.org/abs/2201.12086, whose decoder has self-attention of its own;
 here only the mask is another. Convolutional picture encoders (``feature_map``) and norms before the branches are allowed.
 Weights are fresh; those of a published checkpoint, or of BERT as in the paper, come by way of ``mm convert`` and ``init_from``.
@@ -25,6 +26,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from mm.draws import Draws
 from mm.encoders.image import ImageEncoderConfig, build_image_encoder
 from mm.encoders.text import TextEncoder, TextEncoderConfig
 from mm.errors import ConfigError, UserError
@@ -36,7 +38,7 @@ from mm.generators.language_model import LanguageModel
 from mm.generators.writing import describe
 from mm.losses.contrastive import info_nce
 from mm.losses.distillation import Views, distilled_contrastive, ramped
-from mm.losses.gather import current_gather
+from mm.losses.gather import Gather, current_gather
 from mm.losses.groups import lasting_groups
 from mm.losses.masked import MASK_RATE, MaskedTokens, hide_words, masked_cross_entropy
 from mm.losses.matching import draw_negatives, matching_loss
@@ -327,18 +329,20 @@ class Albef(System):
         """Weighted sum of the losses of all tasks, this rank's share of the global batch."""
         assert batch.image is not None
         assert batch.text is not None
-        config = self.config
+        config, gather = self.config, current_gather()
         image, text = self.encode_image(batch.image), self.encode_text(batch.text)
         groups = lasting_groups(batch, image.tokens.device)
+        draws = batch.draws(groups.device)
         alpha = ramped(config.distillation, step, config.distillation_ramp_steps)
         taught = self._momentum_views(batch.image, batch.text)
         parts = self._contrastive_losses(Views(image.pooled, text.pooled), taught, groups, alpha, step)
         total = config.contrastive_weight * parts["contrastive"]
         if config.matching_weight:
-            parts |= self._matching_losses(image, text, groups)
+            parts |= self._matching_losses(image, text, groups, draws, gather)
             total = total + config.matching_weight * parts["matching"]
         if config.masked_weight:
-            parts["masked"] = self._masked_loss(image, batch.text, None if taught is None else taught[0], alpha)
+            masked = hide_words(batch.text, config.vocab_size, rate=config.mask_rate, whole=config.whole_words, draws=draws)
+            parts["masked"] = self._masked_loss(image, batch.text, masked, taught and taught[0], alpha, gather)
             total = total + config.masked_weight * parts["masked"]
         if config.caption_weight:
             parts["caption"] = self.writer.next_words(batch.text, image.tokens).loss(len(batch))
@@ -379,29 +383,42 @@ class Albef(System):
         guessing = torch.tensor(math.log(candidates), device=scale.device)
         return {"contrastive": loss, "guessing": guessing, "logit_scale": scale}
 
-    def _matching_losses(self, image: Encoded, text: Encoded, groups: Tensor) -> dict[str, Tensor]:
+    def _matching_losses(
+        self, image: Encoded, text: Encoded, groups: Tensor, draws: Draws, gather: Gather | None
+    ) -> dict[str, Tensor]:
         """Of each pair, of each picture with another text, of each text with another picture."""
-        logits = self.scores(image.pooled.detach(), text.pooled.detach())
+        if gather is not None:
+            text = _filled_up(text, gather.longest(text.mask))
+        everyone = groups, image.pooled.detach(), text.pooled.detach()
+        columns, images, texts = everyone if gather is None else map(gather, everyone)
+        to_texts, to_images = self.scores(everyone[1], texts), self.scores(everyone[2], images)
         if not self.config.hard_negatives:
-            logits = torch.zeros_like(logits)
-        texts, pictures = draw_negatives(logits, groups), draw_negatives(logits.T, groups)
-        own = torch.arange(len(groups), device=groups.device)
-        valid = torch.cat([torch.ones_like(texts.valid), texts.valid, pictures.valid])
-        image_rows, text_rows = torch.cat([own, own, pictures.rows])[valid], torch.cat([own, texts.rows, own])[valid]
-        matched = torch.arange(len(image_rows), device=groups.device) < len(own)
-        logits = self._matching_logits(self.fuse(image[image_rows], text[text_rows]))
-        return {"matching": matching_loss(logits, matched), "matching_accuracy": ((logits > 0) == matched).float().mean()}
+            to_texts, to_images = torch.zeros_like(to_texts), torch.zeros_like(to_images)
+        other_texts, other_images = (draw_negatives(logits, groups, columns, draws) for logits in (to_texts, to_images))
+        valid = torch.cat([torch.ones_like(other_texts.valid), other_texts.valid, other_images.valid])
+        pictures = _one_after_another(image, image, _of_all_ranks(image, other_images.rows, gather))[valid]
+        words = _one_after_another(text, _of_all_ranks(text, other_texts.rows, gather), text)[valid]
+        matched = torch.arange(len(words.mask), device=groups.device) < len(groups)
+        logits = self._matching_logits(self.fuse(pictures, words))
+        loss = matching_loss(logits, matched, gather)
+        return {"matching": loss, "matching_accuracy": ((logits > 0) == matched).float().mean()}
 
     def _matching_logits(self, fused: Encoded) -> Tensor:
         return self.matching_head(fused.pooled.to(self.matching_head.weight.dtype))[:, 0].float()
 
-    def _masked_loss(self, image: Encoded, text: TextBatch, taught_image: Encoded | None, alpha: float) -> Tensor:
-        config = self.config
-        masked = hide_words(text, config.vocab_size, rate=config.mask_rate, whole=config.whole_words)
+    def _masked_loss(
+        self,
+        image: Encoded,
+        text: TextBatch,
+        masked: MaskedTokens,
+        taught_image: Encoded | None,
+        alpha: float,
+        gather: Gather | None,
+    ) -> Tensor:
         changed = TextBatch(masked.ids, text.lengths)
         teacher = self._taught_words(taught_image, changed, masked) if taught_image is not None and alpha else None
         fused = self.fuse(image, self.network.towers.encoders["text"](changed))
-        return masked_cross_entropy(fused.tokens, masked, self.network.words, teacher=teacher, alpha=alpha)
+        return masked_cross_entropy(fused.tokens, masked, self.network.words, teacher=teacher, alpha=alpha, gather=gather)
 
     @torch.no_grad()
     def _taught_words(self, image: Encoded, text: TextBatch, masked: MaskedTokens) -> Tensor:
@@ -422,6 +439,25 @@ class Albef(System):
         if not (config.masked_weight or config.matching_weight or config.caption_weight):
             freeze(network.fusion)
             freeze(network.picture_tokens)
+
+
+def _filled_up(text: Encoded, length: int) -> Encoded:
+    """The same words with padding up to a length."""
+    missing = length - text.tokens.shape[1]
+    return Encoded(F.pad(text.tokens, (0, 0, 0, missing)), F.pad(text.mask, (0, missing)), text.pooled)
+
+
+def _of_all_ranks(encoded: Encoded, rows: Tensor, gather: Gather | None) -> Encoded:
+    """Some rows of what all ranks have, of one length."""
+    if gather is None:
+        return encoded[rows]
+    tokens, pooled = gather.rows(encoded.tokens, rows), gather.rows(encoded.pooled, rows)
+    return Encoded(tokens, gather.rows(encoded.mask.byte(), rows).bool(), pooled)
+
+
+def _one_after_another(*parts: Encoded) -> Encoded:
+    tokens, masks, pooled = zip(*((part.tokens, part.mask, part.pooled) for part in parts), strict=True)
+    return Encoded(torch.cat(tokens), torch.cat(masks), torch.cat(pooled))
 
 
 def build(config: AlbefConfig, parts: Mapping[str, Any] | None = None) -> Albef:

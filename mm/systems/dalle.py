@@ -166,7 +166,7 @@ class Dalle(System):
         ids = self._encode(batch.image)
         lengths = batch.text.lengths
         if self.training and self.config.caption_dropout:
-            lengths = lengths.masked_fill(torch.rand(len(batch), device=lengths.device) < self.config.caption_dropout, 0)
+            lengths = lengths.masked_fill(batch.draws(lengths.device).uniform() < self.config.caption_dropout, 0)
         text = self.prompt(TextBatch(batch.text.ids, lengths))
         text_logits, image_logits = self.forward_logits(text, ids)
         words = text[:, 1:].masked_fill(text[:, 1:] >= self.num_words, -100)

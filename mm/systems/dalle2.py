@@ -139,12 +139,13 @@ class Dalle2(System):
         assert batch.text is not None
         condition, vector = self._read(batch.text), self._scale * self._reader.of_picture(batch.image)
         asked, told = condition, replace(condition, vector=vector)
+        draws = batch.draws(vector.device)
         if self.training:
-            asked = self._nothing(asked, self._drawn(batch, self.config.caption_dropout))
-            told = without_words(told, self.no_words, self._drawn(batch, self.config.words_dropout))
-            told = without_vector(told, self._drawn(batch, self.config.vector_dropout))
-        imagined, _ = self.imagining.loss(self.prior, vector, asked)
-        decoded, _ = self.decoding.loss(self.denoiser, self._encode(batch.image), told)
+            asked = self._nothing(asked, draws.uniform() < self.config.caption_dropout)
+            told = without_words(told, self.no_words, draws.uniform() < self.config.words_dropout)
+            told = without_vector(told, draws.uniform() < self.config.vector_dropout)
+        imagined, _ = self.imagining.loss(self.prior, vector, asked, draws)
+        decoded, _ = self.decoding.loss(self.denoiser, self._encode(batch.image), told, draws)
         parts = {"prior": imagined.mean(), "decoder": decoded.mean()}
         return Losses(parts["prior"] + parts["decoder"], {name: part.detach() for name, part in parts.items()})
 
@@ -214,11 +215,6 @@ class Dalle2(System):
     def _nothing(self, condition: Condition, dropped: Tensor | None = None) -> Condition:
         """What the prior is told where there is no text."""
         return without_vector(without_words(condition, self.no_prompt, dropped), dropped)
-
-    def _drawn(self, batch: Batch, share: float) -> Tensor:
-        """Which rows are dropped, ``(B,)``."""
-        assert batch.image is not None
-        return torch.rand(len(batch), device=batch.image.device) < share
 
     @property
     def _scale(self) -> float:

@@ -20,6 +20,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 
 from mm.config import TAG_PREFIX, StrictConfig
+from mm.draws import Draws
 from mm.encoders.image import ImageEncoder
 from mm.encoders.text import TextEncoderConfig
 from mm.errors import ConfigError, UserError
@@ -382,18 +383,18 @@ class Flow(System):
         if self.config.distil is not None:
             assert batch.image is not None
             assert batch.text is not None
-            return self._distilled(batch.image, batch.text, self.config.distil)
+            return self._distilled(batch.image, batch.text, self.config.distil, batch.draws(batch.image.device))
         if batch.latents is None:
             assert batch.image is not None
             sample = self._encode(batch.image).contiguous()  # noise is drawn in the order of memory
         else:
             sample = batch.latents.float()
-        condition = self._told(batch)
+        condition, draws = self._told(batch), batch.draws(sample.device)
         if self.training and self.config.caption_dropout:
-            condition = self._without(condition, self._dropped(condition))
+            condition = self._without(condition, draws.uniform() < self.config.caption_dropout)
         config = self.config
         options = {} if self.alignment is None or config.align is None else {"features": config.align.layer}
-        losses, hidden = self.denoising.loss(self.denoiser, sample, condition, **options)
+        losses, hidden = self.denoising.loss(self.denoiser, sample, condition, draws, **options)
         total, parts = losses.mean(), {"denoising": losses.detach().mean()}
         if hidden is not None and config.align is not None:
             assert batch.image is not None
@@ -406,12 +407,12 @@ class Flow(System):
         if self.slow is not None:
             self.slow.update()
 
-    def _distilled(self, image: Tensor, text: TextBatch, config: DistilConfig) -> Losses:
+    def _distilled(self, image: Tensor, text: TextBatch, config: DistilConfig, draws: Draws) -> Losses:
         """What a student's answers cost. Where a caption is left out, teacher and student go without."""
         [system], condition = self._teacher, self.condition(text)
         dropped = torch.zeros_like(text.lengths, dtype=torch.bool)
         if self.training and self.config.caption_dropout:
-            dropped = self._dropped(condition)
+            dropped = draws.uniform() < self.config.caption_dropout
             condition = self._without(condition, dropped)
         with torch.no_grad():
             told = system.condition(text)
@@ -425,7 +426,8 @@ class Flow(System):
             return Losses(loss, {"straightness": loss.detach()})
         student, moments = self._student(condition), self.denoising.path.schedule(config.steps, config.shift).to(image.device)
         follower = student.network if self.slow is None else _asked(self.slow.average.eval(), condition)
-        losses = consistency_loss(student, follower, teacher, self._encode(image), moments, config.guidance, config.distance)
+        sample, options = self._encode(image), (config.guidance, config.distance, draws)
+        losses = consistency_loss(student, follower, teacher, sample, moments, *options)
         return Losses(losses.mean(), {"consistency": losses.detach().mean()})
 
     def _student(self, condition: Condition) -> Student:
@@ -499,10 +501,6 @@ class Flow(System):
             keep=keep,
             on_picture=on_picture,
         )
-
-    def _dropped(self, condition: Condition) -> Tensor:
-        """Rows whose captions are left out this time, ``(B,)``."""
-        return torch.rand(len(condition.words), device=condition.words.device) < self.config.caption_dropout
 
     def _without(self, condition: Condition, dropped: Tensor | None = None) -> Condition:
         """In the rows that are dropped, all if None, one learned vector takes the place of the words, nothing that of the

@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mm.config import StrictConfig
+from mm.draws import Draws
 from mm.generators.denoiser import Condition, without_vector, without_words
 from mm.generators.diffusion import gaussian_noise
 from mm.generators.dit import DitConfig
@@ -134,21 +135,22 @@ class Stage(nn.Module):
         """Hold the weights in another floating type, for inference."""
         self.to(dtype)
 
-    def loss(self, image: Tensor, condition: Condition, dropout: float) -> Tensor:
+    def loss(self, image: Tensor, condition: Condition, dropout: float, draws: Draws) -> Tensor:
         """The mean error, the smaller picture noised by a random amount.
 
         Args:
             image: Pixels uint8 ``(B, 3, H, W)``.
             condition: Of the captions.
             dropout: Share of them that is left out.
+            draws: Random numbers.
         """
         if self.training and dropout:
-            condition = self.without(condition, torch.rand(len(image), device=image.device) < dropout)
+            condition = self.without(condition, draws.uniform() < dropout)
         if self.smaller is not None:
-            level = torch.rand(len(image), device=image.device)
+            level = draws.uniform()
             small = self.smaller.to_latents(shrunk(image, self.smaller.image_size))
-            condition = self.given(condition, small, torch.randn_like(small), level)
-        losses, _ = self.denoising.loss(self.denoiser, self.pixels.to_latents(image), condition)
+            condition = self.given(condition, small, draws.normal(*small.shape[1:]), level)
+        losses, _ = self.denoising.loss(self.denoiser, self.pixels.to_latents(image), condition, draws)
         return losses.mean()
 
     def given(self, condition: Condition, small: Tensor, noise: Tensor, level: Tensor) -> Condition:
@@ -200,7 +202,8 @@ class Imagen(System):
         """Mean weighted squared error of the last stage's prediction at moments drawn at random."""
         assert batch.image is not None
         assert batch.text is not None
-        loss = self._stages[-1].loss(batch.image, self._reader(batch.text), self.config.caption_dropout)
+        condition, draws = self._reader(batch.text), batch.draws(batch.image.device)
+        loss = self._stages[-1].loss(batch.image, condition, self.config.caption_dropout, draws)
         return Losses(loss, {"denoising": loss.detach()})
 
     @torch.no_grad()

@@ -102,7 +102,7 @@ class Kl(FirstStage):
         mean, log_variance = self.autoencoder.posterior(pixels)
         if self.training and torch.is_grad_enabled():
             self._note(mean.detach())
-        drawn = mean + (log_variance / 2).exp() * torch.randn_like(mean)
+        drawn = mean + (log_variance / 2).exp() * batch.draws(mean.device).normal(*mean.shape[1:])
         total, parts = self.judged(self.autoencoder.reconstruct(drawn), pixels, batch.image, step)
         divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum((1, 2, 3)).mean() / 2
         total = total + self.config.kl_weight * divergence / pixels[0].numel()

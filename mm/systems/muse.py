@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from mm.draws import Draws
 from mm.encoders.text import TextEncoderConfig
 from mm.generators.masked import generate
 from mm.nn.attention import MultiHeadAttention
@@ -146,10 +147,11 @@ class Muse(System):
         assert batch.image is not None
         assert batch.text is not None
         ids = self._encode(batch.image)
-        hidden = hide(ids)
+        draws = batch.draws(ids.device)
+        hidden = hide(ids, draws)
         words, known = self.context(batch.text)
         if self.training and self.config.caption_dropout:
-            dropped = torch.rand(len(ids), device=ids.device) < self.config.caption_dropout
+            dropped = draws.uniform() < self.config.caption_dropout
             words, known = self._without_words(words, known, dropped)
         logits = self.predict(ids.masked_fill(hidden, self.mask_id), words, known)[hidden]
         losses = F.cross_entropy(logits.float(), ids[hidden], label_smoothing=self.config.label_smoothing, reduction="none")
@@ -221,11 +223,12 @@ class Muse(System):
         return words, torch.where(dropped[:, None], first, known)
 
 
-def hide(ids: Tensor) -> Tensor:
+def hide(ids: Tensor, draws: Draws | None = None) -> Tensor:
     """Which tokens to hide: a share of ``cos(pi u / 2)``, u uniform in 0..1, of each row, at least one; ``(B, N)`` bool."""
-    share = torch.cos(torch.rand(len(ids), 1, device=ids.device) * math.pi / 2)
+    draws = draws or Draws(None, len(ids), ids.device)
+    share = torch.cos(draws.uniform(1) * math.pi / 2)
     count = (share * ids.shape[1]).ceil().clamp(min=1)
-    order = torch.rand(ids.shape, device=ids.device).argsort(1).argsort(1)
+    order = draws.uniform(ids.shape[1]).argsort(1).argsort(1)
     return order < count
 
 

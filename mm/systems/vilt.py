@@ -22,6 +22,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from mm.draws import Draws
 from mm.encoders.patches import PatchEmbedding
 from mm.errors import UserError
 from mm.fusion.single_tower import SingleTower
@@ -210,7 +211,7 @@ class Vilt(System):
         parts: dict[str, Tensor] = {}
         total = image.tokens.new_zeros((), dtype=torch.float32)
         if config.masked_weight:
-            parts["masked"] = self._masked_loss(image, text)
+            parts["masked"] = self._masked_loss(image, text, batch.draws(groups.device))
             total = total + config.masked_weight * parts["masked"]
         if config.matching_weight:
             parts |= self._matching_losses(image, text, groups)
@@ -237,9 +238,9 @@ class Vilt(System):
     def _matching_logits(self, fused: Encoded) -> Tensor:
         return self.matching_head(self._pooled(fused))[:, 0].float()
 
-    def _masked_loss(self, image: Encoded, text: TextBatch) -> Tensor:
+    def _masked_loss(self, image: Encoded, text: TextBatch, draws: Draws) -> Tensor:
         config = self.config
-        masked = hide_words(text, config.vocab_size, rate=config.mask_rate, whole=config.whole_words)
+        masked = hide_words(text, config.vocab_size, rate=config.mask_rate, whole=config.whole_words, draws=draws)
         fused = self.fuse(image, self.encode_text(TextBatch(masked.ids, text.lengths)))
         vectors = self.words.tokens.weight[: config.vocab_size]
         head = lambda features: F.linear(self.masked_head(features), vectors, self.word_bias)  # noqa: E731

@@ -5,6 +5,61 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from mm.config import StrictConfig
+from mm.errors import ConfigError
+
+
+class ParallelConfig(StrictConfig):
+    """How processes share a training; torchrun says how many there are. Checkpoints are the same whatever is said here.
+
+    Args:
+        data: What processes with different samples hold: the whole network (``ddp``), or shares of weights, gradients and
+            optimizer state, gathered block by block where they are needed (``fsdp``).
+        replicas: With fsdp, number of groups of processes that hold the network once each (hybrid sharding); divides theirs.
+        tensor: Number of processes that compute each layer of a transformer together, by heads and hidden features.
+        pipeline: Number of processes that hold consecutive layers of each transformer.
+        microbatches: With a pipeline, parts of a process's batch that are on their way at once.
+        contrastive: Whether contrastive losses compare with the features of all processes ``gathered`` in each of them, or
+            pass them around in a ``ring``, in memory that does not grow with their number.
+        recompute: What the backward pass computes again instead of keeping it: nothing (``none``), all but the results of
+            matrix products and attention (``selective``), or whole blocks (``full``).
+    """
+
+    data: Literal["ddp", "fsdp"] = "ddp"
+    replicas: int = Field(default=1, ge=1)
+    tensor: int = Field(default=1, ge=1)
+    pipeline: int = Field(default=1, ge=1)
+    microbatches: int = Field(default=1, ge=1)
+    contrastive: Literal["gathered", "ring"] = "gathered"
+    recompute: Literal["none", "selective", "full"] = "none"
+
+    @property
+    def model_size(self) -> int:
+        """Processes that share one copy of the network and see the same samples."""
+        return self.tensor * self.pipeline
+
+    def data_size(self, world_size: int) -> int:
+        """Number of parts of the global batch. Raises `ConfigError` for a number of processes that cannot be shared out."""
+        if world_size % self.model_size:
+            raise ConfigError(
+                f"parallel.tensor {self.tensor} times parallel.pipeline {self.pipeline} does not divide the {world_size} "
+                "processes; start another number of them with torchrun, or change these"
+            )
+        size = world_size // self.model_size
+        if size % self.replicas:
+            raise ConfigError(
+                f"parallel.replicas {self.replicas} does not divide the {size} processes with samples of their own"
+            )
+        return size
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.replicas > 1 and self.data == "ddp":
+            raise ValueError("replicas is for data: fsdp; processes of data: ddp are all replicas")
+        if self.pipeline > 1 and self.data == "fsdp":
+            raise ValueError("pipeline goes with data: ddp; its stages hold layers of their own already")
+        if self.microbatches > 1 and self.pipeline == 1:
+            raise ValueError("microbatches is for a pipeline; to fit a large batch into memory set train.accumulate")
+        return self
 
 
 class TrainConfig(StrictConfig):
@@ -27,7 +82,7 @@ class TrainConfig(StrictConfig):
         clip_norm: Largest global gradient norm; 0 does not clip.
         ema_decay: Decay of the moving average of weights that evaluation uses; 0 keeps no average.
         precision: bf16 autocast or fp32; auto takes bf16 where the hardware computes it.
-        compile: Compile the encoders with torch.compile.
+        compile: Compile the encoders with torch.compile, with ``parallel.data: fsdp`` block by block.
         seed: Seed of data order, augmentation, dropout.
         device: Where to train; auto prefers CUDA, then MPS, then CPU.
         checkpoint_every_steps: Save every so many steps; 0 saves by minutes only.

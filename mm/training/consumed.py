@@ -1,10 +1,9 @@
 """Which samples went into which step, over all processes: the proof that a resumed run saw what an unbroken one would have."""
 
-import json
 from collections.abc import Sequence
 
 from mm.training.logs import JsonLines
-from mm.training.parallel import World, gather_bytes
+from mm.training.parallel import World, gather_json
 
 
 class ConsumedIds:
@@ -38,5 +37,5 @@ class ConsumedIds:
 
 def everyones_ids(steps: Sequence[Sequence[str]], world: World) -> list[list[str]]:
     """The ids of each global batch, in rank order, from this process's ids of the same steps."""
-    by_rank = [json.loads(part) for part in gather_bytes(json.dumps(steps).encode(), world)]
-    return [[name for part in parts for name in part] for parts in zip(*by_rank, strict=True)]
+    shares = gather_json(steps, world)[:: world.model_size]
+    return [[name for part in parts for name in part] for parts in zip(*shares, strict=True)]

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from mm.placement import here, own
 from mm.training.statistics import running_statistics
 
 
@@ -28,7 +29,7 @@ class Ema:
     def update(self) -> None:
         """Move the average towards the present weights; call it after each optimizer step."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        averages, live = list(self._average.values()), list(self._live.values())
+        averages, live = here(list(self._average.values())), here(list(self._live.values()))
         torch._foreach_lerp_(averages, live, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
         self.num_updates += 1
 
@@ -45,7 +46,7 @@ class Ema:
     def load(self, tensors: Mapping[str, Tensor], num_updates: int) -> None:
         """Restore what `state_dict` gave."""
         for name, average in self._average.items():
-            average.copy_(tensors[name])
+            average.copy_(own(tensors[name], self._live[name]))
         self.num_updates = num_updates
 
     @contextmanager

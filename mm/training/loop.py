@@ -1,6 +1,5 @@
 """The one training loop: draws batches, steps, watches, saves, and resumes as if nothing had happened."""
 
-import json
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +15,13 @@ import mm
 from mm.config import to_dict
 from mm.errors import BadSample, CheckpointError, UserError
 from mm.training.checkpoint import Checkpoint, SaveError, latest_checkpoint, open_checkpoint, save_checkpoint
-from mm.training.config import TrainConfig
+from mm.training.config import ParallelConfig, TrainConfig
 from mm.training.consumed import ConsumedIds, everyones_ids
 from mm.training.feed import Feed
 from mm.training.guard import Collapse, FlatLoss, NonFinite, StopSignals
+from mm.training.layout import Divide, Layout
 from mm.training.lock import run_lock
-from mm.training.parallel import World, gather_bytes, open_world, sum_over_ranks
+from mm.training.parallel import World, gather_bytes, gather_json, open_world, sum_over_ranks
 from mm.training.parameters import count_parameters, parameter_lines
 from mm.training.step import Stepper, StepReport, compile_parts
 from mm.training.tracking import OnEvent, Tracker
@@ -73,13 +73,16 @@ def train(
     extra_files: ExtraFiles | None = None,
     merge_states: MergeStates | None = None,
     on_event: OnEvent | None = None,
+    parallel: ParallelConfig | None = None,
+    divide: Divide | None = None,
     progress: bool = True,
     console: Console | None = None,
 ) -> TrainResult:
     """Train ``system`` for ``config.steps`` steps, resuming by itself what ``run`` already holds.
 
-    Randomness of a step (dropout, masks) is seeded by (seed, step, rank), data by its position: so a resumed run ends in the
-    same bits as an uninterrupted one, and neither validation nor checkpoints change it.
+    What is drawn for a sample in a step (noise, hidden words, negatives) is a function of (seed, step, sample id), dropout one
+    of (seed, step, part of the batch), data one of its position: so a resumed run ends in the same bits as an uninterrupted
+    one, neither validation nor checkpoints change it, and without dropout as many processes as you like train alike.
 
     Args:
         system: Built network; moved to the device and trained in place. It ends with its last weights, not the averaged ones.
@@ -91,6 +94,8 @@ def train(
         extra_files: Writes what belongs beside the weights (configuration, processor) into the folder it is given.
         merge_states: Joins the stream states of all processes, in rank order, into the one that a checkpoint holds; without it
             the main process's own is taken.
+        parallel: How processes share the training; each has the whole network by default.
+        divide: Cuts a network as ``parallel`` says, see `mm.nn.parallel.divide`.
         on_event: Receives an `mm.training.tracking.Event` at each log line, validation, checkpoint and warning.
         progress: Show progress on the console.
         console: Where to show it, standard error by default.
@@ -100,7 +105,8 @@ def train(
         SaveError: When the last checkpoint could not be written.
     """
     with ExitStack() as stack:
-        world = stack.enter_context(open_world(config.device))
+        parallel = parallel or ParallelConfig()
+        world = stack.enter_context(open_world(config.device, parallel))
         stack.enter_context(run_lock(run) if world.is_main else nullcontext())
         signals = stack.enter_context(StopSignals())
         tracker = Tracker(
@@ -114,7 +120,10 @@ def train(
             console=console,
         )
         stack.callback(tracker.close)
-        trainer = _Trainer(Stepper(system, config, world), Feed(stream, world.device), config, run, world, signals, tracker)
+        parameters = count_parameters(system)
+        stepper = Stepper(system, config, world, Layout(world, parallel, divide), validates=validate is not None)
+        trainer = _Trainer(stepper, Feed(stream, world.device), config, run, world, signals, tracker)
+        trainer.parameters, trainer.parallel = parameters, parallel
         trainer.validate, trainer.extra_files, trainer.merge_states = validate, extra_files, merge_states
         return trainer.run()
 
@@ -125,6 +134,8 @@ class _Trainer:
     validate: Validate | None = None
     extra_files: ExtraFiles | None = None
     merge_states: MergeStates | None = None
+    parameters: dict[str, Any]
+    parallel: ParallelConfig
 
     def __init__(
         self, stepper: Stepper, feed: Feed, config: TrainConfig, run: Path, world: World, signals: StopSignals, tracker: Tracker
@@ -134,7 +145,6 @@ class _Trainer:
         self.folder, self.nonfinite_path = run / "checkpoints", run / "nonfinite.jsonl"
         self.nonfinite, self.window = NonFinite(), Window()
         self.watchers = FlatLoss(config.warmup_steps), Collapse()
-        self.parameters = count_parameters(stepper.system)
         self.step = 0
         self.metrics: dict[str, float] = {}
         self.consumed = ConsumedIds(tracker.ids, world)
@@ -153,7 +163,7 @@ class _Trainer:
         for line in parameter_lines(self.parameters):
             self.tracker.say(line)
         if self.config.compile:
-            compile_parts(self.stepper.system)
+            compile_parts(self.stepper.system, by_block=self.parallel.data == "fsdp")
         self.stepper.system.train()
         stopped = False
         while self.step < self.config.steps and not stopped:
@@ -215,19 +225,14 @@ class _Trainer:
             self._save(final=last or stop)
 
     def _validate(self) -> None:
-        if self.validate is None or not self.world.is_main:
+        if self.validate is None:
             return
-        system = self.stepper.system
-        modes = [(module, module.training) for module in system.modules()]
-        system.eval()
-        with torch.no_grad(), self.stepper.ema.swapped() if self.stepper.ema else nullcontext():
+        figures = None
+        with torch.no_grad(), self.stepper.evaluated() as system:
             try:
-                figures = self.validate(system)
+                figures = None if system is None else self.validate(system)
             except (UserError, BadSample) as error:  # training must not be lost to what it is measured with
                 self.tracker.warn(self.step, f"no validation at step {self.step}: {error}")
-                figures = None
-        for module, training in modes:
-            module.training = training
         if figures is None:
             return
         self.metrics = {name: float(value) for name, value in figures.items()}
@@ -250,7 +255,7 @@ class _Trainer:
     def _save(self, final: bool) -> None:
         """Save on the main process. A failure costs a warning, except at the end, where all processes raise."""
         self.consumed.collect(self.step)
-        stream_state = self._stream_state()
+        stream_state, tensors = self._stream_state(), self.stepper.tensors()
         problem: OSError | None = None
         if self.world.is_main:
             try:
@@ -258,7 +263,7 @@ class _Trainer:
                 self.saved = save_checkpoint(
                     self.folder,
                     self.step,
-                    self.stepper.tensors(),
+                    tensors,
                     self._state(stream_state, logs),
                     extra_files=self.extra_files,
                     keep_last=self.config.keep_last,
@@ -283,7 +288,7 @@ class _Trainer:
         own = self.feed.state()
         if self.merge_states is None or self.world.size == 1:
             return own
-        return self.merge_states([json.loads(part) for part in gather_bytes(json.dumps(own).encode(), self.world)])
+        return self.merge_states(gather_json(own, self.world)[:: self.world.model_size])
 
     def _state(self, stream_state: Mapping[str, Any], logs: Mapping[str, int]) -> dict[str, Any]:
         return {

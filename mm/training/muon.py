@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mm.placement import own, whole
 from mm.training.devices import choose_dtype
 
 MOMENTUM = 0.95
@@ -64,10 +65,11 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
         momentum = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
         ahead = gradient.lerp(momentum, MOMENTUM)  # Nesterov's
+        ahead = whole(ahead, parameter)  # a matrix is orthogonal as a whole; processes that share it all compute it
         direction = orthogonalised(ahead.flatten(1))
         length = ADAMW_LENGTH * max(direction.shape) ** 0.5
         parameter.mul_(1 - lr * weight_decay)
-        parameter.add_(direction.to(parameter.dtype).view(ahead.shape), alpha=-lr * length)
+        parameter.add_(own(direction.to(parameter.dtype).view(ahead.shape), parameter), alpha=-lr * length)
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:

@@ -1,14 +1,14 @@
 """The optimizer, its learning-rate schedule, clipping, and its state by parameter name."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from mm.errors import CheckpointError
+from mm.placement import is_sharded, own, whole_shape
 from mm.training.config import TrainConfig
 from mm.training.muon import Muon, split_groups
 from mm.types import System
@@ -16,7 +16,12 @@ from mm.types import System
 
 def build_optimizer(system: System, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
     """AdamW or Muon over `System.parameter_groups`; a group's ``lr_scale`` multiplies its learning rate (default 1)."""
-    groups = [group for group in system.parameter_groups() if len(group["params"])]
+    groups = [
+        {**group, "params": alike}
+        for group in system.parameter_groups()
+        for sharded in (False, True)  # torch's kernels take no list of both
+        if (alike := [p for p in group["params"] if is_sharded(p) == sharded and not p.is_meta])
+    ]
     options: dict[str, Any] = {
         "lr": config.lr,
         "weight_decay": config.weight_decay,
@@ -46,15 +51,6 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale gradients in place to a global norm of at most ``max_norm`` (0: leave them); returns the norm before."""
-    parameters = [p for p in parameters if p.grad is not None]
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if max_norm > 0:
-        clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
-
-
 def optimizer_tensors(optimizer: torch.optim.Optimizer, system: nn.Module) -> dict[str, Tensor]:
     """The optimizer's state as tensors named ``PARAMETER:KEY``."""
     names = {id(parameter): name for name, parameter in system.named_parameters()}
@@ -77,10 +73,12 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, system: nn.Module, 
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition(":")
         parameter = parameters.get(name)
-        if parameter is None or (value.ndim and value.shape != parameter.shape):
+        if parameter is None or (value.ndim and value.shape != whole_shape(parameter)):
             raise CheckpointError(f"optimizer state '{full_name}' does not belong to this network; start a new run folder")
-        if value.shape == parameter.shape and key != "step":
-            optimizer.state[parameter][key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        if parameter.is_meta:  # of another stage
+            continue
+        if value.shape == whole_shape(parameter) and key != "step":
+            optimizer.state[parameter][key] = torch.empty_like(parameter, dtype=value.dtype).copy_(own(value, parameter))
         else:
             optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
 
@@ -88,6 +86,8 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, system: nn.Module, 
 def align_strides(optimizer: torch.optim.Optimizer) -> None:
     """Give averages the strides of their parameter again, after a network changed its memory format at its first pass."""
     for parameter, state in optimizer.state.items():
+        if is_sharded(parameter):  # keeps the strides that it had when it was cut
+            continue
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
                 state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -1,18 +1,23 @@
-"""Data parallelism over processes started by torchrun: who am I, equal weights, averaged gradients, agreement.
+"""Processes started by torchrun: who am I, equal weights, averaged gradients, agreement.
 
 Gradients are averaged after the backward pass instead of by DistributedDataParallel's hooks, because exact accumulation runs
 several backward passes a step in which a parameter may take part once, often or never; one rule then fits every system.
 """
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mm.placement import local
+from mm.ranks import Peers, set_data_peers
+from mm.training.config import ParallelConfig
 from mm.training.devices import choose_device
 
 BUCKET_BYTES = 32 << 20
@@ -27,12 +32,19 @@ class World:
         size: Number of processes.
         device: Where this process computes.
         control: Gloo group for messages that live on the CPU; None in a single process.
+        model_size: Processes that share one copy of the network and see the same samples, neighbours by rank.
     """
 
     rank: int
     size: int
     device: torch.device
     control: dist.ProcessGroup | None = None
+    model_size: int = 1
+
+    @property
+    def data_rank(self) -> int:
+        """Number of this process's samples among all parts of the global batch."""
+        return self.rank // self.model_size
 
     @property
     def is_main(self) -> bool:
@@ -45,13 +57,19 @@ def environment() -> tuple[int, int]:
 
 
 @contextmanager
-def open_world(device: str = "auto") -> Iterator[World]:
-    """Join the processes that torchrun started, or be alone; a process group that exists already is used and left alone."""
+def open_world(device: str = "auto", parallel: ParallelConfig | None = None) -> Iterator[World]:
+    """Join the processes that torchrun started, or be alone; a process group that exists already is used and left alone.
+
+    Raises:
+        ConfigError: There is no such device, or so many processes cannot be shared out as ``parallel`` says.
+    """
+    parallel = parallel or ParallelConfig()
     existing = dist.is_available() and dist.is_initialized()
     rank, size = (dist.get_rank(), dist.get_world_size()) if existing else environment()
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else 0)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    parallel.data_size(size)
     if size == 1:
         yield World(0, 1, chosen)
         return
@@ -60,8 +78,9 @@ def open_world(device: str = "auto") -> Iterator[World]:
     try:
         control = dist.new_group(backend="gloo")
         assert isinstance(control, dist.ProcessGroup)  # this process is a member
-        yield World(rank, size, chosen, control)
+        yield World(rank, size, chosen, control, parallel.model_size)
     finally:
+        set_data_peers(None)
         if not existing:
             dist.destroy_process_group()
 
@@ -82,26 +101,32 @@ def broadcast_module(module: nn.Module, world: World) -> None:
 
 
 @torch.no_grad()
-def average_gradients(parameters: Sequence[Tensor], world: World) -> None:
-    """Replace ``.grad`` by its mean over processes. None counts as zero, and stays None where no process has a gradient."""
-    if world.size == 1:
+def average_gradients(parameters: Sequence[Tensor], world: World, peers: Peers) -> None:
+    """Replace ``.grad`` by its mean over peers. None counts as zero, and stays None where no process has a gradient.
+
+    Args:
+        parameters: As many on all processes, each cut in the same way among peers.
+        world: All processes, which call this together.
+        peers: Those to average over.
+    """
+    if peers.size == 1:
         return
     present = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
     dist.all_reduce(present, op=dist.ReduceOp.MAX, group=world.control)
     gradients = []
     for parameter, somewhere in zip(parameters, present.tolist(), strict=True):
-        if somewhere:
+        if somewhere and not parameter.is_meta:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
+            gradients.append(local(parameter.grad))
     sent = []
     for bucket in _buckets(gradients):
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-        sent.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+        sent.append((bucket, flat, dist.all_reduce(flat, group=peers.group, async_op=True)))
     for bucket, flat, work in sent:
         if work is not None:
             work.wait()
-        _unflatten(flat.div_(world.size), bucket)
+        _unflatten(flat.div_(peers.size), bucket)
 
 
 def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
@@ -132,6 +157,11 @@ def gather_bytes(data: bytes, world: World) -> list[bytes]:
     received = [torch.empty_like(padded) for _ in range(world.size)]
     dist.all_gather(received, padded, group=world.control)
     return [part[: int(size)].numpy().tobytes() for part, size in zip(received, sizes, strict=True)]
+
+
+def gather_json(value: Any, world: World) -> list[Any]:
+    """Every process's ``value``, which JSON can hold, in rank order, on every process."""
+    return [json.loads(part) for part in gather_bytes(json.dumps(value).encode(), world)]
 
 
 def _buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:

@@ -1,24 +1,28 @@
 """One optimizer step on all processes, and the tensors that it changes."""
 
+import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from mm.draws import sample_seeds
 from mm.errors import CheckpointError
+from mm.placement import blocks, own, whole_shape
 from mm.seeding import derive_seed
 from mm.training.checkpoint import Checkpoint
-from mm.training.config import TrainConfig
+from mm.training.config import ParallelConfig, TrainConfig
 from mm.training.devices import autocast, choose_dtype, seed_everything
 from mm.training.ema import Ema
 from mm.training.gradients import backward
+from mm.training.layout import Layout
 from mm.training.optim import (
     align_strides,
     build_optimizer,
-    clip_gradients,
     load_optimizer_tensors,
     lr_factor,
     optimizer_tensors,
@@ -26,8 +30,6 @@ from mm.training.optim import (
 )
 from mm.training.parallel import (
     World,
-    average_gradients,
-    broadcast_module,
     broadcast_tensors,
     sum_over_ranks,
 )
@@ -67,15 +69,21 @@ class Stepper:
         system: Moved to the device; every process gets the first one's weights.
         config: Optimisation and precision.
         world: This process among all.
+        layout: How they share the network; each has all of it by default.
+        validates: Whether `evaluated` will be called.
     """
 
-    def __init__(self, system: System, config: TrainConfig, world: World) -> None:
+    def __init__(
+        self, system: System, config: TrainConfig, world: World, layout: Layout | None = None, *, validates: bool = False
+    ) -> None:
+        self._layout = layout or Layout(world, ParallelConfig())
+        self._twin = copy.deepcopy(system) if validates and world.is_main and self._layout.divides else None
         self.system, self._config, self._world = system.to(world.device), config, world
-        broadcast_module(system, world)
+        self._layout.begin(system)
         self.dtype = choose_dtype(config.precision, world.device)
         self.optimizer = build_optimizer(system, config, world.device)
         self.ema = Ema(system, config.ema_decay) if config.ema_decay else None
-        self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._parameters = [p for group in system.parameter_groups() for p in group["params"]]
         self._statistics = list(running_statistics(system).values())
         self._statistics_before = [buffer.clone() for buffer in self._statistics]
         self._autocast = partial(autocast, world.device, self.dtype)
@@ -96,13 +104,15 @@ class Stepper:
             requests: What this process wants all to agree on.
             between: Called when the device has been given its work, before its result is waited for.
         """
-        seed_everything(derive_seed(self._config.seed, "step", step, self._world.rank), self._world.device)
+        seed_everything(derive_seed(self._config.seed, "step", step, self._world.data_rank), self._world.device)
+        seeds = sample_seeds(batch.ids, self._config.seed, "step", step).to(self._world.device)
+        batch = replace(batch, seeds=seeds)
         set_lr(self.optimizer, self.lr(step))
         _copy(self._statistics, self._statistics_before)
         self.optimizer.zero_grad(set_to_none=True)
         losses = backward(self.system, batch, step, self._config.accumulate, self._autocast)
-        average_gradients(self._parameters, self._world)
-        norm = clip_gradients(self._parameters, self._config.clip_norm)
+        self._layout.synchronise(self._parameters)
+        norm = self._layout.clip(self._parameters, self._config.clip_norm)
         if between is not None:
             between()
         report = self._agree(losses, norm, len(batch), requests)
@@ -112,10 +122,33 @@ class Stepper:
             _copy(self._statistics_before, self._statistics)
         return report
 
+    @contextmanager
+    def evaluated(self) -> Iterator[System | None]:
+        """The whole network with its averaged weights, where there is an average, on the main process; None elsewhere.
+
+        Its own training goes on as if nothing had happened. All processes enter this together.
+        """
+        if not self._layout.divides:
+            with self.ema.swapped() if self.ema else nullcontext(), _in_evaluation_mode(self.system):
+                yield self.system if self._world.is_main else None
+            return
+        parameters = self.system.state_dict(keep_vars=True)
+        weights = self._layout.gathered(self.ema.state_dict(self.system) if self.ema else parameters, parameters)
+        if self._twin is None:
+            yield None
+            return
+        self._twin.load_state_dict(weights)
+        yield self._twin.to(self._world.device).eval()
+        self._twin.cpu()
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds, by file stem."""
-        files = {"model": self.system.state_dict(), "optimizer": optimizer_tensors(self.optimizer, self.system)}
-        return files if self.ema is None else files | {"ema": self.ema.state_dict(self.system)}
+        """What a checkpoint holds, by file stem, on the main process. All processes call this together."""
+        parameters = self.system.state_dict(keep_vars=True)
+        averages = optimizer_tensors(self.optimizer, self.system)
+        files = {"model": parameters, "optimizer": averages}
+        files |= {} if self.ema is None else {"ema": self.ema.state_dict(self.system)}
+        like = parameters | {name: parameters[name.rpartition(":")[0]] for name in averages}
+        return {stem: self._layout.gathered(named, like) for stem, named in files.items()}
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Restore `tensors`.
@@ -152,6 +185,16 @@ class Stepper:
             self.ema.update()
 
 
+@contextmanager
+def _in_evaluation_mode(system: nn.Module) -> Iterator[None]:
+    """Each part goes back to its own mode afterwards."""
+    modes = [(module, module.training) for module in system.modules()]
+    system.eval()
+    yield
+    for module, training in modes:
+        module.training = training
+
+
 @torch.no_grad()
 def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
     for source, target in zip(sources, targets, strict=True):
@@ -160,23 +203,31 @@ def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
 
 def load_weights(system: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Load a complete set of weights strictly. Raises `CheckpointError` naming the first difference."""
-    expected = system.state_dict()
+    expected = system.state_dict(keep_vars=True)
     missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unexpected:
         raise CheckpointError(
             f"{where}: holds another network (missing {missing[:2]}, unexpected {unexpected[:2]}); use a new run folder"
         )
     for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            shapes = f"{tuple(tensor.shape)} there, {tuple(expected[name].shape)} here"
+        if tensor.shape != whole_shape(expected[name]):
+            shapes = f"{tuple(tensor.shape)} there, {tuple(whole_shape(expected[name]))} here"
             raise CheckpointError(f"{where}: holds another network ('{name}' is {shapes}); use a new run folder")
-    system.load_state_dict(tensors)
+    system.load_state_dict({name: own(tensor, expected[name]) for name, tensor in tensors.items()})
 
 
-def compile_parts(system: nn.Module) -> None:
+def compile_parts(system: nn.Module, *, by_block: bool = False) -> None:
     """Compile in place the outermost parts with a forward of their own: encoders and projections.
 
     Not the system itself: its batch carries ids, which would make every step a new graph.
+
+    Args:
+        system: In place.
+        by_block: Compile each block by itself instead, for weights that are gathered block by block.
     """
+    if by_block:
+        for block in blocks(system):
+            block.forward = torch.compile(block.forward)
+        return
     for _, part in outermost_parts(system):
         part.compile()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mm.draws import Draws
 from mm.losses.diffusion import (
     NUM_STEPS,
     DiffusionPath,
@@ -51,7 +52,7 @@ def test_moments_go_from_data_to_noise(name: str) -> None:
     assert (times.diff() < 0).all()
     assert (path.schedule(7, shift=3.0)[1:-1] > times[1:-1]).all()
     torch.manual_seed(0)
-    drawn = path.draw(4000, torch.device("cpu"))
+    drawn = path.draw(Draws(None, 4000, torch.device("cpu")))
     assert drawn.min() > 0
     assert drawn.max() <= 1
     assert drawn.mean().item() == pytest.approx(0.5, abs=0.02)
@@ -59,12 +60,12 @@ def test_moments_go_from_data_to_noise(name: str) -> None:
 
 def test_logit_normal_moments_are_denser_in_the_middle() -> None:
     torch.manual_seed(0)
-    drawn = StraightPath().draw(20_000, torch.device("cpu"))
+    drawn = StraightPath().draw(Draws(None, 20_000, torch.device("cpu")))
     inside = ((drawn > 0.25) & (drawn < 0.75)).float().mean().item()
     assert inside == pytest.approx(2 * torch.distributions.Normal(0, 1).cdf(torch.tensor(3.0).log()).item() - 1, abs=0.01)
-    even = StraightPath(std=0).draw(20_000, torch.device("cpu"))
+    even = StraightPath(std=0).draw(Draws(None, 20_000, torch.device("cpu")))
     assert ((even > 0.25) & (even < 0.75)).float().mean().item() == pytest.approx(0.5, abs=0.01)
-    assert StraightPath(shift=3.0).draw(20_000, torch.device("cpu")).mean() > 0.65
+    assert StraightPath(shift=3.0).draw(Draws(None, 20_000, torch.device("cpu"))).mean() > 0.65
 
 
 @pytest.mark.parametrize("betas", ["linear", "scaled_linear", "cosine"])

@@ -10,15 +10,17 @@ from torch import nn
 from toy_training import ToyClip, ToyRegression, make, toy_config
 
 from mm.errors import CheckpointError
+from mm.training.config import ParallelConfig
+from mm.training.layout import Layout
 from mm.training.optim import (
     align_strides,
     build_optimizer,
-    clip_gradients,
     load_optimizer_tensors,
     lr_factor,
     optimizer_tensors,
     set_lr,
 )
+from mm.training.parallel import World
 from mm.types import Batch, Losses, System
 
 CPU = torch.device("cpu")
@@ -99,7 +101,7 @@ def test_groups_scale_the_learning_rate() -> None:
 def test_clipping(max_norm: float, after: float) -> None:
     a, b, without = torch.zeros(2), torch.zeros(1), torch.zeros(3)
     a.grad, b.grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
-    assert clip_gradients([a, b, without], max_norm).item() == pytest.approx(5.0)
+    assert Layout(World(0, 1, CPU), ParallelConfig()).clip([a, b, without], max_norm).item() == pytest.approx(5.0)
     assert math.hypot(a.grad[0], b.grad[0]) == pytest.approx(after, rel=1e-4)
     assert a.grad[0] / b.grad[0] == pytest.approx(0.75)
 
