@@ -20,6 +20,7 @@ class ParallelConfig(StrictConfig):
         microbatches: With a pipeline, parts of a process's batch that are on their way at once.
         recompute: What the backward pass computes again instead of keeping it: nothing (``none``), all but the results of
             matrix products and attention (``selective``), or whole blocks (``full``).
+        timeout_seconds: How long a process waits for the others in a step, validation or save before it gives up.
     """
 
     data: Literal["ddp", "fsdp"] = "ddp"
@@ -28,6 +29,7 @@ class ParallelConfig(StrictConfig):
     pipeline: int = Field(default=1, ge=1)
     microbatches: int = Field(default=1, ge=1)
     recompute: Literal["none", "selective", "full"] = "none"
+    timeout_seconds: float = Field(default=1800.0, gt=0)
 
     @property
     def model_size(self) -> int:
