@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage] - documented, but not exported
 from torch.distributed.rendezvous import rendezvous
 
 from mm.placement import local
@@ -43,7 +44,7 @@ class World:
     device: torch.device
     control: dist.ProcessGroup | None = None
     model_size: int = 1
-    store: dist.Store | None = None
+    store: Store | None = None
 
     @property
     def data_rank(self) -> int:

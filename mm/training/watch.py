@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage] - documented, but not exported
 
 from mm.errors import UserError
 
@@ -37,7 +38,7 @@ class Watch:
         size: Number of processes.
     """
 
-    def __init__(self, store: dist.Store | None, rank: int, size: int) -> None:
+    def __init__(self, store: Store | None, rank: int, size: int) -> None:
         self._store, self._rank, self._size = (store if size > 1 else None), rank, size
         self._ended = threading.Event()
         self._place = ""
@@ -59,7 +60,8 @@ class Watch:
             yield
             return
         if self._store is not None:
-            threading.Thread(target=self._beat, args=(self._store.clone(),), daemon=True).start()
+            clone = self._store.clone()  # pyright: ignore[reportAttributeAccessIssue] - missing in torch's stubs
+            threading.Thread(target=self._beat, args=(clone,), daemon=True).start()
         try:
             yield
         except RuntimeError as error:
@@ -72,7 +74,7 @@ class Watch:
         finally:
             self._ended.set()
 
-    def _beat(self, store: dist.Store) -> None:
+    def _beat(self, store: Store) -> None:
         try:
             while not self._ended.wait(BEAT_SECONDS):
                 store.add(f"{BEATS}/{self._rank}", 1)

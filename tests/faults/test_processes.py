@@ -71,7 +71,8 @@ def test_a_lost_process_is_named(tmp_path: Path, trouble: str, words: str) -> No
     if trouble == "killed":
         assert first["seconds"] < 3.0 + 2.0  # the connection tells at once; the time-out is not waited for
     [[again, other]] = run(plan(tmp_path))
-    assert again is not None and other is not None
+    assert again is not None
+    assert other is not None
     assert (again["code"], other["code"]) == (0, 0)
     assert [step for step, _ in ids(tmp_path / "run")] == list(range(1, STEPS + 1))
 
