@@ -22,6 +22,7 @@ class ParallelConfig(StrictConfig):
             pass them around in a ``ring``, in memory that does not grow with their number.
         recompute: What the backward pass computes again instead of keeping it: nothing (``none``), all but the results of
             matrix products and attention (``selective``), or whole blocks (``full``).
+        timeout_seconds: How long a process waits for the others in a step, validation or save before it gives up.
     """
 
     data: Literal["ddp", "fsdp"] = "ddp"
@@ -31,6 +32,7 @@ class ParallelConfig(StrictConfig):
     microbatches: int = Field(default=1, ge=1)
     contrastive: Literal["gathered", "ring"] = "gathered"
     recompute: Literal["none", "selective", "full"] = "none"
+    timeout_seconds: float = Field(default=1800.0, gt=0)
 
     @property
     def model_size(self) -> int:

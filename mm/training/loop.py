@@ -25,6 +25,7 @@ from mm.training.parallel import World, gather_bytes, gather_json, open_world, s
 from mm.training.parameters import count_parameters, parameter_lines
 from mm.training.step import Stepper, StepReport, compile_parts
 from mm.training.tracking import OnEvent, Tracker
+from mm.training.watch import Watch
 from mm.training.window import Window
 from mm.types import BatchStream, System
 
@@ -103,10 +104,13 @@ def train(
     Raises:
         UserError: When another trainer works in ``run``, the loss stays non-finite, or what ``run`` holds does not fit.
         SaveError: When the last checkpoint could not be written.
+        LostProcessError: When another process died, or did not answer within ``parallel.timeout_seconds``.
     """
     with ExitStack() as stack:
         parallel = parallel or ParallelConfig()
         world = stack.enter_context(open_world(config.device, parallel))
+        watch = Watch(world.store, world.rank, world.size)
+        stack.enter_context(watch.beating())
         stack.enter_context(run_lock(run) if world.is_main else nullcontext())
         signals = stack.enter_context(StopSignals())
         tracker = Tracker(
@@ -123,7 +127,7 @@ def train(
         parameters = count_parameters(system)
         stepper = Stepper(system, config, world, Layout(world, parallel, divide), validates=validate is not None)
         trainer = _Trainer(stepper, Feed(stream, world.device), config, run, world, signals, tracker)
-        trainer.parameters, trainer.parallel = parameters, parallel
+        trainer.parameters, trainer.parallel, trainer.watch = parameters, parallel, watch
         trainer.validate, trainer.extra_files, trainer.merge_states = validate, extra_files, merge_states
         return trainer.run()
 
@@ -136,6 +140,7 @@ class _Trainer:
     merge_states: MergeStates | None = None
     parameters: dict[str, Any]
     parallel: ParallelConfig
+    watch: Watch
 
     def __init__(
         self, stepper: Stepper, feed: Feed, config: TrainConfig, run: Path, world: World, signals: StopSignals, tracker: Tracker
@@ -187,6 +192,7 @@ class _Trainer:
     def _one_step(self) -> bool:
         """Take a batch, step, and do what is due. Returns whether all processes agreed to stop."""
         begun = time.monotonic()
+        self.watch.tell(self.step + 1, "taking a batch")
         try:
             batch = self.feed.take()
         except Exception:
@@ -195,6 +201,7 @@ class _Trainer:
             raise
         minutes = self.config.checkpoint_every_minutes
         due = self.world.is_main and 0 < minutes * 60 <= begun - self.last_save
+        self.watch.tell(self.step + 1, "computing")
         report = self.stepper.step(batch, self.step, (self.signals.requested is not None, due), self.feed.look_ahead)
         self.step += 1
         self.nonfinite.record(report.finite)
