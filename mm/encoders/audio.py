@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mm.config import StrictConfig
 from mm.nn.attention import MultiHeadAttention
 from mm.nn.embeddings import Rotary
+from mm.nn.experts import ExpertsConfig, feed_forward, refuse_hash
 from mm.nn.initialise import initialise
 from mm.nn.masks import attention_mask
 from mm.nn.transformer import Block, FeedForward, Transformer
@@ -52,6 +53,7 @@ class LogMelEncoderConfig(StrictConfig):
         dropout: Of each block's branches and of the stem, in training.
         mask_time: Longest time in training that is hidden in one piece, in seconds; twice a recording.
         mask_bands: Most neighbouring bands that are hidden, as a share; twice a recording.
+        experts: Feed-forward layers of several experts, with learned routing (https://arxiv.org/abs/2101.03961).
         gradient_checkpointing: Trade time for memory.
     """
 
@@ -67,10 +69,12 @@ class LogMelEncoderConfig(StrictConfig):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     mask_time: float = Field(default=0.0, ge=0, le=10)
     mask_bands: float = Field(default=0.0, ge=0, le=0.9)
+    experts: ExpertsConfig | None = None
     gradient_checkpointing: bool = False
 
     @model_validator(mode="after")
     def _possible(self) -> "LogMelEncoderConfig":
+        refuse_hash(self.experts)
         if self.width % (2 * self.heads):
             raise ValueError(f"width {self.width} must be a multiple of 2 x heads {self.heads}")
         return self
@@ -149,7 +153,8 @@ class LogMelEncoder(nn.Module):
             x = F.gelu(layer(x))
             there = there[:, :: layer.stride[0]]  # pyright: ignore[reportArgumentType, reportIndexIssue]
             x = x * there[:, None]
-        x = self.transformer(self.dropout(x.transpose(1, 2)), mask=attention_mask(x.shape[2], keys=there))
+        mask = attention_mask(x.shape[2], keys=there)
+        x = self.transformer(self.dropout(x.transpose(1, 2)), mask=mask, token_ids=there.long() - 1)
         return Encoded(x, there, self._pooled(x, there))
 
     def cast_(self, dtype: torch.dtype) -> None:
@@ -189,10 +194,13 @@ def build_log_mel_encoder(config: LogMelEncoderConfig) -> LogMelEncoder:
     """A log-mel encoder with fresh weights: pre-norm blocks, rotary positions."""
     norm = functools.partial(nn.LayerNorm, config.width)
 
-    def make_block(_: int) -> Block:
+    def make_feed_forward() -> FeedForward:
+        return FeedForward(config.width, int(config.width * config.mlp_ratio), nn.GELU())
+
+    def make_block(layer: int) -> Block:
         return Block(
             attention=MultiHeadAttention(config.width, config.heads),
-            feed_forward=FeedForward(config.width, int(config.width * config.mlp_ratio), nn.GELU()),
+            feed_forward=feed_forward(make_feed_forward, config.width, config.experts, layer),
             norm=norm,
             dropout=config.dropout,
         )

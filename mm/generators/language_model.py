@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -28,6 +28,7 @@ from mm.nn import buckets
 from mm.nn.attention import KVCache, MultiHeadAttention
 from mm.nn.embeddings import LearnedPositions, Rotary, TokenEmbedding
 from mm.nn.ends import end
+from mm.nn.experts import ExpertsConfig, feed_forward, refuse_hash
 from mm.nn.initialise import initialise
 from mm.nn.linear import Linear, linear
 from mm.nn.masks import EVERYTHING, Mask, attention_mask
@@ -96,6 +97,7 @@ class LanguageModelConfig(StrictConfig):
         token_std: Of the components of fresh word vectors; 0.02 is GPT-2's. A small network learns sooner to look words up in
             its context where they are nearly as large as what its blocks add to them, 0.3 for instance.
         dropout: Of each block's branches and of the words, in training.
+        experts: Feed-forward layers of several experts, with learned routing (https://arxiv.org/abs/2101.03961).
         gradient_checkpointing: Recompute activations in the backward pass.
     """
 
@@ -116,10 +118,12 @@ class LanguageModelConfig(StrictConfig):
     tied: bool = True
     token_std: float = Field(default=0.02, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    experts: ExpertsConfig | None = None
     gradient_checkpointing: bool = False
 
     @model_validator(mode="after")
     def _possible(self) -> "LanguageModelConfig":
+        refuse_hash(self.experts)
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
         if self.kv_heads and self.heads % self.kv_heads:
@@ -234,6 +238,7 @@ class LanguageModel(nn.Module):
         context: Float[Tensor, "b s c"] | None = None,
         *,
         context_mask: Mask = EVERYTHING,
+        valid: Bool[Tensor, "b t"] | None = None,
     ) -> Float[Tensor, "b t d"]:
         """What stands for the word behind each position; a padding behind a text changes nothing before it.
 
@@ -241,10 +246,13 @@ class LanguageModel(nn.Module):
             vectors: Of words, from `embed`, and of whatever stands between them.
             context: For blocks with cross-attention.
             context_mask: See `Transformer.forward`.
+            valid: False for padding, which experts then leave alone; None where there is none, or nobody minds.
         """
         self._check(vectors.shape[1])
         mask = attention_mask(vectors.shape[1], causal=True)
-        return self.transformer(self.embedding.place(vectors), context, mask=mask, context_mask=context_mask)
+        token_ids = None if valid is None else valid.long() - 1
+        placed = self.embedding.place(vectors)
+        return self.transformer(placed, context, mask=mask, context_mask=context_mask, token_ids=token_ids)
 
     def logits(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
         """Of the next word."""
@@ -255,8 +263,9 @@ class LanguageModel(nn.Module):
         inputs, needed = text.ids[:, :-1], text.lengths - 1
 
         def read(longest: int, ids: Tensor, lengths: Tensor, *seen: Tensor) -> Encoded:
-            hidden = self(self.embed(ids[:, :longest]), *seen)
-            return Encoded(hidden, TextBatch(ids[:, :longest], lengths).valid(), hidden[:, 0])
+            part = TextBatch(ids[:, :longest], lengths)
+            hidden = self(self.embed(part.ids), *seen, valid=part.valid())
+            return Encoded(hidden, part.valid(), hidden[:, 0])
 
         rows = (inputs, needed) if context is None else (inputs, needed, context)
         length = inputs.shape[1]
@@ -405,17 +414,18 @@ def build_language_model(
     norm = functools.partial(RMSNorm if config.norm == "rms" else nn.LayerNorm, config.width, eps=config.norm_eps)
     hidden_width = config.hidden_width or 4 * config.width
 
-    def make_block(layer: int) -> nn.Module:
+    def make_feed_forward() -> FeedForward | GatedFeedForward:
         if config.activation == "swiglu":
-            feed_forward = GatedFeedForward(config.width, hidden_width)
-        else:
-            feed_forward = FeedForward(config.width, hidden_width, ACTIVATIONS[config.activation](), bias=config.bias)
+            return GatedFeedForward(config.width, hidden_width)
+        return FeedForward(config.width, hidden_width, ACTIVATIONS[config.activation](), bias=config.bias)
+
+    def make_block(layer: int) -> nn.Module:
         attention = MultiHeadAttention(config.width, config.heads, num_kv_heads=config.kv_heads, bias=config.bias)
         reads = context_width is not None and layer >= context_from
         cross_attention = MultiHeadAttention(config.width, config.heads, context_width=context_width) if reads else None
         block = Block(
             attention=attention,
-            feed_forward=feed_forward,
+            feed_forward=feed_forward(make_feed_forward, config.width, config.experts, layer),
             norm=norm,
             cross_attention=cross_attention,
             dropout=config.dropout,

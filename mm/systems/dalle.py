@@ -28,6 +28,7 @@ from mm.generators.autoregressive import Compiled, stream
 from mm.nn.attention import KVCache, MultiHeadAttention
 from mm.nn.embeddings import GridPositions, LearnedPositions
 from mm.nn.ends import end
+from mm.nn.experts import ExpertsConfig, feed_forward, refuse_hash
 from mm.nn.freeze import freeze
 from mm.nn.initialise import initialise
 from mm.nn.linear import Linear
@@ -65,6 +66,7 @@ class DalleConfig(SystemSettings):
         mlp_ratio: Hidden width of the feed-forward over ``width``.
         norm: Norms before each branch (``pre``), or before and after it (``sandwich``).
         sparse_attention: DALL-E's row, column and convolutional attention instead of dense attention.
+        experts: Feed-forward layers of several experts, with learned routing (https://arxiv.org/abs/2101.03961).
         dropout: Of each block's branches, in training.
         text_loss_weight: Of predicting the next word, relative to ``image_loss_weight``.
         image_loss_weight: Of predicting the next picture token.
@@ -82,6 +84,7 @@ class DalleConfig(SystemSettings):
     mlp_ratio: float = Field(default=4.0, gt=0)
     norm: Literal["pre", "sandwich"] = "pre"
     sparse_attention: bool = False
+    experts: ExpertsConfig | None = None
     dropout: float = Field(default=0.0, ge=0, lt=1)
     text_loss_weight: float = Field(default=1.0, ge=0)
     image_loss_weight: float = Field(default=7.0, gt=0)
@@ -105,6 +108,7 @@ class DalleConfig(SystemSettings):
 
     @model_validator(mode="after")
     def _possible(self) -> "DalleConfig":
+        refuse_hash(self.experts)
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
         return self
@@ -252,10 +256,13 @@ def build(config: DalleConfig, parts: Mapping[str, Any] | None = None) -> Dalle:
     """Build DALL-E with fresh weights; ``parts["tokenizer"]`` may hold a trained tokenizer."""
     tokenizer = build_tokenizer(config.tokenizer, parts)
 
-    def make_block(_: int) -> Block:
+    def make_feed_forward() -> FeedForward:
+        return FeedForward(config.width, int(config.width * config.mlp_ratio), nn.GELU())
+
+    def make_block(layer: int) -> Block:
         return Block(
             attention=MultiHeadAttention(config.width, config.heads),
-            feed_forward=FeedForward(config.width, int(config.width * config.mlp_ratio), nn.GELU()),
+            feed_forward=feed_forward(make_feed_forward, config.width, config.experts, layer),
             norm=functools.partial(nn.LayerNorm, config.width),
             norm_place=config.norm,
             dropout=config.dropout,
