@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from mm.config import StrictConfig
 from mm.nn.attention import MultiHeadAttention
 from mm.nn.embeddings import Rotary
+from mm.nn.experts import ExpertsConfig, feed_forward, refuse_hash
 from mm.nn.initialise import initialise
-from mm.nn.masks import attention_mask
+from mm.nn.masks import SparseAttentionConfig, attention_mask, layer_masks, patterns_of
 from mm.nn.transformer import Block, FeedForward, Transformer
 from mm.types import AudioBatch, Encoded
 
@@ -55,6 +56,8 @@ class LogMelEncoderConfig(StrictConfig):
         dropout: Of each block's branches and of the stem, in training.
         mask_time: Longest time in training that is hidden in one piece, in seconds; twice a recording.
         mask_bands: Most neighbouring bands that are hidden, as a share; twice a recording.
+        sparse_attention: To a part of the tokens (https://arxiv.org/abs/1904.10509), for long recordings.
+        experts: Feed-forward layers of several experts, with learned routing (https://arxiv.org/abs/2101.03961).
         gradient_checkpointing: Trade time for memory.
     """
 
@@ -71,10 +74,13 @@ class LogMelEncoderConfig(StrictConfig):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     mask_time: float = Field(default=0.0, ge=0, le=10)
     mask_bands: float = Field(default=0.0, ge=0, le=0.9)
+    sparse_attention: SparseAttentionConfig | None = None
+    experts: ExpertsConfig | None = None
     gradient_checkpointing: bool = False
 
     @model_validator(mode="after")
     def _possible(self) -> "LogMelEncoderConfig":
+        refuse_hash(self.experts)
         if self.width % (2 * self.heads):
             raise ValueError(f"width {self.width} must be a multiple of 2 x heads {self.heads}")
         return self
@@ -155,7 +161,9 @@ class LogMelEncoder(nn.Module):
             x = F.gelu(layer(x))
             there = there[:, :: layer.stride[0]]  # pyright: ignore[reportArgumentType, reportIndexIssue]
             x = x * there[:, None]
-        x = self.transformer(self.dropout(x.transpose(1, 2)), mask=attention_mask(x.shape[2], keys=there))
+        length, patterns = x.shape[2], patterns_of(self.config.sparse_attention, self.config.layers)
+        mask = layer_masks(patterns, lambda pattern: attention_mask(length, keys=there, pattern=pattern))
+        x = self.transformer(self.dropout(x.transpose(1, 2)), mask=mask, token_ids=there.long() - 1)
         return Encoded(x, there, self._pooled(x, there))
 
     def cast_(self, dtype: torch.dtype) -> None:
@@ -202,10 +210,13 @@ def build_log_mel_encoder(config: LogMelEncoderConfig) -> LogMelEncoder:
     """A log-mel encoder with fresh weights: pre-norm blocks, rotary positions."""
     norm = functools.partial(nn.LayerNorm, config.width)
 
-    def make_block(_: int) -> Block:
+    def make_feed_forward() -> FeedForward:
+        return FeedForward(config.width, int(config.width * config.mlp_ratio), nn.GELU())
+
+    def make_block(layer: int) -> Block:
         return Block(
             attention=MultiHeadAttention(config.width, config.heads),
-            feed_forward=FeedForward(config.width, int(config.width * config.mlp_ratio), nn.GELU()),
+            feed_forward=feed_forward(make_feed_forward, config.width, config.experts, layer),
             norm=norm,
             dropout=config.dropout,
         )

@@ -19,7 +19,7 @@ class ParallelConfig(StrictConfig):
         pipeline: Number of processes that hold consecutive layers of each transformer.
         microbatches: With a pipeline, parts of a process's batch that are on their way at once.
         contrastive: Whether contrastive losses compare with the features of all processes ``gathered`` in each of them, or
-            pass them around in a ``ring``, in memory that does not grow with their number.
+            pass them around in a ``ring``, in memory that does not grow with their number; ``auto`` chooses by their size.
         recompute: What the backward pass computes again instead of keeping it: nothing (``none``), all but the results of
             matrix products and attention (``selective``), or whole blocks (``full``).
         timeout_seconds: How long a process waits for the others in a step, validation or save before it gives up.
@@ -30,7 +30,7 @@ class ParallelConfig(StrictConfig):
     tensor: int = Field(default=1, ge=1)
     pipeline: int = Field(default=1, ge=1)
     microbatches: int = Field(default=1, ge=1)
-    contrastive: Literal["gathered", "ring"] = "gathered"
+    contrastive: Literal["auto", "gathered", "ring"] = "auto"
     recompute: Literal["none", "selective", "full"] = "none"
     timeout_seconds: float = Field(default=1800.0, gt=0)
 
