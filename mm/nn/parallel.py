@@ -42,7 +42,9 @@ def divide(
         slice_layers(network, slices)
     if stages.size > 1:
         if any(isinstance(part, Auxiliary) for part in network.modules()):
-            raise ConfigError("parallel.pipeline: losses of experts do not reach the other stages; set it to 1 or experts to null")
+            raise ConfigError(
+                "parallel.pipeline: losses of experts do not reach the other stages; set it to 1, or experts to null"
+            )
         stage_layers(network, stages, microbatches)
     if recompute != "none":
         recompute_blocks(network, selective=recompute == "selective")
