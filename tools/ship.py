@@ -328,7 +328,7 @@ READ: dict[str, Any] = {"between": ("image", "text")}
 SHIPMENTS |= {
     "emoji-audio": Shipment(
         summary="Finds emoji-like pictures, and words, by English speech: a third tower beside those of emoji-clip",
-        configs=("configs/imagebind.yaml", "configs/imagebind_likeness.yaml"),
+        configs=("configs/imagebind.yaml",),
         train="emoji-speech:train",
         data="emoji-speech:train: names and keywords of seen concepts, spoken by six voices of espeak-ng",
         headline="audio_to_image_r1",
