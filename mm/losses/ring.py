@@ -125,7 +125,7 @@ class _Softplus(torch.autograd.Function):
         for part in _attractions(attraction, ctx.gather):
             [columns] = _leaves(visiting[0])
             with torch.enable_grad():
-                value = softplus_excess(own[0], columns, *own[1:], part, ctx.chunk_size)
+                value = softplus_excess(own[0], columns, own[1], own[2], part, ctx.chunk_size)
             *of_own, of_columns = torch.autograd.grad(value, (*own, columns), gradients[0])
             torch._foreach_add_(totals, of_own)  # pyright: ignore[reportPrivateImportUsage]
             visiting = _passed_on((visiting[0], visiting[1] + of_columns), ctx.gather)
