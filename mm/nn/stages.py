@@ -8,8 +8,9 @@ is not 1F1B's, which begins backward passes before the forward ones are over: a 
 Shapes: B samples of a process, M microbatches.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,23 +23,36 @@ from mm.errors import ConfigError, UserError
 from mm.nn.masks import EVERYTHING, Mask
 from mm.nn.transformer import Transformer
 from mm.ranks import Peers
+from mm.seeding import derive_seed
 
 Shared = tuple[Tensor | None, ...]
 Run = Callable[[slice, Tensor, Shared], Tensor]
 """Own layers: rows of the batch, their input, and their part of what all layers read, to the output."""
 
 
-@dataclass(frozen=True)
 class Pipeline:
     """The stages that a stack runs through.
 
     Args:
         peers: The processes, in the order of the layers.
         microbatches: M, fewer for batches of fewer samples.
+        name: Of the stack.
     """
 
-    peers: Peers
-    microbatches: int
+    def __init__(self, peers: Peers, microbatches: int, name: str = "") -> None:
+        self.peers, self.microbatches = peers, microbatches
+        self._name = name
+        self._drawn_for, self._passes = -1, 0
+
+    @contextmanager
+    def dropout(self, device: torch.device) -> Iterator[None]:
+        """Random numbers of this stage's own; afterwards generators are as they were, alike on all stages."""
+        seed = torch.initial_seed()
+        self._passes = self._passes + 1 if seed == self._drawn_for else 0
+        self._drawn_for = seed
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(derive_seed(seed, self._name, self._passes, self.peers.rank))
+            yield
 
     def layers(self, num_layers: int, stage: int) -> range:
         """Those of a stage, of so many."""
@@ -92,8 +106,9 @@ def stage_layers(network: nn.Module, peers: Peers, microbatches: int) -> None:
     Raises:
         ConfigError: There is no stack of as many layers as there are stages.
     """
-    pipeline, found = Pipeline(peers, microbatches), False
+    found = False
     for name, part in list(network.named_modules()):
+        pipeline = Pipeline(peers, microbatches, name)
         transformer = isinstance(part, Transformer)
         stack: Any = part.blocks if transformer else part
         sequence = isinstance(part, nn.Sequential) and name.endswith("blocks")
@@ -191,9 +206,7 @@ class _Staged(torch.autograd.Function):
         rank, last = pipeline.peers.rank, pipeline.peers.size - 1
         ctx.pipeline, ctx.passes, ctx.shared = pipeline, [], shared
         result, sent = torch.empty_like(x, memory_format=torch.contiguous_format), []
-        seed = int(torch.randint(1 << 62, ()))  # alike on all stages, as the generators are, before and after
-        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
-            torch.manual_seed(seed + rank)
+        with pipeline.dropout(x.device):
             for rows in pipeline.rows(len(x)):
                 arrived = x[rows] if rank == 0 else pipeline.receive(x[rows], -1)
                 inputs = (arrived, *(value if value is None else value[rows] for value in shared))

@@ -426,8 +426,8 @@ class Flow(System):
             return Losses(loss, {"straightness": loss.detach()})
         student, moments = self._student(condition), self.denoising.path.schedule(config.steps, config.shift).to(image.device)
         follower = student.network if self.slow is None else _asked(self.slow.average.eval(), condition)
-        sample, options = self._encode(image), (config.guidance, config.distance, draws)
-        losses = consistency_loss(student, follower, teacher, sample, moments, *options)
+        sample = self._encode(image)
+        losses = consistency_loss(student, follower, teacher, sample, moments, config.guidance, config.distance, draws)
         return Losses(losses.mean(), {"consistency": losses.detach().mean()})
 
     def _student(self, condition: Condition) -> Student:

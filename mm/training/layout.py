@@ -89,8 +89,8 @@ class Layout:
     def synchronise(self, parameters: Sequence[Tensor]) -> None:
         """Make each ``.grad`` that of the global batch."""
         average_gradients([p for p in parameters if not is_sharded(p)], self._world, self.data)
-        average_gradients([p for p in parameters if not hasattr(p, "stage")], self._world, self._stages)
-        average_gradients([p for p in parameters if not hasattr(p, "sliced")], self._world, self._slices)
+        average_gradients([p for p in parameters if not hasattr(p, "stage")], self._world, self._stages, alike=True)
+        average_gradients([p for p in parameters if not hasattr(p, "sliced")], self._world, self._slices, alike=True)
 
     def clip(self, parameters: Sequence[Tensor], max_norm: float) -> Tensor:
         """Scale gradients in place to a global norm of at most ``max_norm`` (0: leave them); returns the norm before."""

@@ -109,24 +109,30 @@ def broadcast_module(module: nn.Module, world: World) -> None:
 
 
 @torch.no_grad()
-def average_gradients(parameters: Sequence[Tensor], world: World, peers: Peers) -> None:
-    """Replace ``.grad`` by its mean over peers. None counts as zero, and stays None where no process has a gradient.
+def average_gradients(parameters: Sequence[Tensor], world: World, peers: Peers, *, alike: bool = False) -> None:
+    """Replace ``.grad`` by its mean over peers; it stays None where no process has a gradient.
 
     Args:
         parameters: As many on all processes, each cut in the same way among peers.
-        world: All processes, which call this together.
+        world: All processes.
         peers: Those to average over.
+        alike: Whether all that have a gradient have the same one, and None says nothing, such as of what the layers of one
+            stage alone use; else None counts as zero.
     """
     if peers.size == 1:
         return
-    present = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
-    dist.all_reduce(present, op=dist.ReduceOp.MAX, group=world.control)
-    gradients = []
-    for parameter, somewhere in zip(parameters, present.tolist(), strict=True):
-        if somewhere and not parameter.is_meta:
+    everyone = peers.size == world.size
+    present = [parameter.grad is not None for parameter in parameters]
+    counts = torch.tensor(present, dtype=torch.int32, device="cpu" if everyone else world.device)
+    dist.all_reduce(counts, group=world.control if everyone else peers.group)
+    gradients, missing = [], []
+    for parameter, count in zip(parameters, counts.tolist(), strict=True):
+        if count:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(local(parameter.grad))
+            if alike and count < peers.size:
+                missing.append((gradients[-1], count))
     sent = []
     for bucket in _buckets(gradients):
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
@@ -135,6 +141,8 @@ def average_gradients(parameters: Sequence[Tensor], world: World, peers: Peers) 
         if work is not None:
             work.wait()
         _unflatten(flat.div_(peers.size), bucket)
+    for gradient, count in missing:
+        gradient.mul_(peers.size / count)
 
 
 def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
