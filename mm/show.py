@@ -27,6 +27,7 @@ from mm.media.image import open_image
 from mm.run.filtering import Filtered
 from mm.run.generation import Painting
 from mm.run.inference import Prediction, SearchResult
+from mm.run.plan import Plan
 from mm.run.recognition import Transcript
 from mm.run.writing import Caption
 from mm.training.loop import TrainResult
@@ -404,3 +405,65 @@ def _write_json(path: Path | None, values: Mapping[str, Any]) -> None:
     except OSError as error:
         raise UserError(f"{path}: the result cannot be written: {error.strerror}; give a path in an existing folder") from None
     print(f"written: {path}")
+
+
+def planned(found: Plan, json_file: Path | None) -> None:
+    """What a training needs, layout by layout."""
+    parameters, device = found.parameters, found.device
+    console = Console()
+    console.print(
+        f"[bold]{found.name}[/bold] ({found.system}): {parameters['total']:,} parameters, {parameters['trained']:,} trained; "
+        f"a batch of {found.train.batch_size} on {found.processes} x {device.name}, {str(found.dtype).removeprefix('torch.')}",
+        highlight=False,
+    )
+    forward, backward = (f"{value / 1e9:.3g}" for value in (found.forward_flops, found.backward_flops))
+    console.print(f"GFLOPs of a sample: forward {forward}, backward {backward}", highlight=False)
+    table = Table(caption=_plan_words(found), caption_justify="left")
+    table.add_column("layout")
+    table.add_column("recompute")
+    for name in ("weights", "optimizer", "gradients", "activations", "GB a GPU", "fits", "samples/s", "MFU", "hours", "$"):
+        table.add_column(name, justify="right")
+    for one in found.estimates:
+        memory, price = one.memory, found.dollars(one)
+        sizes = (memory.weights + memory.averages, memory.optimizer, memory.gradients, memory.activations, memory.total)
+        table.add_row(
+            one.sharing.name + (", offload" if one.sharing.offload_optimizer else ""),
+            "blocks" if one.sharing.checkpointing == "full" else "",
+            *(f"{size / 1e9:.3g}" for size in sizes),
+            Text("yes", style="green") if one.fits else Text("no", style="red"),
+            f"{one.samples_per_second:,.0f}",
+            f"{one.mfu:.1%}",
+            f"{found.hours(one):.3g}",
+            "-" if price is None else f"{price:,.2f}",
+            style="bold" if one is found.recommended else "",
+        )
+    console.print(table)
+    for line in (*_plan_advice(found), *found.notes):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    _write_json(json_file, found.to_json())
+
+
+def _plan_words(found: Plan) -> str:
+    device = found.device
+    price = "no price" if found.price is None else f"${found.price:.2f} an hour"
+    return (
+        f"GB = 10^9 bytes; weights with their averages; {device.name}: {device.memory / 1e9:.0f} GB, "
+        f"{device.peak(found.dtype) / 1e12:.3g} TFLOP/s, {price} ({device.source})"
+    )
+
+
+def _plan_advice(found: Plan) -> Iterator[str]:
+    best = found.recommended
+    if best is None:
+        yield "no layout fits: take more GPUs, a smaller train.batch_size, or a larger train.accumulate"
+    else:
+        told = ", ".join(f"{key}: {str(value).lower()}" for key, value in best.sharing.settings().items())
+        yield f"recommended: {best.sharing.name}, parallel: {{{told}}}; {found.kilowatt_hours(best):.3g} kWh under full power"
+    speed, pipeline = found.best.samples_per_second, found.input
+    if pipeline.core_samples_per_second is None or pipeline.bytes_per_sample is None or found.cores is None:
+        yield f"input: {speed:,.0f} samples/s are needed; decoding was not measured"
+    else:
+        yield (
+            f"input: {speed:,.0f} samples/s are needed, {speed * pipeline.bytes_per_sample / 1e6:,.1f} MB/s; one core here makes "
+            f"{pipeline.core_samples_per_second:,.0f} samples/s, so {found.cores:,.1f} such cores"
+        )

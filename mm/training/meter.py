@@ -83,29 +83,22 @@ class Cost:
         """FLOPs of some phases, of all where none is named."""
         return sum(operation.flops for operation in self.operations if not phases or operation.phase in phases)
 
-    def peak(self, *, gradient_share: float = 1.0, split_share: float = 1.0, update_share: float = 1.0) -> int:
-        """Most bytes at any moment beside what outlives the step, where a process holds only a share of some of them.
+    def peak(self, *phases: Phase, gradients: float = 1.0, activations: float = 1.0, split: float = 1.0) -> float:
+        """Most bytes at any moment of some phases (of all where none is named), beside what outlives the step.
 
         Args:
-            gradient_share: Of the gradients.
-            split_share: Of activations that tensor parallelism splits.
-            update_share: Of what the optimizer needs while it works.
+            phases: Forward, backward, update.
+            gradients: Factor of the bytes of gradients.
+            activations: Of the activations that tensor parallelism leaves whole.
+            split: Of those that it splits.
         """
-        return round(
-            max(
-                (
-                    moment.gradients * gradient_share
-                    + (moment.activations + moment.split * split_share) * (update_share if moment.phase == "update" else 1.0)
-                    for moment in self.moments
-                ),
-                default=0,
-            )
-        )
+        moments = [moment for moment in self.moments if not phases or moment.phase in phases]
+        return max((m.gradients * gradients + m.activations * activations + m.split * split for m in moments), default=0.0)
 
     @property
     def activations(self) -> int:
         """Most bytes of activations at any moment of forward and backward pass."""
-        return max((m.activations + m.split for m in self.moments if m.phase != "update"), default=0)
+        return round(self.peak("forward", "backward", gradients=0.0))
 
 
 class Meter(TorchDispatchMode):

@@ -32,7 +32,14 @@ from mm.types import Batch, System
 CPU = torch.device("cpu")
 
 _aten = torch.ops.aten
-_INDEXING = (_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_, _aten._unsafe_index, _aten._unsafe_index_put)
+_INDEXING = (
+    _aten.index,
+    _aten.index_put,
+    _aten.index_put_,
+    _aten._index_put_impl_,
+    _aten._unsafe_index,
+    _aten._unsafe_index_put,
+)
 
 CUDA_SINGLE = frozenset(
     "cosine_similarity cross_entropy cumsum exp group_norm kl_div layer_norm log log_softmax mse_loss nll_loss norm normalize pow "
@@ -103,7 +110,7 @@ class Simulated:
     optimizer: int
 
     @property
-    def peak(self) -> int:
+    def peak(self) -> float:
         """Most bytes of tensors at any moment."""
         return self.weights + self.averages + self.optimizer + self.cost.peak()
 
