@@ -169,7 +169,7 @@ def plan(
     from mm.run.plan import plan as run_plan
 
     show.check_outputs(None, json_file)
-    with show.progress_bar("a step without numbers"):
+    with show.progress_bar("planning"):
         found = run_plan(config, overrides or [], processes=gpus, device=device, mfu=mfu, price=price, read_data=read_data)
     show.planned(found, json_file)
 

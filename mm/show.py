@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -415,40 +416,40 @@ def planned(found: Plan, json_file: Path | None) -> None:
         f"[bold]{found.name}[/bold] ({found.system}): {parameters['total']:,} parameters, {parameters['trained']:,} trained; "
         f"a batch of {found.train.batch_size} on {found.processes} x {device.name}, {str(found.dtype).removeprefix('torch.')}",
         highlight=False,
+        soft_wrap=True,
     )
     forward, backward = (f"{value / 1e9:.3g}" for value in (found.forward_flops, found.backward_flops))
     console.print(f"GFLOPs of a sample: forward {forward}, backward {backward}", highlight=False)
-    table = Table(caption=_plan_words(found), caption_justify="left")
+    unit, name = (1e9, "GB") if max(one.memory.total for one in found.estimates) >= 1e10 else (1e6, "MB")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title=f"{name} of each GPU", title_justify="left")
     table.add_column("layout")
-    table.add_column("recompute")
-    for name in ("weights", "optimizer", "gradients", "activations", "GB a GPU", "fits", "samples/s", "MFU", "hours", "$"):
-        table.add_column(name, justify="right")
+    for heading in ("weights", "states", "grads", "activ.", "total", "samples/s", "MFU", "run $"):
+        table.add_column(heading, justify="right")
     for one in found.estimates:
         memory, price = one.memory, found.dollars(one)
-        sizes = (memory.weights + memory.averages, memory.optimizer, memory.gradients, memory.activations, memory.total)
+        sizes = (memory.weights, memory.optimizer + memory.averages, memory.gradients, memory.activations)
         table.add_row(
-            one.sharing.name + (", offload" if one.sharing.offload_optimizer else ""),
-            "blocks" if one.sharing.checkpointing == "full" else "",
-            *(f"{size / 1e9:.3g}" for size in sizes),
-            Text("yes", style="green") if one.fits else Text("no", style="red"),
-            f"{one.samples_per_second:,.0f}",
-            f"{one.mfu:.1%}",
-            f"{found.hours(one):.3g}",
-            "-" if price is None else f"{price:,.2f}",
+            one.sharing.name,
+            *(f"{size / unit:,.1f}" for size in sizes),
+            Text(f"{memory.total / unit:,.1f}", style="green" if one.fits else "red"),
+            f"{one.samples_per_second:,.0f}" if one.fits else "no room",
+            f"{one.mfu:.1%}" if one.fits else "",
+            f"{price:,.2f}" if one.fits and price is not None else "",
             style="bold" if one is found.recommended else "",
         )
     console.print(table)
-    for line in (*_plan_advice(found), *found.notes):
+    for line in (*_plan_words(found), *_plan_advice(found), *found.notes):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     _write_json(json_file, found.to_json())
 
 
-def _plan_words(found: Plan) -> str:
+def _plan_words(found: Plan) -> Iterator[str]:
     device = found.device
     price = "no price" if found.price is None else f"${found.price:.2f} an hour"
-    return (
-        f"GB = 10^9 bytes; weights with their averages; {device.name}: {device.memory / 1e9:.0f} GB, "
-        f"{device.peak(found.dtype) / 1e12:.3g} TFLOP/s, {price} ({device.source})"
+    yield "states: optimizer, averaged weights; ckpt: the backward pass recomputes blocks; offload: optimizer on the host"
+    yield (
+        f"{device.name}: {device.memory / 1e9:.0f} GB, {device.peak(found.dtype) / 1e12:.3g} TFLOP/s, "
+        f"{device.bandwidth / 1e12:.3g} TB/s, {price} ({device.source})"
     )
 
 
@@ -458,12 +459,14 @@ def _plan_advice(found: Plan) -> Iterator[str]:
         yield "no layout fits: take more GPUs, a smaller train.batch_size, or a larger train.accumulate"
     else:
         told = ", ".join(f"{key}: {str(value).lower()}" for key, value in best.sharing.settings().items())
-        yield f"recommended: {best.sharing.name}, parallel: {{{told}}}; {found.kilowatt_hours(best):.3g} kWh under full power"
+        section = f" (parallel: {{{told}}})" if told else ""
+        run = f"{found.hours(best):.3g} h and at most {found.kilowatt_hours(best):.3g} kWh for {found.train.steps:,} steps"
+        yield f"recommended: {best.sharing.name}{section}: {run}"
     speed, pipeline = found.best.samples_per_second, found.input
     if pipeline.core_samples_per_second is None or pipeline.bytes_per_sample is None or found.cores is None:
         yield f"input: {speed:,.0f} samples/s are needed; decoding was not measured"
     else:
         yield (
-            f"input: {speed:,.0f} samples/s are needed, {speed * pipeline.bytes_per_sample / 1e6:,.1f} MB/s; one core here makes "
-            f"{pipeline.core_samples_per_second:,.0f} samples/s, so {found.cores:,.1f} such cores"
+            f"input: {speed:,.0f} samples/s are needed, {speed * pipeline.bytes_per_sample / 1e6:,.1f} MB/s; one core here "
+            f"makes {pipeline.core_samples_per_second:,.0f} samples/s, so {found.cores:,.1f} such cores"
         )

@@ -24,7 +24,7 @@ from mm.run.training import assemble, load_run_config
 from mm.systems import build
 from mm.training.config import TrainConfig
 from mm.training.devices import choose_dtype
-from mm.training.estimate import Estimate, Setting, Structure, estimate, recommended, sharings, structure
+from mm.training.estimate import Estimate, Setting, estimate, recommended, sharings, structure
 from mm.training.hardware import PRICES_OF, Device, find_device
 from mm.training.parameters import count_parameters
 from mm.training.simulate import Simulated, simulate
@@ -189,7 +189,7 @@ def plan(
         raise UserError(f"--gpus {processes}: take 1 to {MAX_PROCESSES:,}")
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"--mfu {mfu}: is a share of the peak, above 0 and at most 1")
-    run, notes = _run_config(Path(config), overrides)
+    run, notes = run_config(Path(config), overrides)
     train = run.train
     if train.batch_size % processes:
         raise UserError(
@@ -197,14 +197,13 @@ def plan(
             "GPUs, or a multiple of that as batch size"
         )
     dtype = torch.bfloat16 if kind.cuda and train.precision == "auto" else choose_dtype(train.precision, torch.device("cpu"))
-    prepared = _prepared(run, read_data, notes)
-    batch = resized(prepared.batch, train.batch_size // processes)
-    remembers = any(key.startswith("remember_") and value for key, value in vars(run.system).items())
+    ready = prepared(run, read_data, notes)
+    batch = resized(ready.batch, train.batch_size // processes)
 
     def step(recompute: bool) -> Simulated:
-        return simulate(prepared.system, batch, train, dtype, like_cuda=kind.cuda, recompute=recompute, remembers=remembers)
+        return simulate(ready.system, batch, train, dtype, like_cuda=kind.cuda, recompute=recompute, remembers=remembers(run))
 
-    parts, plain = structure(prepared.system), step(False)
+    parts, plain = structure(ready.system), step(False)
     setting = Setting(
         plain=plain,
         recomputed=step(True) if parts.num_blocks else plain,
@@ -219,7 +218,7 @@ def plan(
     return Plan(
         name=Path(config).stem,
         system=run.system.name,
-        parameters=count_parameters(prepared.system),
+        parameters=count_parameters(ready.system),
         train=train,
         processes=processes,
         device=kind,
@@ -229,7 +228,7 @@ def plan(
         optimizer_flops=plain.cost.flops("update"),
         estimates=tuple(found),
         recommended=recommended(found),
-        input=prepared.input,
+        input=ready.input,
         price=kind.price if price is None else price,
         notes=tuple(notes),
     )
@@ -244,7 +243,12 @@ class Prepared:
     input: InputPipeline
 
 
-def _run_config(path: Path, overrides: Sequence[str]) -> tuple[RunConfig, list[str]]:
+def remembers(config: RunConfig) -> bool:
+    """Whether the system keeps what it made of each picture, so that it makes it once and not in every epoch."""
+    return any(key.startswith("remember_") and value for key, value in vars(config.system).items())
+
+
+def run_config(path: Path, overrides: Sequence[str]) -> tuple[RunConfig, list[str]]:
     """The configuration without what a plan does not need, and what that leaves out."""
     values = apply_overrides(read_layers(path), overrides)
     begins, notes = values.get("init_from"), []
@@ -256,7 +260,7 @@ def _run_config(path: Path, overrides: Sequence[str]) -> tuple[RunConfig, list[s
     return load_run_config(path, [*overrides, *changes]), notes
 
 
-def _prepared(config: RunConfig, read_data: bool, notes: list[str]) -> Prepared:
+def prepared(config: RunConfig, read_data: bool, notes: list[str]) -> Prepared:
     """The run's own system and batch; where its data cannot be read, a new system and the largest batch it may meet."""
     problem = None if read_data else "the data were not to be read"
     if read_data:

@@ -10,8 +10,9 @@
 
 Of ddp and fsdp the activations are those of the simulated step; those of tensor and pipeline are scaled from it.
 
-The time is the sum over kernels of what binds each: arithmetic, memory or its launch (the roofline, https://doi.org/10.1145/1498765.1498785).
-"""  # noqa: E501 - a table
+The time is the sum over kernels of what binds each: arithmetic, memory or its launch (the roofline,
+https://doi.org/10.1145/1498765.1498785).
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -76,13 +77,18 @@ class Sharing:
     @property
     def name(self) -> str:
         """What the field calls it."""
+        recompute = " ckpt" if self.checkpointing == "full" else ""
+        return self._axis + recompute + (" offload" if self.offload_optimizer else "")
+
+    @property
+    def _axis(self) -> str:
         if self.tensor > 1:
             return f"tensor {self.tensor}"
         if self.pipeline > 1:
             return f"pipeline {self.pipeline}"
         if self.data == "fsdp":
-            return "fsdp" if self.replicas == 1 else f"hsdp, {self.replicas} replicas"
-        return "ddp"
+            return "fsdp" if self.replicas == 1 else f"hsdp {self.replicas}"
+        return self.data
 
     def settings(self) -> dict[str, Any]:
         """What differs from the defaults: the ``parallel:`` section."""
@@ -112,7 +118,7 @@ def structure(network: nn.Module) -> Structure:
     """Look at a network."""
     sizes = [storage_bytes(block.parameters()) for block in blocks(network)]
     parts = [part for name, part in network.named_modules() if name.rpartition(".")[2] in SPLIT_PARTS]
-    heads = [part.num_heads for part in parts if isinstance(getattr(part, "num_heads", None), int)]
+    heads = [number for part in parts if isinstance(number := getattr(part, "num_heads", None), int)]
     split = storage_bytes(parameter for part in parts for parameter in part.parameters())
     return Structure(len(sizes), sum(sizes), max(sizes, default=0), split, math.gcd(*heads))
 
@@ -256,8 +262,6 @@ def _memory(sharing: Sharing, setting: Setting) -> Memory:
 def _seconds(sharing: Sharing, setting: Setting) -> float:
     """Of a step: computing, what is sent and not hidden behind it, and where a pipeline waits."""
     step, device, processes = _simulated(sharing, setting), setting.device, setting.processes
-    passes = _time(step.cost, setting, sharing, ("forward", "backward"))
-    update = _time(step.cost, setting, sharing, ("update",))
     link = device.link if processes <= MACHINE_SIZE else min(device.link, NETWORK)
     copies = processes // sharing.model_size
     shards = processes // sharing.replicas if sharing.data == "fsdp" else 1
@@ -265,11 +269,11 @@ def _seconds(sharing: Sharing, setting: Setting) -> float:
     sent = 0.0
     if sharing.data == "fsdp":
         sent += 3 * _around(shards) * step.weights
-        update /= shards
     if copies > shards:
         sent += 2 * _around(copies // shards) * step.gradients / shards / sharing.model_size
-    hidden = _time(step.cost, setting, sharing, ("backward",))
-    seconds = passes + update + max(0.0, sent / link - hidden)
+    backward = _time(step.cost, setting, sharing, "backward")
+    update = _time(step.cost, setting, sharing, "update", 1 / shards / sharing.model_size)
+    seconds = _time(step.cost, setting, sharing, "forward") + max(backward, sent / link) + update
     if sharing.tensor > 1:
         exchanged = 2 * step.cost.exchanged * sharing.model_size
         seconds += 2 * _around(sharing.tensor) * exchanged / device.link
@@ -285,17 +289,15 @@ def _around(processes: int) -> float:
     return (processes - 1) / processes
 
 
-def _time(cost: Cost, setting: Setting, sharing: Sharing, phases: tuple[Phase, ...]) -> float:
-    """Of the kernels of some phases on this process's part of the work."""
+def _time(cost: Cost, setting: Setting, sharing: Sharing, phase: Phase, share: float | None = None) -> float:
+    """Of the kernels of a phase on this process's part of the work: ``share``, or what the layout leaves of it."""
     device, seconds = setting.device, 0.0
     peaks = {low: device.peak(torch.bfloat16 if low else torch.float32) for low in (True, False)}
     for operation in cost.operations:
-        if operation.phase not in phases:
+        if operation.phase != phase:
             continue
-        work = sharing.model_size / (sharing.tensor if operation.split else 1) / sharing.pipeline
-        if operation.phase == "update":
-            work = 1 / sharing.model_size
-        if setting.mfu is not None and operation.phase != "update":
+        work = sharing.tensor / (sharing.tensor if operation.split else 1) if share is None else share
+        if setting.mfu is not None and phase != "update":
             seconds += work * operation.flops / (device.peak(setting.dtype) * setting.mfu)
             continue
         arithmetic = operation.flops / (peaks[operation.low_precision] * REACHED_ARITHMETIC)

@@ -1,8 +1,8 @@
 """Accelerators that trainings are planned for: peak rates, memory, power, and what an hour usually costs.
 
-Rates and memory are the makers' data sheets: dense, without sparsity. Matrix products of fp32 run on the ordinary units, as torch
-has them by default. Prices are what an hour on demand of one device usually cost in November 2025 at specialised clouds or, where
-said, at a large one; they differ twofold between providers and change every few months: give your own.
+Rates and memory are the makers' data sheets: dense, without sparsity. Matrix products of fp32 run on the ordinary units, as
+torch has them by default. Prices are what an hour on demand of one device usually cost in November 2025 at specialised clouds
+or, where said, at a large one; they differ twofold between providers and change every few months: give your own.
 """
 
 import os

@@ -42,8 +42,8 @@ _INDEXING = (
 )
 
 CUDA_SINGLE = frozenset(
-    "cosine_similarity cross_entropy cumsum exp group_norm kl_div layer_norm log log_softmax mse_loss nll_loss norm normalize pow "
-    "prod rms_norm rsqrt smooth_l1_loss softmax softplus sum".split()
+    """cosine_similarity cross_entropy cumsum exp group_norm kl_div layer_norm log log_softmax mse_loss nll_loss norm normalize
+    pow prod rms_norm rsqrt smooth_l1_loss softmax softplus sum""".split()  # noqa: SIM905 - as a list it fills a screen
 )
 """Functions that autocast computes in fp32 on CUDA and, most of them, in bf16 on the CPU."""
 
@@ -71,10 +71,10 @@ class CudaAutocast(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        options = dict(kwargs or {})
         if getattr(func, "__name__", "") in CUDA_SINGLE and torch.is_autocast_enabled("cpu"):
-            args, kwargs = tree_map(_single, (args, kwargs))
-        return func(*args, **kwargs)
+            args, options = tuple(map(_single, args)), {name: _single(value) for name, value in options.items()}
+        return func(*args, **options)
 
 
 def without_data(system: System) -> System:
@@ -189,8 +189,10 @@ def _numbered(indices: Any) -> list[Tensor | None]:
     """Positions in the place of masks: how many values are true decides about shapes."""
     numbered: list[Tensor | None] = []
     for index in indices:
-        masks = index is not None and index.dtype in (torch.bool, torch.uint8)
-        numbered += index.nonzero(as_tuple=True) if masks else [index]
+        if index is not None and index.dtype in (torch.bool, torch.uint8):
+            numbered += index.nonzero(as_tuple=True)
+        else:
+            numbered.append(index)
     return numbered
 
 
