@@ -3,8 +3,8 @@
     python bench/plan_check.py [CONFIG ...] [--json FILE]
 
 Memory, beside what outlives a step: the most that torch's allocator held during a real step (its profiler), and how far the
-process's resident memory grew (VmHWM; malloc gives freed blocks back at once). FLOPs: `torch.utils.flop_counter.FlopCounterMode`
-during a real step with unfused attention, which it counts as matrix products; it cannot see the fused one of the CPU.
+process's resident memory grew (VmHWM; malloc gives freed blocks back at once). FLOPs: torch's own `FlopCounterMode` during a
+real step with unfused attention, which it counts as matrix products; it cannot see the fused one of the CPU.
 """
 
 import argparse

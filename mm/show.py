@@ -421,8 +421,8 @@ def planned(found: Plan, json_file: Path | None) -> None:
     forward, backward = (f"{value / 1e9:.3g}" for value in (found.forward_flops, found.backward_flops))
     console.print(f"GFLOPs of a sample: forward {forward}, backward {backward}", highlight=False)
     unit, name = (1e9, "GB") if max(one.memory.total for one in found.estimates) >= 1e10 else (1e6, "MB")
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title=f"{name} of each GPU", title_justify="left")
-    table.add_column("layout")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0, title=f"{name} of each GPU", title_justify="left")
+    table.add_column("layout", no_wrap=True)
     for heading in ("weights", "states", "grads", "activ.", "total", "samples/s", "MFU", "run $"):
         table.add_column(heading, justify="right")
     for one in found.estimates:
@@ -432,8 +432,8 @@ def planned(found: Plan, json_file: Path | None) -> None:
             one.sharing.name,
             *(f"{size / unit:,.1f}" for size in sizes),
             Text(f"{memory.total / unit:,.1f}", style="green" if one.fits else "red"),
-            f"{one.samples_per_second:,.0f}" if one.fits else "no room",
-            f"{one.mfu:.1%}" if one.fits else "",
+            f"{one.samples_per_second:,.0f}" if one.fits else "too big",
+            f"{one.mfu:.0%}" if one.fits else "",
             f"{price:,.2f}" if one.fits and price is not None else "",
             style="bold" if one is found.recommended else "",
         )

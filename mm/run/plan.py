@@ -193,8 +193,8 @@ def plan(
     train = run.train
     if train.batch_size % processes:
         raise UserError(
-            f"--gpus {processes}: train.batch_size {train.batch_size} cannot be shared evenly; take a divisor of it as number of "
-            "GPUs, or a multiple of that as batch size"
+            f"--gpus {processes}: train.batch_size {train.batch_size} cannot be shared evenly; take a divisor of it "
+            "as number of GPUs, or a multiple of that as batch size"
         )
     dtype = torch.bfloat16 if kind.cuda and train.precision == "auto" else choose_dtype(train.precision, torch.device("cpu"))
     ready = prepared(run, read_data, notes)

@@ -163,10 +163,12 @@ class Meter(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # asks for an attribute of a tensor
+            return func(*args, **kwargs)
         result = self.call(func, args, kwargs)
         outputs = tensors_in(result)
         split = self._depth > 0
-        if not func.is_view:
+        if not func.is_view and func is not _aten._unsafe_view.default:
             self.cost.operations.append(self._operation(func, args, kwargs, result, outputs, split))
         for tensor in outputs:
             self._hold(tensor, "split" if split else "activations", known=True)
@@ -178,12 +180,12 @@ class Meter(TorchDispatchMode):
     ) -> Operation:
         inputs = tensors_in(args)
         formula = _FORMULAS.get(func._overloadpacket)
-        widest = max((tensor.dtype.itemsize for tensor in inputs if tensor.is_floating_point()), default=4)
+        size = next((tensor.dtype.itemsize for tensor in inputs if tensor.is_floating_point()), 0)
         return Operation(
             phase=self._phase,
             flops=0 if formula is None else int(formula(*args, **kwargs, out_val=result)),
             num_bytes=sum(map(_extent, {id(tensor): tensor for tensor in (*inputs, *outputs)}.values())),
-            low_precision=widest <= LOW_PRECISION_BYTES,
+            low_precision=size == LOW_PRECISION_BYTES,
             split=split,
         )
 
