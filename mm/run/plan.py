@@ -265,7 +265,8 @@ def prepared(config: RunConfig, read_data: bool, notes: list[str]) -> Prepared:
     problem = None if read_data else "the data were not to be read"
     if read_data:
         try:
-            open_training_source(config.data, image_size=config.system.picture_side or MIN_SIZE)
+            side = with_parts(config.system, load_parts(config.system.parts())).picture_side
+            open_training_source(config.data, image_size=side or MIN_SIZE)
         except UserError as error:
             problem = str(error)
     if problem is not None:
