@@ -60,7 +60,7 @@ def compare(name: str) -> Compared:
     stepper.step(ready.batch, 2)
     grown = peak_resident() - before
     stepper.optimizer.zero_grad(set_to_none=True)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         stepper.step(ready.batch, 3)
     now = most = 0
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]

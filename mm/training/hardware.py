@@ -98,7 +98,7 @@ def recognise(device: torch.device) -> Device | None:
 @cache
 def this_cpu() -> Device:
     """This machine, with the threads that torch uses: peaks by short matrix products and copies, the best of a few."""
-    side, cores = 1024, torch.get_num_threads()
+    side, cores = 768, torch.get_num_threads()
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.ones(side, side, dtype=dtype)
@@ -121,7 +121,7 @@ def this_cpu() -> Device:
     )
 
 
-def _best_seconds(work: Callable[[], object], times: int = 5) -> float:
+def _best_seconds(work: Callable[[], object], times: int = 3) -> float:
     best = float("inf")
     for _ in range(times):
         begun = time.perf_counter()

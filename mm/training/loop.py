@@ -18,6 +18,7 @@ from mm.errors import BadSample, CheckpointError, UserError
 from mm.training.checkpoint import Checkpoint, SaveError, latest_checkpoint, open_checkpoint, save_checkpoint
 from mm.training.config import TrainConfig
 from mm.training.consumed import ConsumedIds, everyones_ids
+from mm.training.efficiency import Efficiency, Totals
 from mm.training.feed import Feed
 from mm.training.guard import Collapse, FlatLoss, NonFinite, StopSignals
 from mm.training.lock import run_lock
@@ -29,7 +30,7 @@ from mm.training.window import Window
 from mm.types import BatchStream, System
 
 HABITS = {"checkpoint_every_steps", "checkpoint_every_minutes", "keep_last", "log_every", "validate_every", "max_nonfinite"}
-DECISIVE = frozenset(TrainConfig.model_fields) - HABITS - {"log_ids", "tensorboard"}
+DECISIVE = frozenset(TrainConfig.model_fields) - HABITS - {"log_ids", "tensorboard", "energy", "carbon_intensity"}
 """Settings whose change makes a resumed run differ from one that had them from the start."""
 
 FORMAT = 1
@@ -115,6 +116,7 @@ def train(
         )
         stack.callback(tracker.close)
         trainer = _Trainer(Stepper(system, config, world), Feed(stream, world.device), config, run, world, signals, tracker)
+        stack.callback(trainer.efficiency.close)
         trainer.validate, trainer.extra_files, trainer.merge_states = validate, extra_files, merge_states
         return trainer.run()
 
@@ -135,6 +137,7 @@ class _Trainer:
         self.nonfinite, self.window = NonFinite(), Window()
         self.watchers = FlatLoss(config.warmup_steps), Collapse()
         self.parameters = count_parameters(stepper.system)
+        self.efficiency = Efficiency(config, world, stepper.dtype)
         self.step = 0
         self.metrics: dict[str, float] = {}
         self.consumed = ConsumedIds(tracker.ids, world)
@@ -185,10 +188,13 @@ class _Trainer:
             raise
         minutes = self.config.checkpoint_every_minutes
         due = self.world.is_main and 0 < minutes * 60 <= begun - self.last_save
-        report = self.stepper.step(batch, self.step, (self.signals.requested is not None, due), self.feed.look_ahead)
+        with self.efficiency.counting(self.stepper.optimizer):
+            report = self.stepper.step(batch, self.step, (self.signals.requested is not None, due), self.feed.look_ahead)
         self.step += 1
         self.nonfinite.record(report.finite)
-        self.window.add(report, time.monotonic() - begun)
+        seconds = time.monotonic() - begun
+        self.window.add(report, seconds)
+        self.efficiency.add(report.num_samples, seconds)
         self.consumed.note(batch.ids)
         if not report.finite:
             self._skipped(batch.ids, report)
@@ -207,7 +213,8 @@ class _Trainer:
         if self.step % config.log_every == 0 or last:
             self.consumed.collect(self.step)
             left = self.window.seconds / self.window.steps * (config.steps - self.step)
-            self.tracker.log(self.step, self.window.record(self.step, self.stepper.lr(self.step - 1), self.seconds), left)
+            record = self.window.record(self.step, self.stepper.lr(self.step - 1), self.seconds)
+            self.tracker.log(self.step, record | self.efficiency.figures(record["samples_per_second"]), left)
             self.window = Window()
         if last or (config.validate_every and self.step % config.validate_every == 0 and not stop):
             self._validate()
@@ -298,6 +305,8 @@ class _Trainer:
             "logs": logs,
             "world_size": self.world.size,
             "parameters": self.parameters,
+            "totals": self.efficiency.state(),
+            "efficiency": self.efficiency.summary(),
             "train": to_dict(self.config),
             "versions": {"mm": mm.__version__, "torch": torch.__version__, "python": platform.python_version()},
         }
@@ -323,6 +332,7 @@ class _Trainer:
         self.nonfinite.restore(state["nonfinite"])
         self.window = Window(**state["window"])
         self.metrics, self.earlier_seconds = dict(state["metrics"]), float(state["seconds"])
+        self.efficiency.totals = Totals(**state.get("totals", {}))
         self.tracker.start(self.step, state["logs"])
         self.tracker.say(f"resuming at step {self.step} of {self.config.steps} from {found.folder}")
         self.tracker.event("resume", self.step, f"resumed from {found.folder}")

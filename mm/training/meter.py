@@ -6,8 +6,7 @@ to the moment when nothing holds it. Scratch memory that a kernel takes and give
 """
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -130,17 +129,13 @@ class Meter(TorchDispatchMode):
         """Bytes of all that outlives the step."""
         return self._bytes["kept"]
 
-    @contextmanager
-    def update(self) -> Iterator[None]:
-        """What runs inside belongs to the optimizer; tensors that are still alive afterwards, in ``kept``, outlive the step."""
+    def begin_update(self) -> None:
+        """What runs from now on belongs to the optimizer."""
         self._updating = True
-        yield
-        self._updating = False
 
-    def keep(self, tensors: Iterable[Tensor]) -> None:
-        """Count these among what outlives the step from now on."""
-        for tensor in tensors:
-            self._hold(tensor, "kept")
+    def end_update(self) -> None:
+        """No more."""
+        self._updating = False
 
     def __enter__(self) -> "Meter":
         if self._module is not None:

@@ -153,11 +153,11 @@ def simulate(
         averaged = [] if averages is None else list(averages.state_dict(network).values())
         with Simulation(network, (*states, *averaged)) as meter:
             backward(network, batch, 0, config.accumulate, partial(autocast, CPU, dtype))
-            with meter.update():
-                clip_gradients([p for group in optimizer.param_groups for p in group["params"]], config.clip_norm)
-                optimizer.step()
-                if averages is not None:
-                    averages.update()
+            meter.begin_update()
+            clip_gradients([p for group in optimizer.param_groups for p in group["params"]], config.clip_norm)
+            optimizer.step()
+            if averages is not None:
+                averages.update()
     generators.restore()
     return Simulated(
         cost=meter.cost,
