@@ -144,6 +144,36 @@ def train(
         show.trained(outcome)
 
 
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="E.g. train.batch_size=4096")] = None,
+    gpus: Annotated[int, typer.Option("--gpus", metavar="N", help="Accelerators to share the training.")] = 1,
+    device: Annotated[
+        str, typer.Option("--device", help="h100, h200, a100-80, a10g, l4, rtx-4090, mi300x, or cpu: this machine.")
+    ] = "h100",
+    mfu: Annotated[
+        float | None,
+        typer.Option("--mfu", help="Share of the peak to reckon with; default: estimated by kernel.", show_default=False),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option("--price", min=0, help="Dollars an hour of one device; default: its usual one.")
+    ] = None,
+    read_data: Annotated[
+        bool, typer.Option("--data/--no-data", help="Open the data, or plan by the shapes of the largest batch.")
+    ] = True,
+    json_file: JsonOption = None,
+) -> None:
+    """Parameters, FLOPs, memory, layout, speed and cost of a training, before paying for it."""
+    from mm import show
+    from mm.run.plan import plan as run_plan
+
+    show.check_outputs(None, json_file)
+    with show.progress_bar("planning"):
+        found = run_plan(config, overrides or [], processes=gpus, device=device, mfu=mfu, price=price, read_data=read_data)
+    show.planned(found, json_file)
+
+
 @eval_app.command("zero-shot")
 def eval_zero_shot(
     model: ModelArgument,

@@ -94,7 +94,10 @@ class TrainConfig(StrictConfig):
         validate_every: Steps between validations; 0 validates at the end only.
         max_nonfinite: Stop after so many consecutive steps whose loss or gradient is NaN or infinite; each is skipped.
         log_ids: Write the ids of the consumed samples to ``ids.jsonl``.
-        tensorboard: Write TensorBoard files to ``tensorboard/``.
+        tensorboard: Write TensorBoard files to ``tensorboard/``, where it is installed.
+        energy: How energy is known: ``auto`` takes the processors' counters, else an estimate from the device's power;
+            ``codecarbon`` is the library of that name.
+        carbon_intensity: Kilograms of CO2 of a kilowatt hour where the training runs; default: the world's mean.
     """
 
     steps: int = Field(default=1000, ge=1)
@@ -122,6 +125,8 @@ class TrainConfig(StrictConfig):
     max_nonfinite: int = Field(default=10, ge=1)
     log_ids: bool = True
     tensorboard: bool = True
+    energy: Literal["auto", "codecarbon"] = "auto"
+    carbon_intensity: float = Field(default=0.445, ge=0)
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
