@@ -30,6 +30,8 @@ CSS = """
 .found .thumbnail-lg img { padding-bottom: 2.4rem; }
 .found .caption-label { left: 0; right: 0; max-width: 100%; border: 0; text-align: center; white-space: normal; }
 .heat .grid-container { grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)) !important; }
+footer .divider { display: none; }
+.gallery-item .container.gallery { width: 4.7rem; height: 4.7rem; }
 .asked { align-items: flex-end; }
 .bars, .bars * { font-family: inherit; }
 @media (max-width: 640px) {

@@ -243,14 +243,14 @@ def test_errors_are_kind_and_tell_no_paths(
 def test_what_is_no_picture_is_refused_in_words(tmp_path: Path, name: str, data: bytes, said: str) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(gr.Error, match=f"cannot be used: {said}"):
-        parts._decoded(ImageData(path=str(tmp_path / name), orig_name=name))
+        parts._decoded(FIELD, ImageData(path=str(tmp_path / name), orig_name=name))
 
 
 def test_a_picture_field_is_empty_or_holds_pixels(offer: Offer) -> None:
     path = offer.example("pear")
-    assert parts._decoded(None) is None
-    assert parts._decoded(ImageData(url="data:image/png;base64,AAAA")) is None
-    decoded = parts._decoded(ImageData(path=str(path)))
+    assert parts._decoded(FIELD, None) is None
+    assert parts._decoded(FIELD, ImageData(url="data:image/png;base64,AAAA")) is None
+    decoded = parts._decoded(FIELD, ImageData(path=str(path)))
     assert decoded is not None
     assert torch.equal(decoded, open_image(path))
 
