@@ -26,7 +26,7 @@ OPTIONS = [
 ]
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 SIZES = {"desktop": {"width": 1280, "height": 800}, "phone": {"width": 390, "height": 844}}
-PATIENCE_MS = 90_000
+PATIENCE_MS = 60_000
 """For machines that others use, too."""
 
 RECORDED_MS = 3_500
@@ -139,22 +139,23 @@ def test_search_by_voice(page: Page, tmp_path: Path) -> None:
     expect(_found(page, "grinning cat")).to_be_visible()
     wave, rate = soundfile.read(io.BytesIO(speak("ferris wheel")))
     soundfile.write(tmp_path / "said.wav", wave, rate)
-    (tmp_path / "misnamed.wav").write_text("<!doctype html><script>alert(1)</script>")
-    for name in ("misnamed.wav", "said.wav"):
+    whole = (tmp_path / "said.wav").read_bytes()
+    (tmp_path / "cut.wav").write_bytes(whole[: len(whole) // 2])
+    for name in ("cut.wav", "said.wav"):
         page.locator(".sound").get_by_label("Clear").click()
         page.locator(".sound").get_by_label("Upload file").click()
         page.locator(".sound input[type=file]").set_input_files(tmp_path / name)
         expect(page.locator(".sound").get_by_label("Clear")).to_be_visible()
         search.click()
-        if name == "misnamed.wav":
-            expect(page.get_by_text("This recording cannot be used: unknown format")).to_be_visible()
+        if name == "cut.wav":
+            expect(page.get_by_text("This recording cannot be used: truncated")).to_be_visible()
     expect(_found(page, "ferris wheel")).to_be_visible()
     page.locator(".sound").get_by_label("Clear").click()
     page.locator(".sound").get_by_label("Record audio").click()
     page.locator(".sound").get_by_role("button", name="Record", exact=True).click()
     page.wait_for_timeout(RECORDED_MS)
     page.locator(".sound").get_by_role("button", name="Stop", exact=True).click()
-    page.locator(".sound").get_by_label("Play").wait_for()
+    page.locator(".sound").get_by_label("Play", exact=True).wait_for()
     search.click()
     expect(_found(page, "wine glass")).to_be_visible()
 
@@ -162,7 +163,7 @@ def test_search_by_voice(page: Page, tmp_path: Path) -> None:
 def test_caption_and_ask(page: Page) -> None:
     _open(page, "Caption & ask")
     page.get_by_role("button", name="Describe").click()
-    expect(page.get_by_label("Caption", exact=True)).to_have_value("tiger face")
+    expect(page.locator("label", has_text="Caption").locator("textarea")).to_have_value("tiger face")
     page.get_by_role("button", name="Ask", exact=True).click()
     expect(page.get_by_test_id("label-output-value").locator("visible=true")).to_have_text("tiger face")
     page.get_by_role("button", name="Show where").click()
