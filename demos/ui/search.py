@@ -14,6 +14,9 @@ from ui.offer import Offer, shares, thumbnail
 from ui.parts import LANE, examples, kindly, model_choice, number_of, picture_input, picture_of, sound_input, sound_of, text_of
 
 MOST = 48
+FIELD_WIDTH = 260
+"""Pixels; two of them stand below each other on a phone."""
+
 WORDS = ("smiling face", "red heart", "rotes Herz", "corazón rojo", "赤いハート", "smiling cat", "moon")
 SPOKEN = Path(__file__).parents[1] / "spoken"
 SAID = ("grinning cat", "wine glass", "fire engine", "ferris wheel")
@@ -89,8 +92,8 @@ def search(
 def tab(offer: Offer) -> None:
     """Lay out the tab."""
     with gr.Row():
-        folder = gr.Dropdown(offer.folders, value=offer.folders[0], label="Folder", filterable=False)
-        count = gr.Slider(1, MOST, 12, step=1, label="How many")
+        folder = gr.Dropdown(offer.folders, value=offer.folders[0], label="Folder", filterable=False, min_width=FIELD_WIDTH)
+        count = gr.Slider(1, MOST, 12, step=1, label="How many", min_width=FIELD_WIDTH)
     asked = []
     with gr.Tabs():
         for query in QUERIES:

@@ -49,7 +49,7 @@ UNKNOWN_FRAMES = 1 << 62
 SLACK_BYTES, SLACK_FRAMES = 8, 4_608
 """Headers are often wrong by their own size, and MP3 headers by the delay of coder and decoder."""
 
-FRAME_SECONDS, FRAMES_KEPT, FAINT = 0.02, 3, 0.03
+FRAME_SECONDS, FRAMES_KEPT, FAINT = 0.02, 6, 0.03
 """For `without_silence`: length of a frame, how many faint ones stay at each end, and what is faint (-30 dB of the loudest)."""
 
 MAX_KERNEL = 1 << 20

@@ -71,6 +71,9 @@ def page(request: pytest.FixtureRequest, browser: Browser, server: Server) -> It
     opened.get_by_role("button", name="Classify", exact=True).wait_for()
     yield opened
     assert opened.evaluate("document.documentElement.scrollWidth") <= SIZES[request.param]["width"], "nothing sticks out"
+    opened.mouse.wheel(0, 10_000)  # pictures further down are loaded when they come into sight
+    opened.wait_for_timeout(1_000)  # messages fade in
+    opened.wait_for_function("[...document.images].every(image => image.complete)")
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"test_|\[.*", "", request.node.name)
     opened.screenshot(path=SCREENSHOTS / f"{name}-{request.param}.png", full_page=True)
