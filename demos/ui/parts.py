@@ -4,6 +4,7 @@ import functools
 import inspect
 import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+from gradio import processing_utils
 from gradio.data_classes import FileData, ImageData
+from PIL import Image
 from torch import Tensor
 
 from mm.errors import BadSample, UserError
@@ -177,6 +180,22 @@ def _unusable(what: str, error: BadSample, wanted: str) -> gr.Error:
 # write a file.
 gr.Image.preprocess = _decoded  # pyright: ignore[reportAttributeAccessIssue]
 gr.Audio.preprocess = _heard  # pyright: ignore[reportAttributeAccessIssue]
+
+_save = processing_utils.save_pil_to_cache
+
+
+@functools.wraps(_save)
+def _saved(img: Image.Image, cache_dir: str, *args: Any, **kwargs: Any) -> str:
+    """Gradio's own writes equal pictures into one file, again and again, while that file is on its way to another visitor."""
+    with tempfile.TemporaryDirectory(dir=cache_dir) as alone:
+        made = Path(_save(img, alone, *args, **kwargs))
+        path = Path(cache_dir).resolve() / made.relative_to(Path(alone).resolve())
+        path.parent.mkdir(exist_ok=True)
+        made.replace(path)
+    return str(path)
+
+
+processing_utils.save_pil_to_cache = _saved
 
 
 def examples(offer: Offer, picture: gr.Image, names: tuple[str, ...] = EXAMPLES) -> None:

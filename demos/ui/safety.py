@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from ipaddress import IPv6Address, ip_address, ip_network
 from pathlib import Path
 from typing import Any
@@ -234,7 +234,12 @@ class Guard:
 
 
 def _bytes_below(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # files come and go meanwhile
+                total += os.stat(os.path.join(place, name)).st_size
+    return total
 
 
 def _at_most(receive: Receive, scope: Scope, limit: int) -> Receive:

@@ -1,6 +1,7 @@
 """What the tabs answer, without a page: right inputs beside the library's own answers, wrong ones in kind words."""
 
 import io
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from gradio import processing_utils
 from gradio.data_classes import FileData, ImageData
 from PIL import Image
 from torch import Tensor
@@ -261,6 +263,7 @@ def test_a_picture_field_is_empty_or_holds_pixels(offer: Offer) -> None:
 def test_a_spoken_word_is_searched_as_the_library_does(offer: Offer) -> None:
     folder, (query,) = offer.folder("emoji"), [one for one in search.QUERIES if one.kind == "audio"]
     assert offer.models(shares("image", "audio")) == ["emoji-audio"]
+    heard = None
     for words in search.SAID:
         heard = parts._heard(SOUND_FIELD, FileData(path=str(search.SPOKEN / f"{words}.mp3")))
         shown, _ = search.search(offer, query, "emoji-audio", "emoji", 3, heard)
@@ -314,3 +317,14 @@ def test_a_sound_field_is_empty_or_holds_what_is_heard(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "silence.wav", silence, 48_000)
     with pytest.raises(UserError, match="nothing is to be heard"):
         parts.sound_of(parts._heard(SOUND_FIELD, FileData(path=str(tmp_path / "silence.wav"))))
+
+
+def test_equal_pictures_do_not_disturb_each_other_on_their_way(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (8, 8), "red")
+    path = Path(processing_utils.save_pil_to_cache(picture, str(tmp_path), format="png"))
+    with path.open("rb") as on_its_way:
+        assert processing_utils.save_pil_to_cache(picture, str(tmp_path), format="png") == str(path)
+        assert os.fstat(on_its_way.fileno()).st_ino != path.stat().st_ino, "another file took its place"
+        assert on_its_way.read() == path.read_bytes()
+    assert processing_utils.save_pil_to_cache(picture, str(tmp_path), name="b", format="webp").endswith("/b.webp")
+    assert len([file for file in tmp_path.rglob("*") if file.is_file()]) == 2, "nothing else is left"
