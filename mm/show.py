@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from rich.box import SIMPLE_HEAD
@@ -28,12 +28,14 @@ from mm.media.image import open_image
 from mm.run.filtering import Filtered
 from mm.run.generation import Painting
 from mm.run.inference import Prediction, SearchResult
-from mm.run.plan import Plan
 from mm.run.recognition import Transcript
 from mm.run.writing import Caption
 from mm.training.loop import TrainResult
 from mm.training.parallel import environment
 from mm.types import RankedAnswers
+
+if TYPE_CHECKING:
+    from mm.run.plan import Plan
 
 SHOWN_LABELS = 5
 GROUNDING_SIDE, GROUNDING_COLUMNS = 256, 6
@@ -408,7 +410,7 @@ def _write_json(path: Path | None, values: Mapping[str, Any]) -> None:
     print(f"written: {path}")
 
 
-def planned(found: Plan, json_file: Path | None) -> None:
+def planned(found: "Plan", json_file: Path | None) -> None:
     """What a training needs, layout by layout."""
     parameters, device = found.parameters, found.device
     console = Console()
@@ -443,7 +445,7 @@ def planned(found: Plan, json_file: Path | None) -> None:
     _write_json(json_file, found.to_json())
 
 
-def _plan_words(found: Plan) -> Iterator[str]:
+def _plan_words(found: "Plan") -> Iterator[str]:
     device = found.device
     price = "no price" if found.price is None else f"${found.price:.2f} an hour"
     yield "states: optimizer, averaged weights; ckpt: the backward pass recomputes blocks; offload: optimizer on the host"
@@ -453,7 +455,7 @@ def _plan_words(found: Plan) -> Iterator[str]:
     )
 
 
-def _plan_advice(found: Plan) -> Iterator[str]:
+def _plan_advice(found: "Plan") -> Iterator[str]:
     best = found.recommended
     if best is None:
         yield "no layout fits: take more GPUs, a smaller train.batch_size, or a larger train.accumulate"

@@ -1,4 +1,4 @@
-"""How well a training uses its devices: samples a second, share of the peak, memory, energy; in each log line and in the card."""
+"""How well a training uses its devices: samples a second, share of the peak, memory, energy; in each log line and the card."""
 
 import resource
 import sys

@@ -21,9 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from mm.placement import blocks
 from mm.training.hardware import Device
 from mm.training.meter import SPLIT_PARTS, Cost, Phase
-from mm.training.parameters import blocks
 from mm.training.simulate import Simulated, storage_bytes
 
 REACHED_ARITHMETIC, REACHED_BANDWIDTH = 0.7, 0.8
