@@ -144,6 +144,36 @@ def train(
         show.trained(outcome)
 
 
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="E.g. train.batch_size=4096")] = None,
+    gpus: Annotated[int, typer.Option("--gpus", metavar="N", help="Accelerators to share the training.")] = 1,
+    device: Annotated[
+        str, typer.Option("--device", help="h100, h200, a100-80, a10g, l4, rtx-4090, mi300x, or cpu: this machine.")
+    ] = "h100",
+    mfu: Annotated[
+        float | None,
+        typer.Option("--mfu", help="Share of the peak to reckon with; default: estimated by kernel.", show_default=False),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option("--price", min=0, help="Dollars an hour of one device; default: its usual one.")
+    ] = None,
+    read_data: Annotated[
+        bool, typer.Option("--data/--no-data", help="Open the data, or plan by the shapes of the largest batch.")
+    ] = True,
+    json_file: JsonOption = None,
+) -> None:
+    """Parameters, FLOPs, memory, layout, speed and cost of a training, before paying for it."""
+    from mm import show
+    from mm.run.plan import plan as run_plan
+
+    show.check_outputs(None, json_file)
+    with show.progress_bar("planning"):
+        found = run_plan(config, overrides or [], processes=gpus, device=device, mfu=mfu, price=price, read_data=read_data)
+    show.planned(found, json_file)
+
+
 @eval_app.command("zero-shot")
 def eval_zero_shot(
     model: ModelArgument,
@@ -154,6 +184,7 @@ def eval_zero_shot(
     label: Annotated[str | None, typer.Option(metavar="FIELD", help="Field with the class: cls, txt or a JSON key.")] = None,
     template: Annotated[list[str] | None, typer.Option(help="Prompt with {} for the name; repeat for an ensemble.")] = None,
     image_field: ImageFieldOption = None,
+    audio_field: AudioFieldOption = None,
     baseline: Annotated[str | None, typer.Option(metavar="SRC", help="Source of the pixel baseline, or 'none'.")] = None,
     json_file: JsonOption = None,
     device: DeviceOption = "auto",
@@ -172,6 +203,7 @@ def eval_zero_shot(
             classes=read_classes(classes) if classes else None,
             label=label,
             image_field=image_field,
+            audio_field=audio_field,
             templates=template,
             baseline=baseline,
             device=device,
@@ -187,6 +219,7 @@ def eval_retrieval(
     model: ModelArgument,
     data: DataOption,
     image_field: ImageFieldOption = None,
+    audio_field: AudioFieldOption = None,
     text_field: TextFieldOption = None,
     between: Annotated[
         str, typer.Option(metavar="A,B", help="The two sides: image,text or audio,text or audio,image.")
@@ -226,6 +259,7 @@ def eval_retrieval(
             data,
             between=tuple(side.strip() for side in between.split(",")),  # pyright: ignore[reportArgumentType] - it looks itself
             image_field=image_field,
+            audio_field=audio_field,
             text_field=text_field,
             score=score,
             itm_weight=itm_weight,
@@ -472,6 +506,7 @@ def eval_recognition(
     ],
     beams: SpeechBeamsOption = 8,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many recordings.")] = None,
+    audio_field: AudioFieldOption = None,
     text_field: TextFieldOption = None,
     json_file: JsonOption = None,
     device: DeviceOption = "auto",
@@ -488,6 +523,7 @@ def eval_recognition(
             data,
             beams=beams,
             limit=limit,
+            audio_field=audio_field,
             text_field=text_field,
             device=device,
             precision=precision,

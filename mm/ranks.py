@@ -19,13 +19,14 @@ class Peers:
         rank: Of this process among them.
         size: How many they are.
         group: Their process group; None where this process is alone, or for the default group.
-        ring: Whether contrastive losses pass features around among them instead of gathering those of all.
+        ring: Whether contrastive losses pass features around among them instead of gathering those of all;
+            None leaves it to their size.
     """
 
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
-    ring: bool = False
+    ring: bool | None = None
 
 
 _data: Peers | None = None

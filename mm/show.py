@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -27,6 +28,7 @@ from mm.media.image import open_image
 from mm.run.filtering import Filtered
 from mm.run.generation import Painting
 from mm.run.inference import Prediction, SearchResult
+from mm.run.plan import Plan
 from mm.run.recognition import Transcript
 from mm.run.writing import Caption
 from mm.training.loop import TrainResult
@@ -404,3 +406,67 @@ def _write_json(path: Path | None, values: Mapping[str, Any]) -> None:
     except OSError as error:
         raise UserError(f"{path}: the result cannot be written: {error.strerror}; give a path in an existing folder") from None
     print(f"written: {path}")
+
+
+def planned(found: Plan, json_file: Path | None) -> None:
+    """What a training needs, layout by layout."""
+    parameters, device = found.parameters, found.device
+    console = Console()
+    console.print(
+        f"[bold]{found.name}[/bold] ({found.system}): {parameters['total']:,} parameters, {parameters['trained']:,} trained; "
+        f"a batch of {found.train.batch_size} on {found.processes} x {device.name}, {str(found.dtype).removeprefix('torch.')}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    forward, backward = (f"{value / 1e9:.3g}" for value in (found.forward_flops, found.backward_flops))
+    console.print(f"GFLOPs of a sample: forward {forward}, backward {backward}", highlight=False)
+    unit, name = (1e9, "GB") if max(one.memory.total for one in found.estimates) >= 1e10 else (1e6, "MB")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0, title=f"{name} of each GPU", title_justify="left")
+    table.add_column("layout", no_wrap=True)
+    for heading in ("weights", "states", "grads", "activ.", "total", "samples/s", "MFU", "run $"):
+        table.add_column(heading, justify="right")
+    for one in found.estimates:
+        memory, price = one.memory, found.dollars(one)
+        sizes = (memory.weights, memory.optimizer + memory.averages, memory.gradients, memory.activations)
+        table.add_row(
+            one.sharing.name,
+            *(f"{size / unit:,.1f}" for size in sizes),
+            Text(f"{memory.total / unit:,.1f}", style="green" if one.fits else "red"),
+            f"{one.samples_per_second:,.0f}" if one.fits else "too big",
+            f"{one.mfu:.0%}" if one.fits else "",
+            f"{price:,.2f}" if one.fits and price is not None else "",
+            style="bold" if one is found.recommended else "",
+        )
+    console.print(table)
+    for line in (*_plan_words(found), *_plan_advice(found), *found.notes):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    _write_json(json_file, found.to_json())
+
+
+def _plan_words(found: Plan) -> Iterator[str]:
+    device = found.device
+    price = "no price" if found.price is None else f"${found.price:.2f} an hour"
+    yield "states: optimizer, averaged weights; ckpt: the backward pass recomputes blocks; offload: optimizer on the host"
+    yield (
+        f"{device.name}: {device.memory / 1e9:.0f} GB, {device.peak(found.dtype) / 1e12:.3g} TFLOP/s, "
+        f"{device.bandwidth / 1e12:.3g} TB/s, {price} ({device.source})"
+    )
+
+
+def _plan_advice(found: Plan) -> Iterator[str]:
+    best = found.recommended
+    if best is None:
+        yield "no layout fits: take more GPUs, a smaller train.batch_size, or a larger train.accumulate"
+    else:
+        told = ", ".join(f"{key}: {str(value).lower()}" for key, value in best.sharing.settings().items())
+        section = f" (parallel: {{{told}}})" if told else ""
+        run = f"{found.hours(best):.3g} h and at most {found.kilowatt_hours(best):.3g} kWh for {found.train.steps:,} steps"
+        yield f"recommended: {best.sharing.name}{section}: {run}"
+    speed, pipeline = found.best.samples_per_second, found.input
+    if pipeline.core_samples_per_second is None or pipeline.bytes_per_sample is None or found.cores is None:
+        yield f"input: {speed:,.0f} samples/s are needed; decoding was not measured"
+    else:
+        yield (
+            f"input: {speed:,.0f} samples/s are needed, {speed * pipeline.bytes_per_sample / 1e6:,.1f} MB/s; one core here "
+            f"makes {pipeline.core_samples_per_second:,.0f} samples/s, so {found.cores:,.1f} such cores"
+        )

@@ -4,6 +4,7 @@ Shapes: B batch, N tokens of a modality, T text positions, D width, H and W pixe
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -226,6 +227,59 @@ class Losses:
     total: Tensor
     parts: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def plus(self, other: "Losses | None", weight: float = 1.0) -> "Losses":
+        """The sum with ``weight`` times other losses; parts of the same name are added, too."""
+        if other is None:
+            return self
+        parts = dict(self.parts)
+        for name, value in other.parts.items():
+            parts[name] = parts[name] + weight * value if name in parts else weight * value
+        return Losses(self.total + weight * other.total, parts)
+
+
+class Auxiliary(nn.Module):
+    """A layer with a loss of its own, beside that of the system it is in: experts are to be used evenly, for instance.
+
+    Attributes:
+        records: What the layer notes in the passes of a training step, whatever `auxiliary` needs; None while nobody asks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[Any] | None = None
+
+    def auxiliary(self) -> Losses:
+        """The loss of all records, of which there is at least one, weighted, and detached figures to log."""
+        raise NotImplementedError
+
+
+@contextmanager
+def auxiliary_losses(module: nn.Module) -> Iterator[Callable[[], Losses | None]]:
+    """Within it the layers of a module note what their own losses need; what it gives tells the sum of these losses.
+
+    Notes are taken in passes with gradients alone, and not when a layer is computed again in the backward pass, so it is to be
+    closed before that. The parts are means over layers; ``auxiliary`` is what is added to the total. None where no layer has
+    noted anything.
+    """
+    layers = [part for part in module.modules() if isinstance(part, Auxiliary) and part.records is None]
+    for layer in layers:
+        layer.records = []
+
+    def told() -> Losses | None:
+        losses = [layer.auxiliary() for layer in layers if layer.records]
+        if not losses:
+            return None
+        total = torch.stack([loss.total for loss in losses]).sum()
+        names = dict.fromkeys(name for loss in losses for name in loss.parts)
+        means = {name: torch.stack([loss.parts[name] for loss in losses if name in loss.parts]).mean() for name in names}
+        return Losses(total, {"auxiliary": total.detach()} | means)
+
+    try:
+        yield told
+    finally:
+        for layer in layers:
+            layer.records = None
+
 
 class System(nn.Module):
     """A trainable multimodal system. Only `loss` must be written; the rest has defaults that suit most systems."""
@@ -240,8 +294,10 @@ class System(nn.Module):
         raise NotImplementedError
 
     def forward(self, batch: Batch, step: int) -> Losses:
-        """The same as `loss`: wrappers such as DistributedDataParallel call a module through its forward."""
-        return self.loss(batch, step)
+        """`loss`, and the losses that layers have of their own (`Auxiliary`): what training minimises."""
+        with auxiliary_losses(self) as told:
+            losses = self.loss(batch, step)
+            return losses.plus(told())
 
     def after_step(self, step: int) -> None:
         """Called after each optimizer step: momentum encoders, queues, clamps, schedules."""

@@ -150,7 +150,7 @@ def assert_same_run(a: Path, b: Path) -> None:
         for name, tensor in first[stem].items():
             assert torch.equal(tensor, second[stem][name]), (stem, name)
     assert (a / "ids.jsonl").read_bytes() == (b / "ids.jsonl").read_bytes()
-    clock = ("samples_per_second", "seconds")
+    clock = ("samples_per_second", "seconds", "mfu", "peak_memory", "energy_kwh")
     assert lines(a / "metrics.jsonl", *clock) == lines(b / "metrics.jsonl", *clock)
 
 

@@ -28,6 +28,7 @@ from mm.evaluation.metrics import Interval, Result
 from mm.evaluation.sheet import contact_sheet
 from mm.hub import ASSETS, Model
 from mm.run.captioning import caption
+from mm.run.card import efficiency_rows
 from mm.run.generation import generate
 from mm.show import save_picture
 from mm.types import Tokenizes
@@ -328,7 +329,7 @@ READ: dict[str, Any] = {"between": ("image", "text")}
 SHIPMENTS |= {
     "emoji-audio": Shipment(
         summary="Finds emoji-like pictures, and words, by English speech: a third tower beside those of emoji-clip",
-        configs=("configs/imagebind.yaml", "configs/imagebind_likeness.yaml"),
+        configs=("configs/imagebind.yaml",),
         train="emoji-speech:train",
         data="emoji-speech:train: names and keywords of seen concepts, spoken by six voices of espeak-ng",
         headline="audio_to_image_r1",
@@ -367,6 +368,7 @@ def main() -> None:
         "data": shipment.data,
         "data_fingerprint": _state(run)["stream"]["fingerprint"],
         "training_seconds": round(sum(_seconds(stage) for stage in stages)),
+        "training": [found for stage in stages if (found := _state(stage).get("efficiency"))],
         "hardware": f"{platform.processor() or platform.machine()}, CPU only",
         "versions": {"mm": mm.__version__, "torch": torch.__version__},
         "validation": _joined(validation[chosen]),
@@ -430,6 +432,12 @@ def _seeds(shipment: Shipment, validation: list[list[Result]], test: list[list[R
     return table
 
 
+def _efficiency(card: dict[str, Any]) -> str:
+    """Throughput, use of the device, memory, energy of each stage; runs from before these were recorded have none."""
+    told = ["; ".join(f"{what}: {value}" for what, value in efficiency_rows(stage)) for stage in card["training"]]
+    return "\n".join(f"- {line}" for line in told or ["Throughput and energy were not recorded"])
+
+
 def _shown(value: float, unit: Any) -> str:
     return Interval(value, value, value, unit).show()[0]
 
@@ -459,6 +467,7 @@ def _page(
 - Trained by `{card["command"]}` on {card["data"]}
   (fingerprint `{card["data_fingerprint"][:16]}`), {card["training_seconds"] / 60:.0f} minutes, {card["hardware"]},
   torch {card["versions"]["torch"]}.
+{_efficiency(card)}
 - Configuration chosen on the validation artist fxemoji. Shipped: the seed with the best validation `{shipment.headline}`.
 
 ## Seeds

@@ -35,8 +35,8 @@ VALIDATION_VOICE = "en-gb-x-gbcwmd"
 TEST_VOICE = "en-gb-scotland"
 VOICES = {"train": TRAIN_VOICES, "validation": (VALIDATION_VOICE,), "test": (TEST_VOICE,)}
 
-VOICES_PER_KEYWORD = 2
-"""Each keyword of a seen concept is spoken by so many of the train voices, each name by all of them."""
+MANNERS = 2
+"""Ways in which each train voice speaks each name of a seen concept; each keyword it speaks in one."""
 
 SPEAKERS = ("", "+f1", "+f2", "+f3", "+f4", "+f5", "+m1", "+m2", "+m3", "+m4", "+m5", "+m6", "+m7")
 """Timbres of espeak-ng that a train voice may have; held-out voices have their own alone."""
@@ -54,19 +54,20 @@ class NoSpeakerError(UserError):
 
 @dataclass(frozen=True)
 class Utterance:
-    """Words spoken by a voice, at words a minute and a pitch of 0 to 99."""
+    """Words spoken by a voice, at words a minute and a pitch of 0 to 99; a ``manner`` is one of several ways."""
 
     words: str
     voice: str
     speaker: str
     speed: int
     pitch: int
+    manner: int = 0
 
     @property
     def key(self) -> str:
         """Name of its recording within the voice's shards."""
         slug = re.sub(r"[^a-z0-9]+", "-", self.words.lower()).strip("-")[:40]
-        return f"{slug}_{hashlib.sha256(self.words.encode()).hexdigest()[:8]}"
+        return f"{slug}_{hashlib.sha256(self.words.encode()).hexdigest()[:8]}" + (f"_{self.manner}" if self.manner else "")
 
 
 class SpeechSource:
@@ -120,8 +121,8 @@ def open_speech(spec: str, size: int = 64, progress: Progress | None = None) -> 
 
     Args:
         spec: As for `mm.data.emoji.open_emoji`, but beginning with ``emoji-speech:``; there is no ``all``, and ``train`` has
-            seen concepts only: every name by every train voice and every keyword by some, each with one picture. The others
-            have every picture once, with its name in the held-out voice.
+            seen concepts only: every name by every train voice in two manners, every keyword in one, each with one picture.
+            The others have every picture once, with its name in the held-out voice.
         size: Side of the pictures in pixels.
         progress: Called with (recordings made, in all) while recording.
 
@@ -202,13 +203,15 @@ def utterances(split: str) -> tuple[Utterance, ...]:
         seen = [concept for concept in concepts().values() if concept["split"] == "seen"]
         names = dict.fromkeys(concept["name"] for concept in seen)
         keywords = dict.fromkeys(word for concept in seen for word in concept["keywords"] if word not in names)
-        spoken = [(name, voice) for name in names for voice in TRAIN_VOICES]
-        for word in keywords:
-            first = _number(word, "voice")
-            spoken += [(word, TRAIN_VOICES[(first + 2 * k) % len(TRAIN_VOICES)]) for k in range(VOICES_PER_KEYWORD)]
-        return tuple(_with_manner(words, voice, varied=True) for words, voice in spoken)
+        return tuple(
+            _varied(words, voice, manner)
+            for spoken, manners in ((names, MANNERS), (keywords, 1))
+            for words in spoken
+            for voice in TRAIN_VOICES
+            for manner in range(manners)
+        )
     [voice] = VOICES[split]
-    return tuple(_with_manner(name, voice) for name in dict.fromkeys(concept["name"] for concept in concepts().values()))
+    return tuple(_plain(name, voice) for name in dict.fromkeys(concept["name"] for concept in concepts().values()))
 
 
 def _paired(split: str, by_concept: Mapping[str, Sequence[int]]) -> Iterator[tuple[Utterance, int]]:
@@ -224,7 +227,7 @@ def _paired(split: str, by_concept: Mapping[str, Sequence[int]]) -> Iterator[tup
     meaning: dict[str, list[str]] = {}
     for key, concept in known.items():
         for utterance in spoken[concept["name"]]:
-            yield utterance, _chosen(by_concept[key], key, utterance.voice)
+            yield utterance, _chosen(by_concept[key], key, utterance.key, utterance.voice)
         for word in concept["keywords"]:
             meaning.setdefault(word, []).append(key)
     names = {concept["name"] for concept in known.values()}
@@ -236,15 +239,20 @@ def _paired(split: str, by_concept: Mapping[str, Sequence[int]]) -> Iterator[tup
                 yield utterance, _chosen(by_concept[key], key, word, utterance.voice)
 
 
-def _with_manner(words: str, voice: str, *, varied: bool = False) -> Utterance:
-    if not varied:
-        return Utterance(words, voice, "", 160, 50)
+def _plain(words: str, voice: str) -> Utterance:
+    return Utterance(words, voice, "", 160, 50)
+
+
+def _varied(words: str, voice: str, manner: int) -> Utterance:
+    """The same for the same arguments; another manner is another speaker, speed and pitch."""
+    speaker, speed, pitch = (_number(words, voice, what) for what in ("speaker", "speed", "pitch"))
     return Utterance(
         words,
         voice,
-        SPEAKERS[_number(words, voice, "speaker") % len(SPEAKERS)],
-        130 + _number(words, voice, "speed") % 70,
-        30 + _number(words, voice, "pitch") % 45,
+        SPEAKERS[(speaker + 5 * manner) % len(SPEAKERS)],
+        130 + (speed + 37 * manner) % 70,
+        30 + (pitch + 23 * manner) % 45,
+        manner,
     )
 
 
@@ -273,7 +281,7 @@ def speak(words: str, voice: str = TEST_VOICE) -> bytes:
     """
     if shutil.which("espeak-ng") is None:
         raise UserError(f"espeak-ng, which speaks the names, is not installed; {INSTALL}")
-    return _speak(_with_manner(words, voice))
+    return _speak(_plain(words, voice))
 
 
 def _speak(utterance: Utterance) -> bytes:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from mm.config import StrictConfig
 from mm.nn.attention import MultiHeadAttention
 from mm.nn.embeddings import Rotary
+from mm.nn.experts import ExpertsConfig, feed_forward, refuse_hash
 from mm.nn.initialise import initialise
-from mm.nn.masks import attention_mask
+from mm.nn.masks import SparseAttentionConfig, attention_mask, layer_masks, patterns_of
 from mm.nn.transformer import Block, FeedForward, Transformer
 from mm.types import AudioBatch, Encoded
 
@@ -33,6 +34,8 @@ DYNAMIC_RANGE = 8.0
 
 FLOOR = 1e-10
 KERNEL = 3
+NORMALISING_FLOOR = 1e-3
+"""Added to the variance of a band, whose levels differ by about 1: silence is not blown up."""
 
 
 class LogMelEncoderConfig(StrictConfig):
@@ -42,6 +45,7 @@ class LogMelEncoderConfig(StrictConfig):
         kind: Tells this encoder from others of sound.
         rate: Samples a second that it expects.
         mels: Bands of the spectrogram, M.
+        normalise: Give each band of a recording mean 0 and spread 1 over time: loudness and microphone count less.
         stride: Frames of 10 ms that become one token: 2 (Whisper) or 4.
         width: Feature width.
         layers: Number of blocks.
@@ -52,12 +56,15 @@ class LogMelEncoderConfig(StrictConfig):
         dropout: Of each block's branches and of the stem, in training.
         mask_time: Longest time in training that is hidden in one piece, in seconds; twice a recording.
         mask_bands: Most neighbouring bands that are hidden, as a share; twice a recording.
+        sparse_attention: To a part of the tokens (https://arxiv.org/abs/1904.10509), for long recordings.
+        experts: Feed-forward layers of several experts, with learned routing (https://arxiv.org/abs/2101.03961).
         gradient_checkpointing: Trade time for memory.
     """
 
     kind: Literal["log-mel"] = "log-mel"
     rate: int = Field(default=16_000, ge=1_000)
     mels: int = Field(default=80, ge=8)
+    normalise: bool = False
     stride: Literal[2, 4] = 2
     width: int = Field(default=256, ge=1)
     layers: int = Field(default=4, ge=1)
@@ -67,10 +74,13 @@ class LogMelEncoderConfig(StrictConfig):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     mask_time: float = Field(default=0.0, ge=0, le=10)
     mask_bands: float = Field(default=0.0, ge=0, le=0.9)
+    sparse_attention: SparseAttentionConfig | None = None
+    experts: ExpertsConfig | None = None
     gradient_checkpointing: bool = False
 
     @model_validator(mode="after")
     def _possible(self) -> "LogMelEncoderConfig":
+        refuse_hash(self.experts)
         if self.width % (2 * self.heads):
             raise ValueError(f"width {self.width} must be a multiple of 2 x heads {self.heads}")
         return self
@@ -107,7 +117,7 @@ class LogMel(nn.Module):
             spectrum = torch.stft(
                 waves, self.size, self.hop, window=self.window.float(), center=True, pad_mode="constant", return_complex=True
             )
-            power = self.filters.float() @ spectrum.abs().square()
+            power = self.filters.float() @ spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
         there = torch.arange(power.shape[-1], device=power.device) < self.frames(audio.lengths)[:, None]
         levels = power.clamp(min=FLOOR).log10()
         loudest = levels.masked_fill(~there[:, None], -torch.inf).amax((1, 2), keepdim=True)
@@ -142,6 +152,8 @@ class LogMelEncoder(nn.Module):
     def forward(self, audio: AudioBatch) -> Encoded:
         """Features of recordings; none depends on the others of the batch."""
         x, there = self.spectrogram(audio)
+        if self.config.normalise:
+            x = _normalised(x, there)
         if self.training:
             x = self._masked(x, there.sum(1)) * there[:, None]
         x = x.to(next(self.stem.parameters()).dtype)
@@ -149,7 +161,9 @@ class LogMelEncoder(nn.Module):
             x = F.gelu(layer(x))
             there = there[:, :: layer.stride[0]]  # pyright: ignore[reportArgumentType, reportIndexIssue]
             x = x * there[:, None]
-        x = self.transformer(self.dropout(x.transpose(1, 2)), mask=attention_mask(x.shape[2], keys=there))
+        length, patterns = x.shape[2], patterns_of(self.config.sparse_attention, self.config.layers)
+        mask = layer_masks(patterns, lambda pattern: attention_mask(length, keys=there, pattern=pattern))
+        x = self.transformer(self.dropout(x.transpose(1, 2)), mask=mask, token_ids=there.long() - 1)
         return Encoded(x, there, self._pooled(x, there))
 
     def cast_(self, dtype: torch.dtype) -> None:
@@ -177,6 +191,13 @@ class LogMelEncoder(nn.Module):
         return torch.where(hidden, mean, x)
 
 
+def _normalised(x: Float[Tensor, "b m f"], there: Bool[Tensor, "b f"]) -> Float[Tensor, "b m f"]:
+    """Each recording's bands with mean 0 and spread 1 over its frames, zero behind its end."""
+    valid, frames = there[:, None], there.sum(1)[:, None, None]
+    centred = (x - x.sum(2, keepdim=True) / frames) * valid  # the spectrogram is zero behind the end
+    return centred / (centred.square().sum(2, keepdim=True) / frames + NORMALISING_FLOOR).sqrt()
+
+
 def _run(lengths: Tensor, longest: Tensor, size: int) -> Bool[Tensor, "b n"]:
     """True in one run, no longer than ``longest``, within the first ``lengths`` of ``size`` places."""
     run = torch.rand(len(lengths), device=lengths.device) * longest
@@ -189,10 +210,13 @@ def build_log_mel_encoder(config: LogMelEncoderConfig) -> LogMelEncoder:
     """A log-mel encoder with fresh weights: pre-norm blocks, rotary positions."""
     norm = functools.partial(nn.LayerNorm, config.width)
 
-    def make_block(_: int) -> Block:
+    def make_feed_forward() -> FeedForward:
+        return FeedForward(config.width, int(config.width * config.mlp_ratio), nn.GELU())
+
+    def make_block(layer: int) -> Block:
         return Block(
             attention=MultiHeadAttention(config.width, config.heads),
-            feed_forward=FeedForward(config.width, int(config.width * config.mlp_ratio), nn.GELU()),
+            feed_forward=feed_forward(make_feed_forward, config.width, config.experts, layer),
             norm=norm,
             dropout=config.dropout,
         )

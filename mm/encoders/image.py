@@ -3,6 +3,7 @@
 Shapes: B batch, H and W pixels, N tokens, D width.
 """
 
+import copy
 import difflib
 import inspect
 import math
@@ -19,6 +20,7 @@ from torch.func import functional_call
 
 from mm.config import StrictConfig
 from mm.errors import UserError
+from mm.nn.experts import Experts, ExpertsConfig, refuse_hash
 from mm.types import Encoded
 
 FIELDS_OF_ARGUMENTS = {
@@ -55,6 +57,7 @@ class ImageEncoderConfig(StrictConfig):
             features of every stage there, so that words have more to attend to than a few coarse features.
         patch_dropout: Share of patches left out in training (ViTs only).
         drop_path: Probability of skipping a residual branch in training, at the last block; less before.
+        experts: Feed-forward layers of several experts, with learned routing (ViTs only, https://arxiv.org/abs/2106.05974).
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         mean: Of each colour channel, in 0..1.
         std: Of each colour channel, in 0..1.
@@ -68,12 +71,14 @@ class ImageEncoderConfig(StrictConfig):
     tokens: Literal["last", "pyramid"] = "last"
     patch_dropout: float = Field(default=0.0, ge=0, lt=1)
     drop_path: float = Field(default=0.0, ge=0, lt=1)
+    experts: ExpertsConfig | None = None
     gradient_checkpointing: bool = False
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     @model_validator(mode="after")
     def _possible(self) -> "ImageEncoderConfig":
+        refuse_hash(self.experts)
         if self.pool == PYRAMID and self.patch_dropout:
             raise ValueError("pool: pyramid needs every patch; leave patch_dropout out")
         if self.tokens == PYRAMID and self.pool != PYRAMID:
@@ -251,6 +256,8 @@ def build_image_encoder(config: ImageEncoderConfig) -> ImageEncoder:
     except BACKBONE_FAILURES as error:
         raise UserError(_explain(name, arguments, error)) from None
     _check_patches(trunk, config.image_size)
+    if config.experts is not None:
+        _add_experts(trunk, name, config.experts)
     if config.gradient_checkpointing:
         try:
             trunk.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
@@ -264,6 +271,20 @@ def build_image_encoder(config: ImageEncoderConfig) -> ImageEncoder:
         pyramid=config.pool == PYRAMID,
         pyramid_tokens=config.tokens == PYRAMID,
     )
+
+
+def _add_experts(trunk: nn.Module, name: str, config: ExpertsConfig) -> None:
+    """Put experts, each with fresh weights, in place of feed-forward layers of a ViT."""
+    from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
+
+    if not isinstance(trunk, VisionTransformer):
+        raise UserError(f"backbone '{name}' is no plain ViT; leave experts out, or take one such as vit_small_patch16_224")
+    blocks: Any = trunk.blocks
+    for layer, block in enumerate(blocks):
+        if config.in_layer(layer):
+            original = block.mlp
+            block.mlp = Experts(lambda of=original: copy.deepcopy(of), trunk.embed_dim, config, layer)
+            block.mlp.apply(init_weights_vit_timm)
 
 
 def _arguments(config: ImageEncoderConfig) -> dict[str, Any]:

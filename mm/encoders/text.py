@@ -18,6 +18,7 @@ from mm.errors import UserError
 from mm.nn import buckets
 from mm.nn.attention import MultiHeadAttention
 from mm.nn.embeddings import LearnedPositions, TokenEmbedding
+from mm.nn.experts import ExpertsConfig, feed_forward
 from mm.nn.initialise import initialise
 from mm.nn.masks import attention_mask
 from mm.nn.transformer import Block, FeedForward, QuickGELU, Transformer
@@ -53,6 +54,7 @@ class TextEncoderConfig(StrictConfig):
         norm_eps: Added to the variance in the norms.
         dropout: Of each block's branches and of the embedding, in training.
         token_dropout: Probability of hiding a word (never start and end) in training.
+        experts: Feed-forward layers of several experts (https://arxiv.org/abs/2101.03961).
         gradient_checkpointing: Trade time for memory.
     """
 
@@ -70,6 +72,7 @@ class TextEncoderConfig(StrictConfig):
     norm_eps: float = Field(default=1e-5, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     token_dropout: float = Field(default=0.0, ge=0, lt=1)
+    experts: ExpertsConfig | None = None
     gradient_checkpointing: bool = False
 
     @model_validator(mode="after")
@@ -157,7 +160,8 @@ class TextEncoder(nn.Module):
         ids = F.pad(text.ids.where(inside, pad_id), (0, self.context_length - text.ids.shape[1]), value=pad_id)
         x = self.embedding(ids, keep=self._kept(TextBatch(ids, text.lengths)))
         everything = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
-        tokens = self.transformer(x, mask=attention_mask(self.context_length, causal=self.causal, device=x.device))
+        mask = attention_mask(self.context_length, causal=self.causal, device=x.device)
+        tokens = self.transformer(x, mask=mask, token_ids=ids)
         return Encoded(tokens, everything, pool(tokens, text.lengths, everything, self.pooling))
 
     def encode_vectors(self, vectors: Float[Tensor, "b t d"], lengths: Tensor) -> Encoded:
@@ -170,12 +174,13 @@ class TextEncoder(nn.Module):
         return self._encode_placed(self.embedding.place(vectors), lengths)
 
     def _encode(self, text: TextBatch) -> Encoded:
-        return self._encode_placed(self.embedding(text.ids, keep=self._kept(text)), text.lengths)
+        return self._encode_placed(self.embedding(text.ids, keep=self._kept(text)), text.lengths, text.ids)
 
-    def _encode_placed(self, x: Tensor, lengths: Tensor) -> Encoded:
+    def _encode_placed(self, x: Tensor, lengths: Tensor, ids: Tensor | None = None) -> Encoded:
         valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        token_ids = torch.where(valid, 0 if ids is None else ids, -1)
         mask = attention_mask(x.shape[1], causal=self.causal, keys=None if self.causal else valid, device=x.device)
-        tokens = self.transformer(x, mask=mask)
+        tokens = self.transformer(x, mask=mask, token_ids=token_ids)
         return Encoded(tokens, valid, pool(tokens, lengths, valid, self.pooling))
 
     def _kept(self, text: TextBatch) -> Float[Tensor, "b t 1"] | None:
@@ -203,10 +208,13 @@ def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
     """A CLIP-style text transformer with fresh weights: pre-norm blocks, learned positions."""
     norm = functools.partial(nn.LayerNorm, config.width, eps=config.norm_eps)
 
-    def make_block(_: int) -> Block:
+    def make_feed_forward() -> FeedForward:
+        return FeedForward(config.width, int(config.width * config.mlp_ratio), ACTIVATIONS[config.activation]())
+
+    def make_block(layer: int) -> Block:
         return Block(
             attention=MultiHeadAttention(config.width, config.heads),
-            feed_forward=FeedForward(config.width, int(config.width * config.mlp_ratio), ACTIVATIONS[config.activation]()),
+            feed_forward=feed_forward(make_feed_forward, config.width, config.experts, layer),
             norm=norm,
             dropout=config.dropout,
         )

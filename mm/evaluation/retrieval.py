@@ -296,13 +296,14 @@ def recalls(
     for name in metrics:
         if "_median_rank" in name:
             metrics[name] = replace(metrics[name], unit="number")
+    first, second = ("recordings" if name == "audio" else f"{name}s" for name in modalities)
     stamp = {
-        "task": f"retrieval, {num_images} {modalities[0]}s and {num_texts} {modalities[1]}s, both ways",
+        "task": f"retrieval, {num_images} {first} and {num_texts} {second}, both ways",
         **({"without_caption": int((~asking).sum())} if not asking.all() else {}),
         **subset_sizes(subsets or {}),
         **(protocol or {}),
-        "recall": f"at least one of the {modalities[1]}s of a query in the first K",
-        "interval": f"95 % bootstrap over {modalities[0]}s, {resamples} resamples, seed {seed}",
+        "recall": f"at least one of the {second} of a query in the first K",
+        "interval": f"95 % bootstrap over {first}, {resamples} resamples, seed {seed}",
     }
     return Result(metrics, stamp)
 

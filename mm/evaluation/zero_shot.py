@@ -94,6 +94,7 @@ def zero_shot(
     labels: Int64[Tensor, " n"],
     *,
     subsets: Mapping[str, Tensor | np.ndarray | Sequence[bool]] | None = None,
+    what: str = "pictures",
     protocol: Mapping[str, Any] | None = None,
     seed: int = 0,
     resamples: int = RESAMPLES,
@@ -106,6 +107,7 @@ def zero_shot(
         labels: Right class of each picture.
         subsets: Masks over pictures by name. Each gives the same figures with its name as a suffix (``top1_novel``): only its
             pictures are counted, and all classes stay candidates.
+        what: What is classified, for the stamp.
         protocol: Facts for the stamp that only the caller knows (split, templates, resize).
         seed: Seed of the intervals.
         resamples: Number of bootstrap resamples.
@@ -128,10 +130,10 @@ def zero_shot(
         metrics |= bootstrap(statistics, len(hits), seed=seed, resamples=resamples)
     stamp = {
         "task": f"zero-shot, 1 of {num_classes} classes",
-        "pictures": len(ranks),
+        what: len(ranks),
         **subset_sizes(subsets or {}),
         **(protocol or {}),
         "scores": "dot product in fp32, of equal scores the lowest index wins",
-        "interval": f"95 % bootstrap over pictures, {resamples} resamples, seed {seed}",
+        "interval": f"95 % bootstrap over {what}, {resamples} resamples, seed {seed}",
     }
     return Result(metrics, stamp)

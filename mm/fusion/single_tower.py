@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mm.nn.attention import KVCache
 from mm.nn.embeddings import GridPositions, LearnedPositions
-from mm.nn.masks import EVERYTHING, Mask, Raster, attention_mask
+from mm.nn.masks import EVERYTHING, Mask, Pattern, attention_mask, layer_masks
 from mm.nn.transformer import Transformer
 from mm.types import Encoded
 
@@ -27,7 +27,7 @@ class SingleTower(nn.Module):
         positions: Modalities in their order in the sequence, each with its positions, or None where its features know them.
         width: D.
         causal: Whether a token sees only those before it.
-        rasters: Sparse attention of a causal tower, one for each layer or one for all; None is dense.
+        patterns: Sparse attention, one for each layer or one for all; None is dense.
     """
 
     def __init__(
@@ -37,16 +37,16 @@ class SingleTower(nn.Module):
         width: int,
         *,
         causal: bool = False,
-        rasters: Sequence[Raster | None] = (None,),
+        patterns: Sequence[Pattern | None] = (None,),
     ) -> None:
         super().__init__()
-        assert len(rasters) in {1, len(transformer.blocks)}, f"{len(rasters)} rasters for {len(transformer.blocks)} layers"
+        assert len(patterns) in {1, len(transformer.blocks)}, f"{len(patterns)} patterns for {len(transformer.blocks)} layers"
         self.transformer = transformer
         self.modalities = tuple(positions)
         self.positions = nn.ModuleDict({name: module for name, module in positions.items() if module is not None})
         self.types = nn.ParameterDict({name: nn.Parameter(torch.zeros(width)) for name in positions})
         self.causal = causal
-        self.rasters = tuple(rasters)
+        self.patterns = tuple(patterns)
 
     def join(
         self, parts: Mapping[str, Encoded | Tensor], starts: Mapping[str, int | Tensor] | None = None
@@ -109,18 +109,13 @@ class SingleTower(nn.Module):
         return Encoded(tokens, mask, tokens[:, -1 if self.causal else 0], slices)
 
     def _masks(self, num_queries: int, num_keys: int, keys: Tensor | None, device: torch.device) -> Mask | list[Mask]:
-        """One mask for all layers, or one for each; layers of the same pattern share theirs."""
+        """One mask for all layers, or one for each."""
         options = {"causal": self.causal, "keys": keys, "device": device}
-        masks = {raster: attention_mask(num_queries, num_keys, raster=raster, **options) for raster in set(self.rasters)}
-        return self._by_layer(masks)
+        return layer_masks(self.patterns, lambda pattern: attention_mask(num_queries, num_keys, pattern=pattern, **options))
 
     def _masks_at(self, position: Tensor, capacity: int) -> Mask | list[Mask]:
         """The same for a single query at ``position`` among ``capacity`` keys, those behind it not yet excluded."""
         keys = torch.arange(capacity, device=position.device)
-        masks = {raster: EVERYTHING if raster is None else Mask(raster.visible(position, keys)) for raster in set(self.rasters)}
-        return self._by_layer(masks)
-
-    def _by_layer(self, masks: Mapping[Raster | None, Mask]) -> Mask | list[Mask]:
-        if len(masks) == 1:
-            return masks[self.rasters[0]]
-        return [masks[raster] for raster in self.rasters]
+        return layer_masks(
+            self.patterns, lambda pattern: EVERYTHING if pattern is None else Mask(pattern.visible(position, keys))
+        )

@@ -12,13 +12,13 @@ Shapes: B texts, T positions, S positions of the context, D width, V vocabulary,
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -28,9 +28,18 @@ from mm.nn import buckets
 from mm.nn.attention import KVCache, MultiHeadAttention
 from mm.nn.embeddings import LearnedPositions, Rotary, TokenEmbedding
 from mm.nn.ends import end
+from mm.nn.experts import ExpertsConfig, feed_forward, refuse_hash
 from mm.nn.initialise import initialise
 from mm.nn.linear import Linear, linear
-from mm.nn.masks import EVERYTHING, Mask, attention_mask
+from mm.nn.masks import (
+    EVERYTHING,
+    Mask,
+    Pattern,
+    SparseAttentionConfig,
+    attention_mask,
+    layer_masks,
+    patterns_of,
+)
 from mm.nn.norm import RMSNorm
 from mm.nn.transformer import Block, FeedForward, GatedFeedForward, Stack, Transformer
 from mm.types import Encoded, TextBatch
@@ -96,6 +105,8 @@ class LanguageModelConfig(StrictConfig):
         token_std: Of the components of fresh word vectors; 0.02 is GPT-2's. A small network learns sooner to look words up in
             its context where they are nearly as large as what its blocks add to them, 0.3 for instance.
         dropout: Of each block's branches and of the words, in training.
+        sparse_attention: To a part of the words (https://arxiv.org/abs/1904.10509).
+        experts: Feed-forward layers of several experts, with learned routing (https://arxiv.org/abs/2101.03961).
         gradient_checkpointing: Recompute activations in the backward pass.
     """
 
@@ -116,10 +127,13 @@ class LanguageModelConfig(StrictConfig):
     tied: bool = True
     token_std: float = Field(default=0.02, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    sparse_attention: SparseAttentionConfig | None = None
+    experts: ExpertsConfig | None = None
     gradient_checkpointing: bool = False
 
     @model_validator(mode="after")
     def _possible(self) -> "LanguageModelConfig":
+        refuse_hash(self.experts)
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
         if self.kv_heads and self.heads % self.kv_heads:
@@ -205,6 +219,7 @@ class LanguageModel(nn.Module):
         transformer: Causal by the masks that it is given; ends with its own norm.
         head: Vectors to logits, a module or any function; None for the vectors of the words themselves.
         context_length: Longest sequence.
+        patterns: Sparse attention, one for each layer or one for all; None is dense.
     """
 
     def __init__(
@@ -214,9 +229,10 @@ class LanguageModel(nn.Module):
         transformer: Transformer | Stack,
         head: Callable[[Tensor], Tensor] | None = None,
         context_length: int,
+        patterns: Sequence[Pattern | None] = (None,),
     ) -> None:
         super().__init__()
-        self.embedding, self.transformer, self.head = embedding, transformer, head
+        self.embedding, self.transformer, self.head, self.patterns = embedding, transformer, head, tuple(patterns)
         self.context_length = context_length
 
     @property
@@ -234,6 +250,7 @@ class LanguageModel(nn.Module):
         context: Float[Tensor, "b s c"] | None = None,
         *,
         context_mask: Mask = EVERYTHING,
+        valid: Bool[Tensor, "b t"] | None = None,
     ) -> Float[Tensor, "b t d"]:
         """What stands for the word behind each position; a padding behind a text changes nothing before it.
 
@@ -241,10 +258,14 @@ class LanguageModel(nn.Module):
             vectors: Of words, from `embed`, and of whatever stands between them.
             context: For blocks with cross-attention.
             context_mask: See `Transformer.forward`.
+            valid: False for padding, which experts then leave alone; None where there is none, or nobody minds.
         """
         self._check(vectors.shape[1])
-        mask = attention_mask(vectors.shape[1], causal=True)
-        return self.transformer(self.embedding.place(vectors), context, mask=mask, context_mask=context_mask)
+        length, device = vectors.shape[1], vectors.device
+        mask = layer_masks(self.patterns, lambda pattern: attention_mask(length, causal=True, pattern=pattern, device=device))
+        token_ids = None if valid is None else valid.long() - 1
+        placed = self.embedding.place(vectors)
+        return self.transformer(placed, context, mask=mask, context_mask=context_mask, token_ids=token_ids)
 
     def logits(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
         """Of the next word."""
@@ -255,8 +276,9 @@ class LanguageModel(nn.Module):
         inputs, needed = text.ids[:, :-1], text.lengths - 1
 
         def read(longest: int, ids: Tensor, lengths: Tensor, *seen: Tensor) -> Encoded:
-            hidden = self(self.embed(ids[:, :longest]), *seen)
-            return Encoded(hidden, TextBatch(ids[:, :longest], lengths).valid(), hidden[:, 0])
+            part = TextBatch(ids[:, :longest], lengths)
+            hidden = self(self.embed(part.ids), *seen, valid=part.valid())
+            return Encoded(hidden, part.valid(), hidden[:, 0])
 
         rows = (inputs, needed) if context is None else (inputs, needed, context)
         length = inputs.shape[1]
@@ -297,7 +319,7 @@ class LanguageModel(nn.Module):
         later = context_mask if last_context_mask is None else last_context_mask
         if bool((lengths == length).all()):
             state = WritingState(caches, length, context_mask=later)
-            mask, placed = attention_mask(length, causal=True), self.embedding.place(vectors)
+            present, places, placed = None, None, self.embedding.place(vectors)
         else:
             starts = length - lengths
             columns = torch.arange(capacity, device=vectors.device)
@@ -305,11 +327,10 @@ class LanguageModel(nn.Module):
             state = WritingState(caches, length, starts, Mask(seen[:, None, None]), later)
             places = columns[:length] - starts[:, None]  # negative before a text
             vectors = vectors.gather(1, places.clamp(min=0)[..., None].expand_as(vectors))
-            mask, placed = (
-                attention_mask(length, causal=True, keys=seen[:, :length]),
-                self.embedding.place(vectors, places.clamp(min=0)),
-            )
+            present, placed = seen[:, :length], self.embedding.place(vectors, places.clamp(min=0))
             context_mask = _shifted(context_mask, places)
+        options = {"causal": True, "keys": present, "positions": places, "device": vectors.device}
+        mask = layer_masks(self.patterns, lambda pattern: attention_mask(length, pattern=pattern, **options))
         hidden = self.transformer(placed, context, mask=mask, context_mask=context_mask, caches=caches)
         return self.logits(hidden[:, -1]), state
 
@@ -321,9 +342,8 @@ class LanguageModel(nn.Module):
         position = state.width + index
         place = position if state.starts is None else (position - state.starts)[:, None]
         vectors = self.embedding.place(self.embed(ids[:, None]), place)
-        hidden = self.transformer(
-            vectors, mask=state.mask, context_mask=state.context_mask, caches=state.caches, position=position
-        )
+        mask = layer_masks(self.patterns, lambda pattern: _seen_from(pattern, position, state))
+        hidden = self.transformer(vectors, mask=mask, context_mask=state.context_mask, caches=state.caches, position=position)
         return self.logits(hidden[:, -1])
 
     def _check(self, length: int) -> None:
@@ -366,6 +386,19 @@ def _likelihoods(model: LanguageModel, logits: Tensor, state: WritingState, cand
     return total.view(prompts, count)
 
 
+def _seen_from(pattern: Pattern | None, position: int | Tensor, state: WritingState) -> Mask:
+    """What a single word at ``position`` of the caches may see of all that they have room for."""
+    if pattern is None:
+        return state.mask
+    columns = torch.arange(state.caches[0].keys.shape[2], device=state.caches[0].keys.device)
+    query = torch.as_tensor(position, device=columns.device).view(1)
+    if state.starts is None:
+        return Mask(pattern.visible(query, columns))
+    starts = state.starts[:, None]
+    visible = pattern.visible(query - starts, columns - starts)[:, None]
+    return Mask(visible if state.mask.allowed is None else visible & state.mask.allowed)
+
+
 def _rows_of(mask: Mask, rows: Tensor) -> Mask:
     """The mask of some rows; parts that all rows share stay as they are."""
 
@@ -405,17 +438,18 @@ def build_language_model(
     norm = functools.partial(RMSNorm if config.norm == "rms" else nn.LayerNorm, config.width, eps=config.norm_eps)
     hidden_width = config.hidden_width or 4 * config.width
 
-    def make_block(layer: int) -> nn.Module:
+    def make_feed_forward() -> FeedForward | GatedFeedForward:
         if config.activation == "swiglu":
-            feed_forward = GatedFeedForward(config.width, hidden_width)
-        else:
-            feed_forward = FeedForward(config.width, hidden_width, ACTIVATIONS[config.activation](), bias=config.bias)
+            return GatedFeedForward(config.width, hidden_width)
+        return FeedForward(config.width, hidden_width, ACTIVATIONS[config.activation](), bias=config.bias)
+
+    def make_block(layer: int) -> nn.Module:
         attention = MultiHeadAttention(config.width, config.heads, num_kv_heads=config.kv_heads, bias=config.bias)
         reads = context_width is not None and layer >= context_from
         cross_attention = MultiHeadAttention(config.width, config.heads, context_width=context_width) if reads else None
         block = Block(
             attention=attention,
-            feed_forward=feed_forward,
+            feed_forward=feed_forward(make_feed_forward, config.width, config.experts, layer),
             norm=norm,
             cross_attention=cross_attention,
             dropout=config.dropout,
@@ -439,6 +473,7 @@ def build_language_model(
         ),
         head=None if config.tied else end(Linear(config.width, config.vocab_size, bias=False)),
         context_length=config.context_length,
+        patterns=patterns_of(config.sparse_attention, config.layers),
     )
     initialise(model)
     nn.init.normal_(model.embedding.tokens.weight, std=config.token_std)

@@ -3,10 +3,10 @@
 InfoNCE: https://arxiv.org/abs/2103.00020. SigLIP: https://arxiv.org/abs/2303.15343. Several positives and the supervised
 contrastive loss: a row's target is uniform over its positives (https://arxiv.org/abs/2004.11362, ``L_out``).
 
-With a `Gather`, each rank gives its own rows and computes only these against the columns of all ranks. What it returns is its
-share: the mean over ranks is the loss of the global batch, and gradients averaged over ranks are the gradients of that loss.
-Columns of all ranks are gathered or, where the `Gather` says so, visit one after the other (`mm.losses.ring`; all but the
-supervised loss): the same numbers in memory that does not grow with the number of ranks.
+With a `Gather`, each rank gives its own rows and computes only these against the columns of all ranks, which it holds while
+they are few and otherwise meets one rank at a time (`mm.losses.ring`), in memory that does not grow with the ranks. What it
+returns is its share: the mean over ranks is the loss of the global batch, and gradients averaged over ranks are the gradients
+of that loss.
 Everything is computed in fp32 (fp64 for fp64 input), under autocast too.
 
 Shapes: B rows of this rank, K columns of all ranks, Q queued features, D width.
@@ -20,7 +20,7 @@ from torch import Tensor
 from mm.losses.gather import Gather
 from mm.losses.partition import Excluded, automatic_chunk_size, log_partitions
 from mm.losses.queue import Queued
-from mm.losses.ring import mean_over_ranks, ring_group_sums, ring_log_partitions, ring_softplus
+from mm.losses.ring import ring_group_sums, ring_log_partitions, ring_softplus_excess
 from mm.losses.sigmoid import softplus_excess
 from mm.nn.precision import full_precision
 
@@ -56,20 +56,14 @@ def info_nce(
         ValueError: ``a`` and ``b`` differ in shape, or there are ``negatives`` and no ``groups``.
     """
     a, b, scale = _prepare(a, b, logit_scale)
-    ring = gather if gather is not None and gather.ring else None
-    columns, own = _gathered(b, None if ring else gather)
     target = b
     if groups is not None:
-        target = _group_means(columns, groups, own, gather)
+        sums, sizes = _group_sums(b, groups, gather)
+        target = sums / sizes[:, None]
     if label_smoothing:
-        mean = columns.mean(0)
-        target = target.lerp(mean_over_ranks(mean, ring) if ring else mean, label_smoothing)
+        target = target.lerp(_mean(b, gather), label_smoothing)
     attraction = scale * torch.linalg.vecdot(a, target)
-    if ring is not None:
-        row, column = ring_log_partitions(a, b, scale, ring, chunk_size)
-    else:
-        row, column = log_partitions(a, columns, scale, chunk_size=chunk_size)
-        column = (column if gather is None else gather(column[None]).logsumexp(0))[own]
+    row, column = _log_partitions(a, b, scale, gather, chunk_size)
     if negatives is not None:
         if groups is None:
             raise ValueError("queued negatives need groups, to leave out those that show the same thing")
@@ -96,18 +90,17 @@ def siglip(
     """
     a, b, scale = _prepare(a, b, logit_scale)
     bias = logit_bias.to(a.dtype)
-    if gather is not None and gather.ring:
-        sums, sizes = (b, b.new_ones(len(b))) if groups is None else ring_group_sums(b, groups, gather)
-        attraction = scale * torch.linalg.vecdot(a, sums) + bias * sizes
-        return ring_softplus(a, b, scale, bias, attraction, gather, chunk_size) / len(a)
-    columns, own = _gathered(b, gather)
+    ring = gather if gather is not None and gather.by_ring(b) else None
+    columns, own = (b, slice(None)) if ring is not None else _gathered(b, gather)
     if chunk_size is None:
         chunk_size = automatic_chunk_size(len(a), len(columns))
-    everyone = torch.arange(len(columns), device=a.device) if groups is None else _gathered(groups, gather)[0]
-    if chunk_size:
-        sums, sizes = _group_sums(columns, everyone, own)
-        attraction = scale * torch.linalg.vecdot(a, sums) + bias * sizes[own]
+    if chunk_size or ring is not None:
+        sums, sizes = (b, torch.ones_like(b[:, 0])) if groups is None else _group_sums(b, groups, gather)
+        attraction = scale * torch.linalg.vecdot(a, sums) + bias * sizes
+        if ring is not None:
+            return ring_softplus_excess(a, b, scale, bias, attraction, ring, chunk_size=chunk_size) / len(a)
         return softplus_excess(a, columns, scale, bias, attraction, chunk_size) / len(a)
+    everyone = torch.arange(len(columns), device=a.device) if groups is None else _gathered(groups, gather)[0]
     positive = everyone[own, None] == everyone
     logits = scale * a @ columns.T + bias
     return -F.logsigmoid(torch.where(positive, logits, -logits)).sum() / len(a)
@@ -127,14 +120,12 @@ def supervised_contrastive(
     Averaged over the rows that have a positive; 0 where none has. Args are those of `info_nce`.
     """
     a, _, scale = _prepare(a, a, logit_scale)
-    columns, own = _gathered(a, gather)
-    everyone, _ = _gathered(groups, gather)
-    index = torch.arange(len(columns), device=a.device)
-    row, _ = log_partitions(a, columns, scale, excluded=Excluded(index[own], index), chunk_size=chunk_size)
-    sums, sizes = _group_sums(columns, everyone, own)
-    attraction = scale * torch.linalg.vecdot(a, (sums - a) / (sizes[own, None] - 1).clamp_min(1))
-    losses = torch.where(sizes[own] > 1, row - attraction, 0.0)
-    return losses.sum() / (sizes > 1).sum().clamp_min(1) * (len(columns) / len(a))
+    row, _ = _log_partitions(a, a, scale, gather, chunk_size, others_only=True)
+    sums, sizes = _group_sums(a, groups, gather)
+    attraction = scale * torch.linalg.vecdot(a, (sums - a) / (sizes[:, None] - 1).clamp_min(1))
+    losses = torch.where(sizes > 1, row - attraction, 0.0)
+    num_rows = len(a) if gather is None else gather.world_size * len(a)
+    return losses.mean() / _mean((sizes > 1).to(a.dtype), gather).clamp_min(1 / num_rows)
 
 
 def _prepare(a: Tensor, b: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,20 +143,36 @@ def _gathered(local: Tensor, gather: Gather | None) -> tuple[Tensor, slice]:
     return gather(local), gather.own(len(local))
 
 
-def _group_means(columns: Tensor, groups: Tensor, own: slice, gather: Gather | None) -> Tensor:
-    """The mean over each own row's group, of all ranks, ``(B, D)``."""
-    if gather is not None and gather.ring:
-        sums, sizes = ring_group_sums(columns, groups, gather)
-        return sums / sizes[:, None]
-    sums, sizes = _group_sums(columns, _gathered(groups, gather)[0], own)
-    return sums / sizes[own, None]
+def _mean(rows: Tensor, gather: Gather | None) -> Tensor:
+    """The mean over the rows of all ranks."""
+    mean = rows.mean(0)
+    return mean if gather is None else gather.sum(mean) / gather.world_size
 
 
-def _group_sums(columns: Tensor, groups: Tensor, own: slice) -> tuple[Tensor, Tensor]:
-    """The sum over each own row's group ``(B, D)`` and the size of each column's group ``(K,)``."""
-    _, index, sizes = groups.unique(return_inverse=True, return_counts=True)
+def _log_partitions(
+    a: Tensor, b: Tensor, scale: Tensor, gather: Gather | None, chunk_size: int | None, others_only: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-partitions ``(B,)`` of own rows over the columns of all ranks, and of own columns over their rows."""
+    if gather is not None and gather.by_ring(b):
+        return ring_log_partitions(a, b, scale, gather, others_only=others_only, chunk_size=chunk_size)
+    columns, own = _gathered(b, gather)
+    index = torch.arange(len(columns), device=a.device)
+    excluded = Excluded(index[own], index) if others_only else None
+    row, column = log_partitions(a, columns, scale, excluded=excluded, chunk_size=chunk_size)
+    if gather is not None:
+        column = gather(column[None]).logsumexp(0)
+    return row, column[own]
+
+
+def _group_sums(rows: Tensor, groups: Tensor, gather: Gather | None) -> tuple[Tensor, Tensor]:
+    """The sum over each own row's group on all ranks ``(B, D)`` and the size of the group ``(B,)``."""
+    if gather is not None and gather.by_ring(rows):
+        sums = ring_group_sums(torch.cat([rows, torch.ones_like(rows[:, :1])], 1), groups, gather)
+        return sums[:, :-1], sums[:, -1].detach()
+    columns, own = _gathered(rows, gather)
+    _, index, sizes = _gathered(groups, gather)[0].unique(return_inverse=True, return_counts=True)
     sums = columns.new_zeros(len(sizes), columns.shape[1]).index_add(0, index, columns)
-    return sums[index[own]], sizes[index]
+    return sums[index[own]], sizes[index[own]]
 
 
 def _over_queue(a: Tensor, past: Queued, scale: Tensor, groups: Tensor, chunk_size: int | None) -> Tensor:

@@ -6,6 +6,7 @@ the ``W`` ranks divides by ``W`` again. Parameters that enter each rank's loss d
 by the averaging alone.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,18 +16,22 @@ from torch import Tensor
 
 from mm.ranks import data_peers
 
+GATHER_LIMIT = 32 << 20
+"""Most bytes of gathered features that the automatic choice holds; losses of more pass blocks around (`mm.losses.ring`)."""
+
 
 @dataclass(frozen=True)
 class Gather:
-    """Concatenates tensors of equal shape over the ranks of a process group, differentiably.
+    """Concatenates tensors of equal shape over the ranks of a process group, differentiably, or passes them around.
 
     Args:
         group: The process group, None being the default one.
-        ring: Whether losses that can are to pass features around (`mm.losses.ring`) instead of gathering those of all.
+        ring: Whether contrastive losses pass the ranks' features around instead of holding all of them: the result is the same,
+            the memory that of one rank's features whatever the number of ranks. None chooses by size.
     """
 
     group: dist.ProcessGroup | None = None
-    ring: bool = False
+    ring: bool | None = None
 
     @property
     def rank(self) -> int:
@@ -39,6 +44,36 @@ class Gather:
     def own(self, num_rows: int) -> slice:
         """Where this rank's ``num_rows`` rows lie in a gathered tensor."""
         return slice(self.rank * num_rows, (self.rank + 1) * num_rows)
+
+    def by_ring(self, local: Tensor) -> bool:
+        """Whether features of which each rank has as many as ``local`` are passed around."""
+        return self.world_size * local.nbytes > GATHER_LIMIT if self.ring is None else self.ring
+
+    def pass_on(self, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+        """Begin to send tensors to the next rank; what is returned waits and gives those of the previous rank.
+
+        All ranks pass tensors of the same shapes in the same order. What is sent must not be changed before the wait.
+        """
+        if self.world_size == 1:
+            return lambda: tensors
+        group = self.group if self.group is not None else dist.group.WORLD
+        assert group is not None
+        following, previous = (dist.get_global_rank(group, (self.rank + step) % self.world_size) for step in (1, -1))
+        received = tuple(torch.empty_like(tensor) for tensor in tensors)
+        operations = [dist.P2POp(dist.isend, tensor, following, group) for tensor in tensors]
+        operations += [dist.P2POp(dist.irecv, tensor, previous, group) for tensor in received]
+        works = dist.batch_isend_irecv(operations)
+
+        def wait() -> tuple[Tensor, ...]:
+            for work in works:
+                work.wait()
+            return received
+
+        return wait
+
+    def sum(self, local: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks, differentiable."""
+        return _SumOverRanks.apply(local, self)  # pyright: ignore[reportReturnType]
 
     def __call__(self, local: Tensor) -> Tensor:
         """``(n, ...)`` of each rank to ``(W * n, ...)`` in rank order. The number of rows is the same on all ranks."""
@@ -126,3 +161,18 @@ class _Exchange(torch.autograd.Function):
         returned = gradient.new_empty(sum(ctx.sent), *gradient.shape[1:])
         dist.all_to_all_single(returned, gradient, ctx.sent, ctx.received, group=ctx.group)
         return returned, None, None, None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, gather: Gather) -> Tensor:
+        ctx.gather = gather
+        total = local.clone()
+        dist.all_reduce(total, group=gather.group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].clone()
+        dist.all_reduce(total, group=ctx.gather.group)
+        return total, None

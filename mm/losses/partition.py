@@ -9,7 +9,7 @@ one product). Its memory is that of the features and two tiles. Both forms are e
 Shapes: M rows, K columns, D width, C rows of a tile.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +78,7 @@ def automatic_chunk_size(num_rows: int, num_columns: int) -> int:
     return min(MAX_TILE_ROWS, max(MIN_TILE_ROWS, TILE_LIMIT // num_columns))
 
 
-class _Tiles:
+class Tiles:
     """Walks over row tiles of the logits, all of which use the same two buffers."""
 
     def __init__(self, a: Tensor, b: Tensor, scale: Tensor, excluded: Excluded | None, chunk_size: int) -> None:
@@ -105,9 +105,7 @@ class _ChunkedLogPartitions(torch.autograd.Function):
     def forward(
         ctx: Any, a: Tensor, b: Tensor, scale: Tensor, excluded: Excluded | None, chunk_size: int
     ) -> tuple[Tensor, Tensor]:
-        tiles = _Tiles(a, b, scale, excluded, chunk_size)
-        common = _sums_with_common_shift(tiles)
-        row, column, ctx.shift = (*_sums_with_own_shifts(tiles), None) if common is None else common
+        row, column, ctx.shift = tile_sums(Tiles(a, b, scale, excluded, chunk_size))
         ctx.save_for_backward(a, b, scale, row, column)
         ctx.excluded, ctx.chunk_size = excluded, chunk_size
         return row, column
@@ -115,31 +113,61 @@ class _ChunkedLogPartitions(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        row_gradient, column_gradient = gradients
         a, b, scale, row, column = ctx.saved_tensors
         needs_a, needs_b, needs_scale = ctx.needs_input_grad[:3]
-        magnitude = torch.maximum(row_gradient.abs().max(), column_gradient.abs().max()).clamp_min(torch.finfo(a.dtype).tiny)
-        r, c = row_gradient / magnitude, column_gradient / magnitude  # about 1, so that exp(-HIGHEST) * r stays a normal number
-        tiles = _Tiles(a, b, scale, ctx.excluded, ctx.chunk_size)
-        a_product = torch.empty_like(a) if needs_a or (needs_scale and not needs_b) else None
-        b_product = torch.zeros_like(b) if needs_b else None
-        for rows, logits, scratch in tiles:
-            weights = _weights(logits, scratch, row[rows, None], column, r[rows, None], c, ctx.shift)
-            if a_product is not None:
-                torch.mm(weights, tiles.b_columns.T, out=a_product[rows])
-            if b_product is not None:
-                b_product.addmm_(weights.T, a[rows])
+        tiles = Tiles(a, b, scale, ctx.excluded, ctx.chunk_size)
+        wanted = needs_a or (needs_scale and not needs_b), needs_b
+        a_product, b_product = tile_products(tiles, (row, column), gradients, ctx.shift, *wanted)
         scale_gradient = None
         if needs_scale:  # sum_ij G_ij a_i . b_j, from the products that exist already
             factors = (a, a_product) if a_product is not None else (b, b_product)
-            scale_gradient = torch.linalg.vecdot(*factors).sum() * magnitude
+            scale_gradient = torch.linalg.vecdot(*factors).sum()
         for product in (a_product, b_product):
             if product is not None:
-                product.mul_(scale * magnitude)
+                product.mul_(scale)
         return a_product if needs_a else None, b_product, scale_gradient, None, None
 
 
-def _sums_with_common_shift(tiles: _Tiles) -> tuple[Tensor, Tensor, float] | None:
+def tile_sums(tiles: Tiles) -> tuple[Tensor, Tensor, float | None]:
+    """Row values, column values and the shift that serves all logits; None where no single one is exact."""
+    common = _sums_with_common_shift(tiles)
+    return (*_sums_with_own_shifts(tiles), None) if common is None else common
+
+
+def tile_products(
+    tiles: Tiles,
+    values: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    shift: float | None,
+    needs_a: bool = True,
+    needs_b: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """``G @ b`` and ``G.T @ a``, each None unless needed, for row and column ``values`` and their ``gradients``."""
+    row, column = values
+    row_gradient, column_gradient = gradients
+    magnitude = torch.maximum(row_gradient.abs().max(), column_gradient.abs().max()).clamp_min(torch.finfo(row.dtype).tiny)
+    r, c = row_gradient / magnitude, column_gradient / magnitude  # about 1, so that exp(-HIGHEST) * r stays a normal number
+    a_product = torch.empty_like(tiles.a) if needs_a else None
+    b_product = tiles.a.new_zeros(tiles.num_columns, tiles.a.shape[1]) if needs_b else None
+    for rows, logits, scratch in tiles:
+        weights = _weights(logits, scratch, row[rows, None], column, r[rows, None], c, shift)
+        if a_product is not None:
+            torch.mm(weights, tiles.b_columns.T, out=a_product[rows])
+        if b_product is not None:
+            b_product.addmm_(weights.T, tiles.a[rows])
+    for product in (a_product, b_product):
+        if product is not None:
+            product.mul_(magnitude)
+    return a_product, b_product
+
+
+def common_shift(row: Tensor, column: Tensor) -> float | None:
+    """A shift that is exact for logits with these row and column values, None where there is none."""
+    shift = max(0.0, float(torch.maximum(row.max(), column.max())) - HIGHEST * 0.75)
+    return shift if _within_range(row - shift) and _within_range(column - shift) else None
+
+
+def _sums_with_common_shift(tiles: Tiles) -> tuple[Tensor, Tensor, float] | None:
     """Row values, column values and the shift of all logits; None where no single shift is exact. One exponential per logit."""
     row, column, shift = tiles.a.new_empty(tiles.num_rows), tiles.a.new_zeros(tiles.num_columns), 0.0
     for rows, logits, _ in tiles:
@@ -158,7 +186,7 @@ def _within_range(values: Tensor) -> bool:
     return bool(((values >= LOWEST) & (values <= HIGHEST)).all())
 
 
-def _sums_with_own_shifts(tiles: _Tiles) -> tuple[Tensor, Tensor]:
+def _sums_with_own_shifts(tiles: Tiles) -> tuple[Tensor, Tensor]:
     """Row and column values for logits of any range: rows are shifted by their maximum, columns by the maximum so far."""
     floor = torch.finfo(tiles.a.dtype).min  # stands for the maximum of nothing: exp(-inf - floor) is 0, not NaN
     row = tiles.a.new_empty(tiles.num_rows)

@@ -1,210 +1,174 @@
-"""Contrastive losses over all ranks in the memory of one: features of other ranks visit one after the other.
+"""Contrastive sums over the features of all ranks, of which a rank never holds more than its own and those of one other.
 
-Each rank's columns travel once around all ranks, and with them what is summed up over the rows that they meet; the backward
-pass sends them round again, with their gradients. A rank holds its own features and one other's, however many there are; the
-products are those of the gathered form, one more of three for each pair, since a tile is computed again.
+Blocks of features go around the ranks as in a ring, W hops until each is home again. A rank meets every block with its own
+rows; what concerns a block, its column sums forward and its gradient backward, travels with it. Features are sent on while they
+are computed with. Memory does not depend on the number of ranks; results are those of gathered features, which the losses of
+`mm.losses.contrastive` use while they are few. Rings for contrastive losses: SigLIP (https://arxiv.org/abs/2303.15343, section
+3.3), Inf-CL (https://arxiv.org/abs/2410.17243).
 
-Idea: ring attention https://arxiv.org/abs/2310.01889; Inf-CL https://arxiv.org/abs/2410.17243. Gradients follow the rule of
-`mm.losses.gather`: averaged over ranks they are those of the global batch.
+Gradients are those of the sum of all ranks' losses, as everywhere (`mm.losses.gather`).
 
-Shapes: B rows of this rank, as many columns of each rank, D width.
+Shapes: B rows of each rank, D width, W ranks.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mm.losses.gather import Gather
-from mm.losses.partition import automatic_chunk_size, log_partitions
-from mm.losses.sigmoid import softplus_excess
-
-ROWS_AT_ONCE = 1024
-"""Rows of a tile of groups."""
+from mm.losses.partition import Excluded, Tiles, automatic_chunk_size, common_shift, tile_products, tile_sums
+from mm.losses.sigmoid import walk
+from mm.nn.precision import full_precision
 
 
+@full_precision
 def ring_log_partitions(
-    a: Float[Tensor, "b d"], b: Float[Tensor, "b d"], scale: Float[Tensor, ""], gather: Gather, chunk_size: int | None
+    a: Float[Tensor, "b d"],
+    b: Float[Tensor, "b d"],
+    scale: Float[Tensor, ""],
+    gather: Gather,
+    *,
+    others_only: bool = False,
+    chunk_size: int | None = None,
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """Log-sum-exp of own rows over the columns of all ranks, and of own columns over the rows of all ranks; see
-    `mm.losses.partition.log_partitions`."""
-    return _Partitions.apply(a, b, scale, gather, chunk_size)  # pyright: ignore[reportReturnType]
+    """Log-sum-exp of the logits of this rank's ``a`` over all ranks' ``b``, and of its ``b`` over all ``a``.
+
+    Args:
+        a: Row features of this rank, fp32 or fp64.
+        b: Its column features.
+        scale: Multiplier of the inner products.
+        gather: The ranks.
+        others_only: Leave out the pairs of row i and column i of one rank.
+        chunk_size: Rows of a tile; see `mm.losses.partition.log_partitions`.
+    """
+    return _RingLogPartitions.apply(a, b, scale, gather, others_only, _tile_rows(a, chunk_size))  # pyright: ignore[reportReturnType]
 
 
-def ring_softplus(
+@full_precision
+def ring_group_sums(x: Float[Tensor, "b d"], groups: Int[Tensor, " b"], gather: Gather) -> Float[Tensor, "b d"]:
+    """For each own row the sum of all ranks' rows of its group."""
+    return _RingGroupSums.apply(x, groups, gather)  # pyright: ignore[reportReturnType]
+
+
+@full_precision
+def ring_softplus_excess(
     a: Float[Tensor, "b d"],
     b: Float[Tensor, "b d"],
     scale: Float[Tensor, ""],
     bias: Float[Tensor, ""],
     attraction: Float[Tensor, " b"],
     gather: Gather,
-    chunk_size: int | None,
+    *,
+    chunk_size: int | None = None,
 ) -> Float[Tensor, ""]:
-    """`mm.losses.sigmoid.softplus_excess` of own rows over the columns of all ranks."""
-    return _Softplus.apply(a, b, scale, bias, attraction, gather, chunk_size)  # pyright: ignore[reportReturnType]
+    """`mm.losses.sigmoid.softplus_excess` of this rank's ``a`` over all ranks' ``b``."""
+    tile_rows = _tile_rows(a, chunk_size)
+    return _RingSoftplusExcess.apply(a, b, scale, bias, attraction, gather, tile_rows)  # pyright: ignore[reportReturnType]
 
 
-def ring_group_sums(
-    b: Float[Tensor, "b d"], groups: Int[Tensor, " b"], gather: Gather
-) -> tuple[Float[Tensor, "b d"], Float[Tensor, " b"]]:
-    """Sum and number of the columns of all ranks that are of each own row's group."""
-    return _GroupSums.apply(b, groups, gather)  # pyright: ignore[reportReturnType]
+def _tile_rows(a: Tensor, chunk_size: int | None) -> int:
+    return (automatic_chunk_size(len(a), len(a)) if chunk_size is None else chunk_size) or len(a)
 
 
-def mean_over_ranks(value: Tensor, gather: Gather) -> Tensor:
-    """Of tensors of one shape, differentiably."""
-    return _Mean.apply(value, gather)  # pyright: ignore[reportReturnType]
+def _hops(gather: Gather, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """This rank's tensors, then those of the rank before it, and so on, W in all."""
+    held = tuple(tensor.contiguous() for tensor in tensors)
+    for hop in range(gather.world_size):
+        wait = gather.pass_on(*held) if hop + 1 < gather.world_size else None
+        yield held
+        if wait is not None:
+            held = wait()
 
 
-class _Partitions(torch.autograd.Function):
+class _RingLogPartitions(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, scale: Tensor, gather: Gather, chunk_size: int | None) -> tuple[Tensor, Tensor]:
-        row, column = (a.new_full((len(a),), -torch.inf) for _ in range(2))
-        visiting = (b, column)
-        for _ in range(gather.world_size):
-            rows, columns = log_partitions(a, visiting[0], scale, chunk_size=chunk_size)
-            row = row.logaddexp(rows)
-            visiting = _passed_on((visiting[0], visiting[1].logaddexp(columns)), gather)
-        column = visiting[1]
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, scale: Tensor, gather: Gather, others_only: bool, chunk_size: int
+    ) -> tuple[Tensor, Tensor]:
+        row, column = a.new_full((len(a),), -torch.inf), b.new_full((len(b),), -torch.inf)
+        excluded = _diagonal(a) if others_only else None
+        for hop, (block,) in enumerate(_hops(gather, b)):
+            block_row, block_column, _ = tile_sums(Tiles(a, block, scale, None if hop else excluded, chunk_size))
+            row = row.logaddexp(block_row)
+            (column,) = gather.pass_on(column.logaddexp(block_column))()
         ctx.save_for_backward(a, b, scale, row, column)
-        ctx.gather, ctx.chunk_size = gather, chunk_size
+        ctx.gather, ctx.excluded, ctx.chunk_size = gather, excluded, chunk_size
         return row, column
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        of_row, of_column = gradients
         a, b, scale, row, column = ctx.saved_tensors
-        own = _leaves(a, scale)
-        totals = [torch.zeros_like(value) for value in own]
-        visiting = (b, column, of_column.contiguous(), torch.zeros_like(b))
-        for _ in range(ctx.gather.world_size):
-            [columns] = _leaves(visiting[0])
-            with torch.enable_grad():
-                values = log_partitions(own[0], columns, own[1], chunk_size=ctx.chunk_size)
-            # a part's share of a sum of exponentials is its share of the gradient
-            shares = of_row * (values[0].detach() - row).exp(), visiting[2] * (values[1].detach() - visiting[1]).exp()
-            *of_own, of_columns = torch.autograd.grad(values, (*own, columns), shares)
-            torch._foreach_add_(totals, of_own)  # pyright: ignore[reportPrivateImportUsage]
-            visiting = _passed_on((*visiting[:3], visiting[3] + of_columns), ctx.gather)
-        return totals[0], visiting[3], totals[1], None, None
+        row_gradient, column_gradient = gradients
+        a_product, b_product = torch.zeros_like(a), torch.zeros_like(b)
+        for hop, (block, values, told) in enumerate(_hops(ctx.gather, b, column, column_gradient)):
+            tiles = Tiles(a, block, scale, None if hop else ctx.excluded, ctx.chunk_size)
+            mine, theirs = tile_products(tiles, (row, values), (row_gradient, told), common_shift(row, values))
+            assert mine is not None
+            assert theirs is not None
+            a_product += mine
+            (b_product,) = ctx.gather.pass_on(theirs.add_(b_product))()
+        scale_gradient = torch.linalg.vecdot(a, a_product).sum()
+        return a_product.mul_(scale), b_product.mul_(scale), scale_gradient, None, None, None
 
 
-class _Softplus(torch.autograd.Function):
+class _RingGroupSums(torch.autograd.Function):
+    """A product with the symmetric matrix of which rows are of one group, so that it is its own backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, groups: Tensor, gather: Gather) -> Tensor:
+        ctx.groups, ctx.gather = groups, gather
+        return _sums_of_groups(x, groups, gather)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _sums_of_groups(gradients[0], ctx.groups, ctx.gather), None, None
+
+
+def _sums_of_groups(x: Tensor, groups: Tensor, gather: Gather) -> Tensor:
+    known, index = groups.unique(return_inverse=True)
+    sums = x.new_zeros(len(known), x.shape[1])
+    for block, block_groups in _hops(gather, x, groups):
+        place = torch.searchsorted(known, block_groups).clamp_max(len(known) - 1)
+        sums.index_add_(0, place, block * (known[place] == block_groups)[:, None])
+    return sums[index]
+
+
+def _diagonal(a: Tensor) -> Excluded:
+    index = torch.arange(len(a), device=a.device)
+    return Excluded(index, index)
+
+
+class _RingSoftplusExcess(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        a: Tensor,
-        b: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        attraction: Tensor,
-        gather: Gather,
-        chunk_size: int | None,
+        ctx: Any, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, attraction: Tensor, gather: Gather, chunk_size: int
     ) -> Tensor:
-        chunk_size = chunk_size or automatic_chunk_size(len(a), len(b)) or len(a)
-        total, (visiting,) = torch.zeros_like(scale), (b,)
-        for part in _attractions(attraction, gather):
-            total = total + softplus_excess(a, visiting, scale, bias, part, chunk_size)
-            (visiting,) = _passed_on((visiting,), gather)
-        ctx.save_for_backward(a, b, scale, bias, attraction)
+        ctx.save_for_backward(a, b, scale, bias)
         ctx.gather, ctx.chunk_size = gather, chunk_size
-        return total
+        row = -attraction
+        for (block,) in _hops(gather, b):
+            row += walk(a, block, scale, bias, chunk_size, needs_a=False, needs_b=False).row
+        return row.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        a, b, scale, bias, attraction = ctx.saved_tensors
-        own = _leaves(a, scale, bias)
-        totals = [torch.zeros_like(value) for value in own]
-        visiting = (b, torch.zeros_like(b))
-        for part in _attractions(attraction, ctx.gather):
-            [columns] = _leaves(visiting[0])
-            with torch.enable_grad():
-                value = softplus_excess(own[0], columns, own[1], own[2], part, ctx.chunk_size)
-            *of_own, of_columns = torch.autograd.grad(value, (*own, columns), gradients[0])
-            torch._foreach_add_(totals, of_own)  # pyright: ignore[reportPrivateImportUsage]
-            visiting = _passed_on((visiting[0], visiting[1] + of_columns), ctx.gather)
-        of_a, of_scale, of_bias = totals
-        return of_a, visiting[1], of_scale, of_bias, -gradients[0].expand_as(attraction), None, None
-
-
-class _GroupSums(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, b: Tensor, groups: Tensor, gather: Gather) -> tuple[Tensor, Tensor]:
-        sums, sizes, visiting = torch.zeros_like(b), b.new_zeros(len(b)), (b, groups)
-        for _ in range(gather.world_size):
-            for rows, same in _same_group(groups, visiting[1], b.dtype):
-                sums[rows] += same @ visiting[0]
-                sizes[rows] += same.sum(1)
-            visiting = _passed_on(visiting, gather)
-        ctx.save_for_backward(groups)
-        ctx.gather = gather
-        ctx.mark_non_differentiable(sizes)
-        return sums, sizes
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        [groups] = ctx.saved_tensors
-        of_sums = gradients[0]
-        visiting = (groups, torch.zeros_like(of_sums))
-        for _ in range(ctx.gather.world_size):
-            total = visiting[1].clone()
-            for rows, same in _same_group(groups, visiting[0], of_sums.dtype):
-                total.addmm_(same.T, of_sums[rows])
-            visiting = _passed_on((visiting[0], total), ctx.gather)
-        return visiting[1], None, None
-
-
-class _Mean(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, gather: Gather) -> Tensor:
-        ctx.gather = gather
-        return _averaged(value, gather)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _averaged(gradients[0], ctx.gather), None
-
-
-def _averaged(value: Tensor, gather: Gather) -> Tensor:
-    total = value.clone()
-    dist.all_reduce(total, group=gather.group)
-    return total.div_(gather.world_size)
-
-
-def _passed_on(tensors: tuple[Tensor, ...], gather: Gather) -> tuple[Tensor, ...]:
-    """What the rank before has, while the next one gets these; after as many times as there are ranks all are home."""
-    rank, size = gather.rank, gather.world_size
-    sent, arrived = [tensor.contiguous() for tensor in tensors], [torch.empty_like(tensor) for tensor in tensors]
-    operations = [
-        dist.P2POp(operation, tensor, group=gather.group, group_peer=peer % size, tag=tag)
-        for tag, pair in enumerate(zip(sent, arrived, strict=True))
-        for operation, tensor, peer in ((dist.isend, pair[0], rank + 1), (dist.irecv, pair[1], rank - 1))
-    ]
-    for work in dist.batch_isend_irecv(operations):
-        work.wait()
-    return tuple(arrived)
-
-
-def _leaves(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.detach().requires_grad_() for tensor in tensors]
-
-
-def _attractions(attraction: Tensor, gather: Gather) -> Iterator[Tensor]:
-    """That of own rows, which counts once, then nothing."""
-    yield attraction.detach()
-    for _ in range(gather.world_size - 1):
-        yield torch.zeros_like(attraction)
-
-
-def _same_group(rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Tiles of the matrix that is 1 where a row and a column are of one group."""
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        part = slice(start, start + ROWS_AT_ONCE)
-        yield part, (rows[part, None] == columns).to(dtype)
+        a, b, scale, bias = ctx.saved_tensors
+        (gradient,) = gradients
+        a_product, b_product, total = torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(bias)
+        for (block,) in _hops(ctx.gather, b):
+            found = walk(a, block, scale, bias, ctx.chunk_size, needs_a=True, needs_b=True)
+            assert found.a_product is not None
+            assert found.b_product is not None
+            a_product += found.a_product
+            total += found.total
+            (b_product,) = ctx.gather.pass_on(found.b_product.mul_(gradient).add_(b_product))()
+        a_product *= gradient
+        scale_gradient = torch.linalg.vecdot(a, a_product).sum()
+        return a_product * scale, b_product * scale, scale_gradient, total * gradient, -gradient.expand(len(a)), None, None

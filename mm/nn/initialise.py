@@ -8,6 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 from mm.nn.attention import MultiHeadAttention
 from mm.nn.embeddings import LearnedPositions, TokenEmbedding
+from mm.nn.experts import Experts
 from mm.nn.transformer import FeedForward, GatedFeedForward, Transformer
 
 DRAWS = frozenset(
@@ -43,6 +44,7 @@ def initialise(module: nn.Module) -> None:
     | attention query, key_value            | normal, D ** -0.5            | keeps the variance |
     | feed-forward input, gate              | normal, (2 D) ** -0.5        | CLIP |
     | attention and feed-forward output     | normal, (2 L width) ** -0.5  | 2 L branches add up to variance one |
+    | router of experts                     | normal, 0.02                 | all experts nearly alike |
     | biases                                | 0                            | |
     | norms                                 | gain 1, bias 0               | torch's own |
     """
@@ -68,6 +70,8 @@ def initialise_block(block: nn.Module, num_layers: int) -> None:
             _normal(part.output, (2 * num_layers * part.output.out_features) ** -0.5)
             if isinstance(part, GatedFeedForward):
                 _normal(part.gate, (2 * part.gate.in_features) ** -0.5)
+        elif isinstance(part, Experts) and part.router is not None:
+            _normal(part.router, 0.02)
 
 
 def _normal(layer: nn.Linear, std: float) -> None:

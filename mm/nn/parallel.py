@@ -12,6 +12,7 @@ from mm.nn.slices import slice_layers
 from mm.nn.stages import stage_layers
 from mm.placement import blocks
 from mm.ranks import Peers
+from mm.types import Auxiliary
 
 KEPT = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product")
 """Beginnings of the names of what is dear to compute again: products and attention."""
@@ -40,6 +41,10 @@ def divide(
     if slices.size > 1:
         slice_layers(network, slices)
     if stages.size > 1:
+        if any(isinstance(part, Auxiliary) for part in network.modules()):
+            raise ConfigError(
+                "parallel.pipeline: losses of experts do not reach the other stages; set it to 1, or experts to null"
+            )
         stage_layers(network, stages, microbatches)
     if recompute != "none":
         recompute_blocks(network, selective=recompute == "selective")

@@ -165,6 +165,7 @@ def _transformer(
     mask: Mask | Sequence[Mask] = EVERYTHING,
     context_mask: Mask = EVERYTHING,
     condition: Tensor | None = None,
+    token_ids: Tensor | None = None,
     layers: range | None = None,
     **options: Any,
 ) -> Tensor:
@@ -178,6 +179,7 @@ def _transformer(
     def run(rows: slice, x: Tensor, shared: Shared) -> Tensor:
         masks = _rows(mask, rows, size) if isinstance(mask, Mask) else [_rows(layer, rows, size) for layer in mask]
         told = {"mask": masks, "context_mask": _rows(context_mask, rows, size), "condition": shared[1]}
+        told["token_ids"] = None if token_ids is None else token_ids[rows]
         return forward(x, shared[0], **told, layers=own) if len(own) else x
 
     return pipeline(run, x, (context, condition), _learns(part))

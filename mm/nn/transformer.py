@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mm.nn.attention import KVCache, MultiHeadAttention
 from mm.nn.embeddings import GridRotary, Rotary
+from mm.nn.experts import Experts
 from mm.nn.linear import Linear
 from mm.nn.masks import EVERYTHING, Mask
 
@@ -165,6 +166,7 @@ class Block(nn.Module):
         cache: KVCache | None = None,
         position: int | Tensor | None = None,
         condition: Float[Tensor, "b 6 d"] | None = None,
+        token_ids: Int[Tensor, "b t"] | None = None,
         maps: dict[str, Tensor] | None = None,
     ) -> Float[Tensor, "b t d"]:
         """One block; see `Transformer.forward`. ``maps``, where given, receives "attention" and "cross_attention" weights."""
@@ -189,10 +191,14 @@ class Block(nn.Module):
                 maps["cross_attention"] = weights
             return result
 
+        def feed(x: Tensor) -> Tensor:
+            experts = isinstance(self.feed_forward, Experts)
+            return self.feed_forward(x, token_ids) if experts else self.feed_forward(x)
+
         x = self.attention_residual(x, attend, first)
         if self.cross_attention_residual is not None:
             x = self.cross_attention_residual(x, cross_attend)
-        return self.feed_forward_residual(x, self.feed_forward, second)
+        return self.feed_forward_residual(x, feed, second)
 
     def _modulations(self, condition: Tensor | None) -> tuple[Triple | None, Triple | None]:
         """Shift, scale and gate of self-attention and of the feed-forward."""
@@ -248,6 +254,7 @@ class Transformer(nn.Module):
         caches: list[KVCache] | None = None,
         position: int | Tensor | None = None,
         condition: Float[Tensor, "b 6 d"] | None = None,
+        token_ids: Int[Tensor, "b t"] | None = None,
         maps: list[dict[str, Tensor]] | None = None,
         layers: range | None = None,
     ) -> Float[Tensor, "b t d"]:
@@ -264,6 +271,8 @@ class Transformer(nn.Module):
             position: Where ``x`` begins in the caches, behind what they hold if None. An int64 tensor ``(1,)``, for a
                 single position, keeps every shape the same from step to step, as torch.compile wants it.
             condition: For modulated blocks: shifts, scales and gates, to which each block adds its own.
+            token_ids: What stands at each position of ``x``, for blocks with experts (`mm.nn.experts.Experts`); negative for
+                padding.
             maps: Receives one dictionary of attention weights ``(B, H, T, S)`` a layer, part of the graph.
             layers: Run only these; the final norm belongs to the last one.
         """
@@ -277,7 +286,7 @@ class Transformer(nn.Module):
             layer_maps: dict[str, Tensor] | None = None if maps is None else {}
             layer_mask = mask if isinstance(mask, Mask) else mask[layer]
             options = {"mask": layer_mask, "context_mask": context_mask, "rotation": rotation, "maps": layer_maps}
-            options["condition"] = condition
+            options |= {"condition": condition, "token_ids": token_ids}
             source = context[layer] if isinstance(context, tuple) else context
             if self.gradient_checkpointing and self.training and caches is None:
                 x = checkpoint(block, x, source, use_reentrant=False, **options)  # pyright: ignore[reportAssignmentType]

@@ -7,14 +7,14 @@ from typing import Any
 
 from mm.data.accounting import Accounting
 from mm.data.captions import look_up
-from mm.data.loader import Loader
 from mm.data.questions import Question, check_questions, question_of, questions_of
 from mm.data.sources import Subset
 from mm.evaluation.metrics import Result
 from mm.evaluation.vqa import BlindGuess, accepted, normalise, vqa
 from mm.hub import FREE_BEAMS, Model
-from mm.run.evaluation import BATCH_SIZE, decoding_workers, loaded, opened, refuse_incomplete, stamp
-from mm.run.preparation import EvalPreparation, QuestionPreparation
+from mm.run.evaluation import loaded, opened, refuse_incomplete, stamp
+from mm.run.preparation import QuestionPreparation
+from mm.run.reading import evaluation_loader
 from mm.types import Source
 
 Progress = Callable[[int, int], None]
@@ -97,19 +97,7 @@ def answer_all(
     model: Model, source: Source, progress: Progress | None = None, *, free: bool = False
 ) -> tuple[list[Answered], Accounting]:
     """The model's best answer to every question of a source that can be used, in order, and the counts of those that cannot."""
-    preparation = EvalPreparation(model.processor)
-    loader = Loader(
-        source,
-        QuestionPreparation(preparation),
-        preparation.collate,
-        batch_size=BATCH_SIZE,
-        seed=0,
-        tail="short",
-        shuffle=False,
-        substitute=False,
-        workers=decoding_workers(len(source)),
-        max_bad_fraction=1,  # judged by the caller
-    )
+    loader = evaluation_loader(source, model.processor, prepare=QuestionPreparation)
     found: list[Answered] = []
     for batch in loader.one_epoch():
         assert batch.image is not None

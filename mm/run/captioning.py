@@ -9,7 +9,6 @@ from torch import Tensor
 
 from mm.data.accounting import Accounting
 from mm.data.emoji import EmojiSource
-from mm.data.loader import Loader
 from mm.data.sources import Subset
 from mm.errors import UserError
 from mm.evaluation.captioning import captioning, normalised
@@ -18,10 +17,10 @@ from mm.evaluation.metrics import Result
 from mm.evaluation.zero_shot import class_vectors, ranked
 from mm.hub import Model
 from mm.run.caption_references import References, caption_references, neighbour_captions, only, training_index
-from mm.run.evaluation import BATCH_SIZE, decoding_workers, encode, loaded, opened, refuse_incomplete, stamp
+from mm.run.evaluation import encode, loaded, opened, refuse_incomplete, stamp
 from mm.run.inference import expand_folder
 from mm.run.picture_controls import check_independent
-from mm.run.preparation import EvalPreparation
+from mm.run.reading import BATCH_SIZE, evaluation_loader
 from mm.run.writing import Caption, Writer, best, choosing, usual_decoding
 from mm.types import Decoding, Source
 
@@ -222,19 +221,7 @@ def _describe_all(
     writer: Writer, source: Source, references: References, progress: Progress | None
 ) -> tuple[list[_Described], Accounting]:
     """Captions of every usable sample of a source that has a right one, and the counts of those that cannot be used."""
-    preparation = EvalPreparation(writer.model.processor)
-    loader = Loader(
-        source,
-        preparation,
-        preparation.collate,
-        batch_size=BATCH_SIZE,
-        seed=0,
-        tail="short",
-        shuffle=False,
-        substitute=False,
-        workers=decoding_workers(len(source)),
-        max_bad_fraction=1,  # judged below
-    )
+    loader = evaluation_loader(source, writer.model.processor)
     found: list[_Described] = []
     done = 0
     for batch in loader.one_epoch():

@@ -18,7 +18,6 @@ from torch import Tensor
 from mm.data.accounting import Accounting
 from mm.data.captions import look_up
 from mm.data.labels import LabelTask, label_of, label_task
-from mm.data.loader import Loader
 from mm.data.sources import CaptionAsField, Subset, open_source, revision
 from mm.errors import BadSample, DataError, UserError
 from mm.evaluation.baseline import pixel_baseline, thumbnails
@@ -29,7 +28,7 @@ from mm.evaluation.zero_shot import class_vectors, ranked, zero_shot
 from mm.hub import Model, load, load_painter
 from mm.media.image import decode_image
 from mm.paths import cache_folder
-from mm.run.preparation import EvalPreparation
+from mm.run.reading import MAX_BAD_SHARE, evaluation_loader
 from mm.training.parallel import World, gather_bytes, open_world
 from mm.types import Sample, Source
 
@@ -38,7 +37,6 @@ Medium = Literal["image", "audio"]
 Between = tuple[Literal["image", "audio", "text"], Literal["image", "audio", "text"]]
 T = TypeVar("T")
 
-BATCH_SIZE = 64
 CAPTION_LABEL = "txt"
 """What ``label`` is called where the first caption of a sample is the name of its class."""
 
@@ -48,12 +46,6 @@ PROBED = 20
 RANKED = 5
 """Classes of a picture that a caller of `evaluate_zero_shot` is told."""
 
-MAX_WORKERS = 8
-WORKERS_FROM = 1000
-"""Pictures from which on processes that decode beside the network are worth their start."""
-
-MAX_BAD_SHARE = 0.2
-"""Pictures of a user's own source that may be left out; of a published set, whose figures are compared, none may."""
 
 COMMANDS = {"zero-shot": "zero-shot", "winoground": "compositional", "sugarcrepe": "compositional", "vqa": "vqa"}
 """``mm eval`` command for what figures of a set are published for, where it is not retrieval."""
@@ -99,6 +91,7 @@ def evaluate_zero_shot(
     classes: Sequence[str] | None = None,
     label: str | None = None,
     image_field: str | None = None,
+    audio_field: str | None = None,
     templates: Sequence[str] | None = None,
     baseline: str | None = None,
     device: str = "auto",
@@ -116,6 +109,7 @@ def evaluate_zero_shot(
         classes: Candidate names; default: the source's own.
         label: Field that holds the class name, ``txt`` for the caption; default: the source's own.
         image_field: Column of a table that holds the picture files, where its name is not a usual one.
+        audio_field: Column that holds the recordings, likewise.
         templates: Prompt ensemble; default: the one published for the data set, else the processor's.
         baseline: Labelled source for nearest neighbour on pixels, ``none`` for no baseline; default: the source's own, if any.
         device: Where to compute; ``auto`` chooses.
@@ -131,7 +125,7 @@ def evaluate_zero_shot(
         UserError: When labels, classes or templates do not fit the source.
     """
     model = loaded(model, device, precision)
-    source = opened(data, model, image_field=image_field)
+    source = opened(data, model, image_field=image_field, audio_field=audio_field)
     if label == CAPTION_LABEL:
         source = CaptionAsField(source, CAPTION_LABEL)
     task = label_task(source, label=label, classes=classes)
@@ -157,6 +151,7 @@ def evaluate_zero_shot(
         vectors,
         labels,
         subsets=subset_masks([fields[row] for row in rows], task),
+        what="pictures" if media == "image" else "recordings",
         protocol=stamp(model, source, encoded.accounting, fingerprint) | {"label": task.label, "templates": list(prompts)},
     )
     reference = baseline or (task.reference if media == "image" else None)
@@ -171,6 +166,7 @@ def evaluate_retrieval(
     *,
     between: Between = ("image", "text"),
     image_field: str | None = None,
+    audio_field: str | None = None,
     text_field: str | None = None,
     device: str = "auto",
     precision: str = "auto",
@@ -185,6 +181,7 @@ def evaluate_retrieval(
         data: A source.
         between: The two sides, of ``image``, ``audio`` and ``text``.
         image_field: Column of a table that holds the picture files, where its name is not a usual one.
+        audio_field: Column that holds the recordings, likewise.
         text_field: Column or field that holds the captions, likewise.
         device: Where to compute; ``auto`` chooses.
         precision: See `mm.hub.load`.
@@ -199,7 +196,7 @@ def evaluate_retrieval(
     if set(between) not in ({"image", "text"}, {"audio", "text"}, {"audio", "image"}):
         raise UserError(f"between '{','.join(between)}': give two of image, audio and text, such as audio,text")
     model = loaded(model, device, precision)
-    source = opened(data, model, image_field=image_field, text_field=text_field)
+    source = opened(data, model, image_field=image_field, audio_field=audio_field, text_field=text_field)
     check_retrieval_set(source)
     fingerprint = model.fingerprint
     with open_world(model.device.type) as world:
@@ -441,19 +438,7 @@ def _encode_here(
     if not len(source):  # fewer samples than processes
         return torch.empty(0, model.embed_dim), [], Accounting()
     _check_medium(model, media)
-    preparation = EvalPreparation(model.processor, (media,))
-    loader = Loader(
-        source,
-        preparation,
-        preparation.collate,
-        batch_size=BATCH_SIZE,
-        seed=0,
-        tail="short",
-        shuffle=False,
-        substitute=False,
-        workers=decoding_workers(len(source)),
-        max_bad_fraction=1,  # what all processes together left out is judged in `encode`
-    )
+    loader = evaluation_loader(source, model.processor, (media,))  # what all processes left out is judged in `encode`
     vectors: list[Tensor] = []
     samples: list[Mapping[str, Any]] = []
     for batch in loader.one_epoch():
@@ -472,11 +457,6 @@ def _encode_here(
 def _check_medium(model: Model, media: Medium) -> None:
     """Raises `UserError` where the model does not take it."""
     _ = model.processor.audio_spec if media == "audio" else model.processor.image_spec
-
-
-def decoding_workers(samples: int) -> int:
-    """Processes that decode beside the network, none where their start would take longer than they save."""
-    return min(MAX_WORKERS, (os.cpu_count() or 1) // 2) if samples >= WORKERS_FROM else 0
 
 
 def stretch(length: int, world: World) -> tuple[int, int]:
@@ -505,12 +485,19 @@ def loaded(model: str | Path | Model, device: str, precision: str = "auto", *, p
     return (load_painter if painting else load)(model, device=device, precision=precision)
 
 
-def opened(data: str | Source, model: Model, *, image_field: str | None = None, text_field: str | None = None) -> Source:
+def opened(
+    data: str | Source,
+    model: Model,
+    *,
+    image_field: str | None = None,
+    audio_field: str | None = None,
+    text_field: str | None = None,
+) -> Source:
     """The source itself, or the one that a SRC names, with vector art drawn at the model's size."""
     if not isinstance(data, str):
         return data
     size: dict[str, Any] = {"image_size": model.processor.image_spec.size} if model.processor.has_image else {}
-    return open_source(data, image_field=image_field, text_field=text_field, **size)
+    return open_source(data, image_field=image_field, audio_field=audio_field, text_field=text_field, **size)
 
 
 def labelled(fields: Sequence[Mapping[str, Any]], task: LabelTask, source: Source) -> tuple[list[int], Tensor]:

@@ -7,7 +7,8 @@ from itertools import islice
 from mm.errors import UserError
 from mm.hub import Model
 from mm.run.evaluation import opened
-from mm.run.picture_controls import BATCH_SIZE, picture_loader
+from mm.run.picture_controls import picture_loader
+from mm.run.reading import BATCH_SIZE
 from mm.systems.published_vae import PublishedVae, PublishedVaeConfig
 from mm.tokenizers.library_vae import measured
 from mm.types import Source

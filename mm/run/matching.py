@@ -5,13 +5,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mm.data.loader import Loader
 from mm.errors import UserError
 from mm.evaluation.metrics import Result
 from mm.evaluation.retrieval import ranks_of_scores, recalls
 from mm.hub import Model
-from mm.run.evaluation import MAX_BAD_SHARE, check_retrieval_set, stamp
-from mm.run.preparation import EvalPreparation
+from mm.run.evaluation import check_retrieval_set, stamp
+from mm.run.reading import MAX_BAD_SHARE, evaluation_loader
 from mm.types import Matches, Source
 
 Progress = Callable[[int, int | None], None]
@@ -33,18 +32,8 @@ def evaluate_matching(model: Model, source: Source, *, progress: Progress | None
     """
     assert isinstance(model.system, Matches)
     check_retrieval_set(source)
-    preparation = EvalPreparation(model.processor)
-    loader = Loader(
-        source,
-        preparation,
-        preparation.collate,
-        batch_size=1,
-        seed=0,
-        tail="short",
-        shuffle=False,
-        substitute=False,
-        max_bad_fraction=0.0 if getattr(source, "evaluation", None) else MAX_BAD_SHARE,
-    )
+    allowed = 0.0 if getattr(source, "evaluation", None) else MAX_BAD_SHARE
+    loader = evaluation_loader(source, model.processor, batch_size=1, workers=0, max_bad_fraction=allowed)
     pictures: list[Tensor] = []
     captions: list[tuple[str, ...]] = []
     for batch in loader.one_epoch():

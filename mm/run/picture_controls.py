@@ -21,13 +21,12 @@ from mm.errors import UserError
 from mm.evaluation.inception import Inception
 from mm.hub import Model, load
 from mm.run.evaluation import opened
-from mm.run.preparation import EvalPreparation
 from mm.run.prompts import labels_or_captions
+from mm.run.reading import BATCH_SIZE, evaluation_loader
 from mm.seeding import derive_seed
 from mm.systems.settings import SystemSettings
 from mm.types import Compresses, Source, Tokenizes
 
-BATCH_SIZE = 64
 SIDE = 16
 """Of the pictures that are compared for copies, pixels."""
 
@@ -181,18 +180,7 @@ def check_independent(judge: Model, maker: Model, ranker: Model | None, *, makes
 
 def picture_loader(source: Source, model: Model, max_bad_fraction: float = 0.2) -> Loader:
     """Every picture of a source that can be used, prepared for a model, in the source's order: one epoch."""
-    preparation = EvalPreparation(model.processor)
-    return Loader(
-        source,
-        preparation,
-        preparation.collate,
-        batch_size=BATCH_SIZE,
-        seed=0,
-        tail="short",
-        shuffle=False,
-        substitute=False,
-        max_bad_fraction=max_bad_fraction,
-    )
+    return evaluation_loader(source, model.processor, workers=0, max_bad_fraction=max_bad_fraction)
 
 
 def recorded_training(model: Model) -> Source | None:

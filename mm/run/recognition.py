@@ -9,14 +9,13 @@ import torch
 
 from mm.data.emoji import MIN_SIZE
 from mm.data.labels import label_task
-from mm.data.loader import Loader
 from mm.data.sources import Subset, open_source
 from mm.errors import UserError
 from mm.evaluation.metrics import Result
 from mm.evaluation.recognition import recognition
 from mm.hub import Model
-from mm.run.evaluation import BATCH_SIZE, decoding_workers, loaded, refuse_incomplete, stamp, subset_masks
-from mm.run.preparation import EvalPreparation
+from mm.run.evaluation import loaded, refuse_incomplete, stamp, subset_masks
+from mm.run.reading import BATCH_SIZE, evaluation_loader
 from mm.types import AudioBatch, Source, Transcribes
 
 Progress = Callable[[int, int], None]
@@ -79,6 +78,7 @@ def evaluate_recognition(
     *,
     beams: int = BEAMS,
     limit: int | None = None,
+    audio_field: str | None = None,
     text_field: str | None = None,
     device: str = "auto",
     precision: str = "auto",
@@ -92,7 +92,8 @@ def evaluate_recognition(
         data: A source. The first caption of a sample is what is said; samples without one are left out.
         beams: See `transcribe`.
         limit: Take only so many samples, the first ones.
-        text_field: Column or field that holds what is said, where its name is not a usual one.
+        audio_field: Column of a table that holds the recordings, where its name is not a usual one.
+        text_field: Column or field that holds what is said, likewise.
         device: Where to compute; ``auto`` chooses.
         precision: See `mm.hub.load`.
         progress: Called with (recordings done, in all).
@@ -104,23 +105,15 @@ def evaluate_recognition(
     """
     model = loaded(model, device, precision)
     _recogniser(model)
-    source = open_source(data, text_field=text_field, image_size=MIN_SIZE) if isinstance(data, str) else data
+    source = (
+        open_source(data, audio_field=audio_field, text_field=text_field, image_size=MIN_SIZE)
+        if isinstance(data, str)
+        else data
+    )
     split = getattr(source, "task", None) is not None
     if limit is not None:
         source = Subset(source, range(min(limit, len(source))))
-    preparation = EvalPreparation(model.processor)
-    loader = Loader(
-        source,
-        preparation,
-        preparation.collate,
-        batch_size=BATCH_SIZE,
-        seed=0,
-        tail="short",
-        shuffle=False,
-        substitute=False,
-        workers=decoding_workers(len(source)),
-        max_bad_fraction=1,  # judged below
-    )
+    loader = evaluation_loader(source, model.processor)
     found: list[Transcript] = []
     said: list[str] = []
     fields: list[Any] = []

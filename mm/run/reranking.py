@@ -12,15 +12,14 @@ from pydantic import Field
 from torch import Tensor
 
 from mm.config import StrictConfig, validate
-from mm.data.loader import Loader
 from mm.data.sources import Subset
 from mm.errors import UserError
 from mm.evaluation.metrics import Result
 from mm.evaluation.reranking import BothWays, candidates, reranked
 from mm.evaluation.retrieval import ranks, recalls
 from mm.hub import Model
-from mm.run.evaluation import Captioned, check_retrieval_set, decoding_workers, encode_captioned, stamp, stretch
-from mm.run.preparation import EvalPreparation
+from mm.run.evaluation import Captioned, check_retrieval_set, encode_captioned, stamp, stretch
+from mm.run.reading import evaluation_loader
 from mm.training.parallel import World, open_world, sum_tensors
 from mm.types import Embeds, Encoded, Matches, Source, TextBatch
 
@@ -149,19 +148,8 @@ def _pictures(model: Model, source: Source, ids: Sequence[str]) -> Iterator[Tens
     if not ids:  # fewer pictures than processes
         return
     index = {source.key(position): position for position in range(len(source))}
-    preparation = EvalPreparation(model.processor)
-    loader = Loader(
-        Subset(source, [index[name] for name in ids]),
-        preparation,
-        preparation.collate,
-        batch_size=PICTURES_AT_ONCE,
-        seed=0,
-        tail="short",
-        shuffle=False,
-        substitute=False,
-        workers=decoding_workers(len(ids)),
-        max_bad_fraction=0.0,
-    )
+    wanted = Subset(source, [index[name] for name in ids])
+    loader = evaluation_loader(wanted, model.processor, batch_size=PICTURES_AT_ONCE, max_bad_fraction=0.0)
     for batch in loader.one_epoch():
         assert batch.image is not None
         yield batch.image

@@ -32,6 +32,7 @@ def evaluate_any_retrieval(
     *,
     between: Between = ("image", "text"),
     image_field: str | None = None,
+    audio_field: str | None = None,
     text_field: str | None = None,
     device: str = "auto",
     precision: str = "auto",
@@ -58,7 +59,7 @@ def evaluate_any_retrieval(
             raise UserError(f"{model.name}: {name} '{value}' is for models that both embed and match; leave it out")
     if matches and on_encoded is not None:
         raise UserError(f"{model.name}: compares pictures and texts by more than vectors; take a model such as emoji-clip")
-    source = opened(data, model, image_field=image_field, text_field=text_field)
+    source = opened(data, model, image_field=image_field, audio_field=audio_field, text_field=text_field)
     if "audio" in between:
         return evaluate_retrieval(model, source, between=between, cache=cache, progress=progress)
     if embeds and matches:

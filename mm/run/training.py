@@ -23,6 +23,7 @@ from mm.hub import CONFIG_FILE, Model, embed_parts, load, load_parts, with_parts
 from mm.nn.parallel import divide
 from mm.nn.tuning import tune
 from mm.processor import Processor
+from mm.run.card import write_card
 from mm.run.config import RunConfig
 from mm.run.encoding import check_encoding
 from mm.run.episodes import EpisodePreparation
@@ -66,7 +67,7 @@ def train(
         resolved = load_run_config(Path(config), overrides)
     folder = Path(out) if out is not None else DEFAULT_RUNS / name
     run = assemble(resolved, resume=find_checkpoint(folder, lambda _: None) if folder.is_dir() else None)
-    return train_loop(
+    result = train_loop(
         run.system,
         run.stream,
         run.config.train,
@@ -78,6 +79,9 @@ def train(
         divide=divide,
         **loop_options,
     )
+    if result.checkpoint is not None and environment()[0] == 0:
+        write_card(folder, result.checkpoint)
+    return result
 
 
 def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

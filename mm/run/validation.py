@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from mm.data.labels import label_of, label_task
-from mm.data.loader import Loader
 from mm.data.questions import Question, check_questions, question_of
 from mm.errors import UserError
 from mm.evaluation.recognition import recognition
@@ -18,7 +17,8 @@ from mm.evaluation.zero_shot import class_vectors, label_ranks
 from mm.hub import Model
 from mm.nn.quantize import CodeUsage
 from mm.processor import Processor
-from mm.run.preparation import EvalPreparation, QuestionPreparation
+from mm.run.preparation import QuestionPreparation
+from mm.run.reading import MAX_BAD_SHARE, evaluation_loader
 from mm.systems import SystemConfig
 from mm.types import AudioBatch, Batch, Captions, Compresses, Decoding, Embeds, Hears, Source, System, Tokenizes, Transcribes
 
@@ -98,17 +98,16 @@ class Validator:
 
     def _read(self) -> _Held:
         seen = ("image",) if self._processor.has_image and self._config.learns_pictures else ()
-        preparation = EvalPreparation(self._processor, (*seen, "audio") if self._config.hears else ("image",))
-        prepare = QuestionPreparation(preparation) if "answers" in self._able else preparation
-        loader = Loader(
+        media = (*seen, "audio") if self._config.hears else ("image",)
+        prepare = QuestionPreparation if "answers" in self._able else None
+        loader = evaluation_loader(
             self._source,
-            prepare,
-            preparation.collate,
+            self._processor,
+            media,
+            prepare=prepare,
             batch_size=BATCH_SIZE,
-            seed=0,
-            tail="short",
-            shuffle=False,
-            substitute=False,
+            workers=0,
+            max_bad_fraction=MAX_BAD_SHARE,
         )
         batches = []
         for batch in loader.one_epoch():

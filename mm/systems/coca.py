@@ -78,6 +78,8 @@ class CocaConfig(SystemSettings):
             raise ValueError(f"text_layers {self.text_layers} leave none of {self.text.layers} layers to see the picture")
         if self.image.patch_dropout and self.feature_map:
             raise ValueError("feature_map needs every patch; leave image.patch_dropout out")
+        if self.text.sparse_attention is not None:
+            raise ValueError("the query behind a text sees all of it; leave text.sparse_attention out")
         return self
 
 

@@ -28,10 +28,11 @@ from mm.generators.autoregressive import Compiled, stream
 from mm.nn.attention import KVCache, MultiHeadAttention
 from mm.nn.embeddings import GridPositions, LearnedPositions
 from mm.nn.ends import end
+from mm.nn.experts import ExpertsConfig, feed_forward, refuse_hash
 from mm.nn.freeze import freeze
 from mm.nn.initialise import initialise
 from mm.nn.linear import Linear
-from mm.nn.masks import Raster, dalle_layer_pattern
+from mm.nn.masks import Pattern, Raster, SparseAttentionConfig, dalle_layer_pattern, patterns_of
 from mm.nn.transformer import Block, FeedForward, Transformer
 from mm.systems.published_vq import PublishedVq, TokenizerConfig, build_tokenizer
 from mm.systems.settings import SystemSettings
@@ -64,7 +65,9 @@ class DalleConfig(SystemSettings):
         heads: Attention heads; divides ``width``.
         mlp_ratio: Hidden width of the feed-forward over ``width``.
         norm: Norms before each branch (``pre``), or before and after it (``sandwich``).
-        sparse_attention: DALL-E's row, column and convolutional attention instead of dense attention.
+        sparse_attention: DALL-E's row, column and convolutional attention instead of dense attention (true), or another kind
+            over words and picture tokens alike.
+        experts: Feed-forward layers of several experts, with learned routing (https://arxiv.org/abs/2101.03961).
         dropout: Of each block's branches, in training.
         text_loss_weight: Of predicting the next word, relative to ``image_loss_weight``.
         image_loss_weight: Of predicting the next picture token.
@@ -81,7 +84,8 @@ class DalleConfig(SystemSettings):
     heads: int = Field(default=6, ge=1)
     mlp_ratio: float = Field(default=4.0, gt=0)
     norm: Literal["pre", "sandwich"] = "pre"
-    sparse_attention: bool = False
+    sparse_attention: bool | SparseAttentionConfig = False
+    experts: ExpertsConfig | None = None
     dropout: float = Field(default=0.0, ge=0, lt=1)
     text_loss_weight: float = Field(default=1.0, ge=0)
     image_loss_weight: float = Field(default=7.0, gt=0)
@@ -105,6 +109,7 @@ class DalleConfig(SystemSettings):
 
     @model_validator(mode="after")
     def _possible(self) -> "DalleConfig":
+        refuse_hash(self.experts)
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
         return self
@@ -248,14 +253,25 @@ class Dalle(System):
         return self.tokenizer.encode(image)[:, :number]
 
 
+def _patterns(config: DalleConfig, columns: int) -> Sequence[Pattern | None]:
+    sparse = config.sparse_attention
+    if isinstance(sparse, SparseAttentionConfig):
+        return patterns_of(sparse, config.layers)
+    layers, num_text = range(config.layers), config.text.context_length
+    return [Raster(dalle_layer_pattern(layer, len(layers)), num_text, columns) for layer in layers] if sparse else (None,)
+
+
 def build(config: DalleConfig, parts: Mapping[str, Any] | None = None) -> Dalle:
     """Build DALL-E with fresh weights; ``parts["tokenizer"]`` may hold a trained tokenizer."""
     tokenizer = build_tokenizer(config.tokenizer, parts)
 
-    def make_block(_: int) -> Block:
+    def make_feed_forward() -> FeedForward:
+        return FeedForward(config.width, int(config.width * config.mlp_ratio), nn.GELU())
+
+    def make_block(layer: int) -> Block:
         return Block(
             attention=MultiHeadAttention(config.width, config.heads),
-            feed_forward=FeedForward(config.width, int(config.width * config.mlp_ratio), nn.GELU()),
+            feed_forward=feed_forward(make_feed_forward, config.width, config.experts, layer),
             norm=functools.partial(nn.LayerNorm, config.width),
             norm_place=config.norm,
             dropout=config.dropout,
@@ -267,9 +283,7 @@ def build(config: DalleConfig, parts: Mapping[str, Any] | None = None) -> Dalle:
         {"text": LearnedPositions(num_text, config.width), "image": GridPositions(rows, columns, config.width)},
         config.width,
         causal=True,
-        rasters=[Raster(dalle_layer_pattern(layer, config.layers), num_text, columns) for layer in range(config.layers)]
-        if config.sparse_attention
-        else (None,),
+        patterns=_patterns(config, columns),
     )
     initialise(tower)
     dalle = Dalle(tokenizer, tower, config)

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
 from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 
@@ -20,6 +22,8 @@ from mm.errors import ConfigError
 from mm.fusion.dual_tower import DualTower
 from mm.losses.contrastive import info_nce
 from mm.losses.gather import current_gather
+from mm.losses.groups import lasting_groups
+from mm.losses.queue import FeatureQueue, Queued
 from mm.nn.freeze import freeze
 from mm.systems import clip
 from mm.systems.clap import AudioTower, build_audio_encoder, projection
@@ -46,7 +50,11 @@ class ImagebindConfig(SystemSettings):
         audio: The encoder of recordings.
         image_weight: Of the contrastive loss between recordings and pictures.
         text_weight: Of that between recordings and texts.
-        likeness_weight: Of one minus the cosine of a recording's vector and its text's.
+        likeness_weight: Of one minus the cosine of a recording's vector and its text's. Needs no batch to tell texts apart.
+        queue_size: Past vectors of pictures and texts kept as further negatives of the recordings. A fixed hub never changes
+            them, so that they are as good as those of a larger batch. ``Batch.groups`` must then have lasting meaning. With a
+            queue, recordings follow the directions of the hub's vectors from its mean: these lie in a narrow cone, so that
+            whoever follows them from the origin mostly learns their mean.
         chunk_size: See `mm.systems.clip.ClipConfig`.
     """
 
@@ -57,6 +65,7 @@ class ImagebindConfig(SystemSettings):
     image_weight: float = Field(default=1.0, ge=0)
     text_weight: float = Field(default=1.0, ge=0)
     likeness_weight: float = Field(default=0.0, ge=0)
+    queue_size: int = Field(default=0, ge=0)
     chunk_size: int | None = Field(default=None, ge=0)
 
     @property
@@ -87,7 +96,8 @@ class ImagebindConfig(SystemSettings):
         return self if isinstance(self.hub, str) else self.model_copy(update={"hub": self.hub.with_vocabulary(size)})
 
     def for_inference(self) -> "ImagebindConfig":
-        return self if isinstance(self.hub, str) else self.model_copy(update={"hub": self.hub.for_inference()})
+        hub = self.hub if isinstance(self.hub, str) else self.hub.for_inference()
+        return self.model_copy(update={"hub": hub, "queue_size": 0})
 
     def parts(self) -> dict[str, str]:
         return {"hub": self.hub} if isinstance(self.hub, str) else {}
@@ -98,7 +108,14 @@ class ImagebindConfig(SystemSettings):
             raise ValueError(f"train_hub: a hub that is trained is given by its configuration, not as the MODEL '{self.hub}'")
         if not (self.image_weight or self.text_weight or self.likeness_weight):
             raise ValueError("image_weight, text_weight and likeness_weight are all 0, so that nothing is learned; raise one")
+        if self.train_hub and self.queue_size:
+            raise ValueError("queue_size: vectors of a hub that is trained grow old; set it to 0, or hub.queue_size instead")
         return self
+
+    @property
+    def contrasted(self) -> dict[str, float]:
+        """Weights of the contrastive losses, by what recordings are compared with."""
+        return {name: weight for name, weight in (("image", self.image_weight), ("text", self.text_weight)) if weight}
 
 
 class Imagebind(System):
@@ -108,18 +125,23 @@ class Imagebind(System):
         hub: Pictures and texts; its scale is everybody's at inference.
         towers: The ``audio`` tower, with a scale for training.
         config: Weights.
+        queues: Past vectors by tower of the hub.
     """
 
-    def __init__(self, hub: Clip, towers: DualTower, config: ImagebindConfig) -> None:
+    def __init__(
+        self, hub: Clip, towers: DualTower, config: ImagebindConfig, queues: Mapping[str, FeatureQueue] | None = None
+    ) -> None:
         super().__init__()
         self.hub = hub if config.train_hub else freeze(hub)
         self.towers = towers
         self.config = config
+        self._queues = dict(queues or {})  # the same modules as below, with their type
+        self.queues = nn.ModuleDict(self._queues)
 
     @property
     def only_for_training(self) -> tuple[str, ...]:
         """See `mm.types.System`."""
-        return tuple(f"hub.{name}" for name in self.hub.only_for_training)
+        return ("queues.", *(f"hub.{name}" for name in self.hub.only_for_training))
 
     def represent(self, batch: Batch) -> dict[str, Tensor]:
         """Unit vectors ``audio``, ``text`` and, where pictures are learned from, ``image``, each ``(B, D)``."""
@@ -134,14 +156,30 @@ class Imagebind(System):
         config, scale, gather = self.config, self.towers.scale(), current_gather()
         audio, parts = representations["audio"], {"logit_scale": scale.detach()}
         total = audio.new_zeros(())
-        for name, weight in (("image", config.image_weight), ("text", config.text_weight)):
-            if weight:
-                other = representations[name]
-                part = info_nce(audio, other, scale, groups=batch.groups, chunk_size=config.chunk_size, gather=gather)
-                parts[f"audio_{name}"] = part.detach()
-                total = total + weight * part
+        groups = lasting_groups(batch, audio.device) if self._queues else batch.groups
+        targets = {name: representations[name] for name in ("image", "text") if name in representations}
+        negatives: dict[str, tuple[Queued, Queued]] = {}
+        for name, queue in self._queues.items():
+            assert groups is not None
+            past = queue.content()
+            if self.training and torch.is_grad_enabled():
+                queue.stage(targets[name], groups, step)
+            targets[name], known = (_from_centre(x, past.features) for x in (targets[name], past.features))
+            negatives[name] = Queued(audio[:0].detach(), groups[:0]), Queued(known, past.ids)
+        for name, weight in config.contrasted.items():
+            part = info_nce(
+                audio,
+                targets[name],
+                scale,
+                groups=groups,
+                chunk_size=config.chunk_size,
+                negatives=negatives.get(name),
+                gather=gather,
+            )
+            parts[f"audio_{name}"] = part.detach()
+            total = total + weight * part
         if config.likeness_weight:
-            unlike = 1 - (audio * representations["text"]).sum(1).mean()
+            unlike = 1 - (audio * targets["text"]).sum(1).mean()
             parts["unlike"] = unlike.detach()
             total = total + config.likeness_weight * unlike
         if config.train_hub:
@@ -155,8 +193,10 @@ class Imagebind(System):
         return self.loss_from(self.represent(batch), batch, step)
 
     def after_step(self, step: int) -> None:
-        """Clamp the scales, and what the hub does."""
+        """Clamp the scales, queue the vectors of the step that was applied, and what the hub does."""
         self.towers.clamp_()
+        for queue in self._queues.values():
+            queue.commit(current_gather())
         if self.config.train_hub:
             self.hub.after_step(step)
 
@@ -205,8 +245,14 @@ def build(config: ImagebindConfig, parts: Mapping[str, Any] | None = None) -> Im
         raise ConfigError(
             "hub: this model is no dual tower of pictures and texts; take emoji-clip, or a run of configs/clip.yaml"
         )
-    audio = build_audio_encoder(config.audio)
-    return Imagebind(hub, DualTower({"audio": (audio, projection(audio.width, _embed_dim(hub)))}), config)
+    audio, width = build_audio_encoder(config.audio), _embed_dim(hub)
+    queues = {name: FeatureQueue(config.queue_size, width) for name in config.contrasted} if config.queue_size else None
+    return Imagebind(hub, DualTower({"audio": (audio, projection(audio.width, width))}), config, queues)
+
+
+def _from_centre(x: Float[Tensor, "b d"], past: Float[Tensor, "q d"]) -> Float[Tensor, "b d"]:
+    """Directions of vectors from the mean of past ones, of length one."""
+    return F.normalize(x - past.mean(0), dim=1) if len(past) else x
 
 
 def _embed_dim(hub: Clip) -> int:

@@ -19,9 +19,10 @@ class ParallelConfig(StrictConfig):
         pipeline: Number of processes that hold consecutive layers of each transformer.
         microbatches: With a pipeline, parts of a process's batch that are on their way at once.
         contrastive: Whether contrastive losses compare with the features of all processes ``gathered`` in each of them, or
-            pass them around in a ``ring``, in memory that does not grow with their number.
+            pass them around in a ``ring``, in memory that does not grow with their number; ``auto`` chooses by their size.
         recompute: What the backward pass computes again instead of keeping it: nothing (``none``), all but the results of
             matrix products and attention (``selective``), or whole blocks (``full``).
+        timeout_seconds: How long a process waits for the others in a step, validation or save before it gives up.
     """
 
     data: Literal["ddp", "fsdp"] = "ddp"
@@ -29,8 +30,9 @@ class ParallelConfig(StrictConfig):
     tensor: int = Field(default=1, ge=1)
     pipeline: int = Field(default=1, ge=1)
     microbatches: int = Field(default=1, ge=1)
-    contrastive: Literal["gathered", "ring"] = "gathered"
+    contrastive: Literal["auto", "gathered", "ring"] = "auto"
     recompute: Literal["none", "selective", "full"] = "none"
+    timeout_seconds: float = Field(default=1800.0, gt=0)
 
     @property
     def model_size(self) -> int:
@@ -92,7 +94,10 @@ class TrainConfig(StrictConfig):
         validate_every: Steps between validations; 0 validates at the end only.
         max_nonfinite: Stop after so many consecutive steps whose loss or gradient is NaN or infinite; each is skipped.
         log_ids: Write the ids of the consumed samples to ``ids.jsonl``.
-        tensorboard: Write TensorBoard files to ``tensorboard/``.
+        tensorboard: Write TensorBoard files to ``tensorboard/``, where it is installed.
+        energy: How energy is known: ``auto`` takes the processors' counters, else an estimate from the device's power;
+            ``codecarbon`` is the library of that name.
+        carbon_intensity: Kilograms of CO2 of a kilowatt hour where the training runs; default: the world's mean.
     """
 
     steps: int = Field(default=1000, ge=1)
@@ -120,6 +125,8 @@ class TrainConfig(StrictConfig):
     max_nonfinite: int = Field(default=10, ge=1)
     log_ids: bool = True
     tensorboard: bool = True
+    energy: Literal["auto", "codecarbon"] = "auto"
+    carbon_intensity: float = Field(default=0.445, ge=0)
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.training.statistics import running_statistics
-from mm.types import Batch, CachesGradients, Losses
+from mm.types import Batch, CachesGradients, Losses, auxiliary_losses
 
 
 def slices(num_rows: int, num_slices: int) -> list[slice]:
@@ -31,7 +31,8 @@ def cached_backward(
     """Add the gradients of ``system.loss_from(system.represent(batch), ...)`` to ``.grad``.
 
     Dropout is the same in both passes, because the generators' states are restored. Layers that mix the samples of a batch
-    (batch normalisation) see slices, as in any accumulation; their running statistics are updated once a slice.
+    (batch normalisation) see slices, as in any accumulation; their running statistics are updated once a slice. Losses that
+    layers have of their own (`mm.types.Auxiliary`) are those of the slices, averaged by samples.
 
     Args:
         system: In training mode, on one device.
@@ -48,33 +49,48 @@ def cached_backward(
             generators.append(GeneratorState(device))
             with torch.no_grad(), autocast():
                 represented.append(system.represent(batch[rows]))
-    with autocast():
-        last = system.represent(batch[cuts[-1]])
+    last, auxiliary = _represent(system, batch[cuts[-1]], autocast)
     represented.append(last)
     leaves = {name: torch.cat([part[name].detach() for part in represented]).requires_grad_() for name in last}
     with autocast():
         losses = system.loss_from(leaves, batch, step)
     losses.total.backward()
-    _push(last, leaves, cuts[-1])
+    losses = _push(last, auxiliary, leaves, cuts[-1], losses)
     after = GeneratorState(device)
     for rows, generator in zip(cuts[:-1], generators, strict=True):
         generator.restore()
-        with autocast():
-            again = system.represent(batch[rows])
-        _push(again, leaves, rows)
+        losses = _push(*_represent(system, batch[rows], autocast), leaves, rows, losses)
     after.restore()
     return losses
 
 
-def _push(representations: Mapping[str, Tensor], leaves: dict[str, Tensor], rows: slice) -> None:
-    """Send the cached gradients of some rows back through their representations."""
+def _represent(
+    system: CachesGradients, batch: Batch, autocast: Callable[[], AbstractContextManager[object]]
+) -> tuple[Mapping[str, Tensor], Losses | None]:
+    """Representations with their graph, and the losses of the layers that made them."""
+    assert isinstance(system, nn.Module)
+    with auxiliary_losses(system) as told, autocast():
+        return system.represent(batch), told()
+
+
+def _push(
+    representations: Mapping[str, Tensor], auxiliary: Losses | None, leaves: dict[str, Tensor], rows: slice, losses: Losses
+) -> Losses:
+    """Send the cached gradients of some rows back through their representations, with the losses of their layers.
+
+    Returns the losses with these added.
+    """
     pairs = [
         (value, leaf.grad[rows])
         for name, leaf in leaves.items()
         if leaf.grad is not None and (value := representations[name]).requires_grad
     ]
+    share = (rows.stop - rows.start) / len(next(iter(leaves.values())))
+    if auxiliary is not None and auxiliary.total.requires_grad:
+        pairs.append((auxiliary.total, torch.full_like(auxiliary.total, share)))
     if pairs:
         torch.autograd.backward([value for value, _ in pairs], [gradient for _, gradient in pairs])
+    return Losses(losses.total.detach(), losses.parts).plus(auxiliary, share)
 
 
 def batch_device(batch: Batch) -> torch.device:

@@ -52,7 +52,7 @@ class Layout:
         data_size = config.data_size(world.size)
         self.data, self._slices, self._stages, self._shards = Peers(world.rank, world.size), Peers(), Peers(), Peers()
         self._mesh: Any = None
-        ring = config.contrastive == "ring"
+        ring = None if config.contrastive == "auto" else config.contrastive == "ring"
         set_data_peers(replace(self.data, ring=ring))
         if world.size == 1 or (config.model_size == 1 and config.data == "ddp"):
             return

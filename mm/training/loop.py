@@ -17,6 +17,7 @@ from mm.errors import BadSample, CheckpointError, UserError
 from mm.training.checkpoint import Checkpoint, SaveError, latest_checkpoint, open_checkpoint, save_checkpoint
 from mm.training.config import ParallelConfig, TrainConfig
 from mm.training.consumed import ConsumedIds, everyones_ids
+from mm.training.efficiency import Efficiency, Totals
 from mm.training.feed import Feed
 from mm.training.guard import Collapse, FlatLoss, NonFinite, StopSignals
 from mm.training.layout import Divide, Layout
@@ -25,11 +26,12 @@ from mm.training.parallel import World, gather_bytes, gather_json, open_world, s
 from mm.training.parameters import count_parameters, parameter_lines
 from mm.training.step import Stepper, StepReport, compile_parts
 from mm.training.tracking import OnEvent, Tracker
+from mm.training.watch import Watch
 from mm.training.window import Window
 from mm.types import BatchStream, System
 
 HABITS = {"checkpoint_every_steps", "checkpoint_every_minutes", "keep_last", "log_every", "validate_every", "max_nonfinite"}
-DECISIVE = frozenset(TrainConfig.model_fields) - HABITS - {"log_ids", "tensorboard"}
+DECISIVE = frozenset(TrainConfig.model_fields) - HABITS - {"log_ids", "tensorboard", "energy", "carbon_intensity"}
 """Settings whose change makes a resumed run differ from one that had them from the start."""
 
 FORMAT = 1
@@ -103,10 +105,13 @@ def train(
     Raises:
         UserError: When another trainer works in ``run``, the loss stays non-finite, or what ``run`` holds does not fit.
         SaveError: When the last checkpoint could not be written.
+        LostProcessError: When another process died, or did not answer within ``parallel.timeout_seconds``.
     """
     with ExitStack() as stack:
         parallel = parallel or ParallelConfig()
         world = stack.enter_context(open_world(config.device, parallel))
+        watch = Watch(world.store, world.rank, world.size)
+        stack.enter_context(watch.beating())
         stack.enter_context(run_lock(run) if world.is_main else nullcontext())
         signals = stack.enter_context(StopSignals())
         tracker = Tracker(
@@ -123,7 +128,8 @@ def train(
         parameters = count_parameters(system)
         stepper = Stepper(system, config, world, Layout(world, parallel, divide), validates=validate is not None)
         trainer = _Trainer(stepper, Feed(stream, world.device), config, run, world, signals, tracker)
-        trainer.parameters, trainer.parallel = parameters, parallel
+        trainer.parameters, trainer.parallel, trainer.watch = parameters, parallel, watch
+        stack.callback(trainer.efficiency.close)
         trainer.validate, trainer.extra_files, trainer.merge_states = validate, extra_files, merge_states
         return trainer.run()
 
@@ -136,6 +142,7 @@ class _Trainer:
     merge_states: MergeStates | None = None
     parameters: dict[str, Any]
     parallel: ParallelConfig
+    watch: Watch
 
     def __init__(
         self, stepper: Stepper, feed: Feed, config: TrainConfig, run: Path, world: World, signals: StopSignals, tracker: Tracker
@@ -145,6 +152,7 @@ class _Trainer:
         self.folder, self.nonfinite_path = run / "checkpoints", run / "nonfinite.jsonl"
         self.nonfinite, self.window = NonFinite(), Window()
         self.watchers = FlatLoss(config.warmup_steps), Collapse()
+        self.efficiency = Efficiency(config, world, stepper.dtype)
         self.step = 0
         self.metrics: dict[str, float] = {}
         self.consumed = ConsumedIds(tracker.ids, world)
@@ -187,6 +195,7 @@ class _Trainer:
     def _one_step(self) -> bool:
         """Take a batch, step, and do what is due. Returns whether all processes agreed to stop."""
         begun = time.monotonic()
+        self.watch.tell(self.step + 1, "taking a batch")
         try:
             batch = self.feed.take()
         except Exception:
@@ -195,10 +204,14 @@ class _Trainer:
             raise
         minutes = self.config.checkpoint_every_minutes
         due = self.world.is_main and 0 < minutes * 60 <= begun - self.last_save
-        report = self.stepper.step(batch, self.step, (self.signals.requested is not None, due), self.feed.look_ahead)
+        self.watch.tell(self.step + 1, "computing")
+        with self.efficiency.counting(self.stepper.optimizer):
+            report = self.stepper.step(batch, self.step, (self.signals.requested is not None, due), self.feed.look_ahead)
         self.step += 1
         self.nonfinite.record(report.finite)
-        self.window.add(report, time.monotonic() - begun)
+        seconds = time.monotonic() - begun
+        self.window.add(report, seconds)
+        self.efficiency.add(report.num_samples, seconds)
         self.consumed.note(batch.ids)
         if not report.finite:
             self._skipped(batch.ids, report)
@@ -217,7 +230,8 @@ class _Trainer:
         if self.step % config.log_every == 0 or last:
             self.consumed.collect(self.step)
             left = self.window.seconds / self.window.steps * (config.steps - self.step)
-            self.tracker.log(self.step, self.window.record(self.step, self.stepper.lr(self.step - 1), self.seconds), left)
+            record = self.window.record(self.step, self.stepper.lr(self.step - 1), self.seconds)
+            self.tracker.log(self.step, record | self.efficiency.figures(record["samples_per_second"]), left)
             self.window = Window()
         if last or (config.validate_every and self.step % config.validate_every == 0 and not stop):
             self._validate()
@@ -303,6 +317,8 @@ class _Trainer:
             "logs": logs,
             "world_size": self.world.size,
             "parameters": self.parameters,
+            "totals": self.efficiency.state(),
+            "efficiency": self.efficiency.summary(),
             "train": to_dict(self.config),
             "versions": {"mm": mm.__version__, "torch": torch.__version__, "python": platform.python_version()},
         }
@@ -328,6 +344,7 @@ class _Trainer:
         self.nonfinite.restore(state["nonfinite"])
         self.window = Window(**state["window"])
         self.metrics, self.earlier_seconds = dict(state["metrics"]), float(state["seconds"])
+        self.efficiency.totals = Totals(**state.get("totals", {}))
         self.tracker.start(self.step, state["logs"])
         self.tracker.say(f"resuming at step {self.step} of {self.config.steps} from {found.folder}")
         self.tracker.event("resume", self.step, f"resumed from {found.folder}")

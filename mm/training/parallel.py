@@ -9,11 +9,14 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage] - documented, but not exported
+from torch.distributed.rendezvous import rendezvous
 
 from mm.placement import local
 from mm.ranks import Peers, set_data_peers
@@ -33,6 +36,7 @@ class World:
         device: Where this process computes.
         control: Gloo group for messages that live on the CPU; None in a single process.
         model_size: Processes that share one copy of the network and see the same samples, neighbours by rank.
+        store: Through which the processes met, if they met here.
     """
 
     rank: int
@@ -40,6 +44,7 @@ class World:
     device: torch.device
     control: dist.ProcessGroup | None = None
     model_size: int = 1
+    store: Store | None = None
 
     @property
     def data_rank(self) -> int:
@@ -73,12 +78,15 @@ def open_world(device: str = "auto", parallel: ParallelConfig | None = None) -> 
     if size == 1:
         yield World(0, 1, chosen)
         return
+    store, patience = None, timedelta(seconds=parallel.timeout_seconds)
     if not existing:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=size)
+        store, rank, size = next(rendezvous("env://", rank, size))
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     try:
-        control = dist.new_group(backend="gloo")
+        control = dist.new_group(backend="gloo", timeout=patience)
         assert isinstance(control, dist.ProcessGroup)  # this process is a member
-        yield World(rank, size, chosen, control, parallel.model_size)
+        yield World(rank, size, chosen, control, parallel.model_size, store)
     finally:
         set_data_peers(None)
         if not existing:

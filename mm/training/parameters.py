@@ -48,3 +48,10 @@ def parameter_lines(counts: dict[str, Any]) -> list[str]:
 def _share(counts: dict[str, int], what: str = "") -> str:
     trained, total = counts["trained"], counts["total"]
     return f"{100 * trained / max(1, total):.3g} % ({trained:,} of {total:,}{what})"
+
+
+def blocks(network: nn.Module) -> Iterator[nn.Module]:
+    """The repeated parts of a network, in order: what is in a list called ``blocks``, or something that ends like this."""
+    for name, part in network.named_modules():
+        if isinstance(part, nn.ModuleList | nn.Sequential) and name.endswith("blocks"):
+            yield from (block for block in part if next(block.parameters(), None) is not None)

@@ -91,9 +91,12 @@ class Tracker:
         for log in self._logs:
             log.truncate(sizes.get(log.path.name, 0))
         if self._with_tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self._run / "tensorboard"), purge_step=step + 1)
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                self.say("no TensorBoard files: tensorboard is not installed", "yellow")
+            else:
+                self._writer = SummaryWriter(str(self._run / "tensorboard"), purge_step=step + 1)
         if self._console is not None and self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("[bold]train"),
@@ -131,6 +134,8 @@ class Tracker:
         """Record the training figures of the steps since the last call."""
         self._record("train/", step, record)
         self._shown["speed"] = f"{record['samples_per_second']:.0f} samples/s"
+        if record["mfu"] is not None:
+            self._shown["mfu"] = f"MFU {record['mfu']:.1%}"
         self._shown["left"] = f"ETA {timedelta(seconds=round(seconds_left))}"
         if record["loss"] is not None:
             self._shown["loss"] = f"loss {record['loss']:.3f}"

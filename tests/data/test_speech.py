@@ -14,7 +14,17 @@ from typer.testing import CliRunner
 from mm import cli
 from mm.data import speech
 from mm.data.emoji import SPLITS, concepts
-from mm.data.speech import TEST_VOICE, TRAIN_VOICES, VALIDATION_VOICE, VOICES, Utterance, _paired, open_speech, utterances
+from mm.data.speech import (
+    MANNERS,
+    TEST_VOICE,
+    TRAIN_VOICES,
+    VALIDATION_VOICE,
+    VOICES,
+    Utterance,
+    _paired,
+    open_speech,
+    utterances,
+)
 from mm.errors import UserError
 from mm.media.audio import measure_audio
 
@@ -63,7 +73,17 @@ def test_a_picture_shows_what_is_said() -> None:
         concept = concept_of[row]
         assert utterance.words == concept["name"] or utterance.words in concept["keywords"]
         names[concept["key"]] += utterance.words == concept["name"]
-    assert {*names.values()} == {len(TRAIN_VOICES)}
+    assert {*names.values()} == {MANNERS * len(TRAIN_VOICES)}
+
+
+def test_another_manner_is_another_speaker_speed_and_pitch() -> None:
+    spoken = {(u.words, u.voice, u.manner): u for u in utterances("train")}
+    assert {manner for _, _, manner in spoken} == set(range(MANNERS))
+    for (words, voice, manner), other in spoken.items():
+        if manner:
+            first = spoken[words, voice, 0]
+            assert (first.speaker, first.speed, first.pitch) != (other.speaker, other.speed, other.pitch)
+            assert first.speaker != other.speaker
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])

@@ -10,7 +10,8 @@ from torch.testing import assert_close
 
 from mm.encoders.image import PYRAMID_SIDE, ImageEncoder, ImageEncoderConfig, build_image_encoder
 from mm.errors import UserError
-from mm.types import System
+from mm.nn.experts import Experts
+from mm.types import System, auxiliary_losses
 
 SMALL_VIT = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 BACKBONES = {
@@ -203,3 +204,30 @@ def test_building_leaves_randomness_and_mode_alone() -> None:
     timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, patch_size=8, patch_drop_rate=0.5, **SMALL_VIT)
     assert torch.equal(after, torch.rand(1))
     assert built.training
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_experts_of_a_vit_learn_and_are_used_evenly(checkpointing: bool) -> None:
+    """In every other block; their own loss reaches the router when activations are computed again, too."""
+    torch.manual_seed(0)
+    sizes = {"backbone": "vit_tiny_patch16_224", "image_size": 32, "options": {"embed_dim": 24, "depth": 4, "num_heads": 3}}
+    options = {**sizes, "experts": {"count": 3, "balance_weight": 1.0}, "gradient_checkpointing": checkpointing}
+    model = build_image_encoder(ImageEncoderConfig.model_validate(options)).train()
+    layers = [part for part in model.modules() if isinstance(part, Experts)]
+    assert [isinstance(block.mlp, Experts) for block in model.trunk.blocks] == [False, True, False, True]
+    first, second = (layers[0].experts[i].fc1.weight for i in (0, 1))  # pyright: ignore[reportAttributeAccessIssue]
+    assert not torch.equal(first, second)  # pyright: ignore[reportArgumentType]
+    with auxiliary_losses(model) as told:
+        model(torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8))
+        found = told()
+    assert found is not None
+    found.total.backward()
+    for layer in layers:
+        assert layer.router is not None
+        assert layer.router.weight.grad is not None
+        assert layer.router.weight.grad.any()
+
+
+def test_experts_are_for_vits() -> None:
+    with pytest.raises(UserError, match="no plain ViT"):
+        build_image_encoder(ImageEncoderConfig.model_validate({"experts": {"count": 2}}))

@@ -31,7 +31,7 @@ def tower(*, causal: bool = False, sparse: bool = False) -> SingleTower:
         {"text": LearnedPositions(NUM_TEXT, WIDTH), "image": LearnedPositions(NUM_IMAGE, WIDTH)},
         WIDTH,
         causal=causal,
-        rasters=patterns if sparse else (None,),
+        patterns=patterns if sparse else (None,),
     )
     initialise(made)
     for value in made.types.values():
@@ -117,8 +117,8 @@ def test_each_layer_has_its_own_sparse_mask() -> None:
     model, text, image = tower(causal=True, sparse=True), features(NUM_TEXT, 1), features(NUM_IMAGE, 2)
     fused = model({"text": text, "image": image}).tokens
     x, _, _ = model.join({"text": text, "image": image})
-    for block, raster in zip(model.transformer.blocks, model.rasters, strict=True):
-        x = block(x, mask=attention_mask(x.shape[1], causal=True, raster=raster))
+    for block, raster in zip(model.transformer.blocks, model.patterns, strict=True):
+        x = block(x, mask=attention_mask(x.shape[1], causal=True, pattern=raster))
     torch.testing.assert_close(fused, model.transformer.final_norm(x))
     assert not torch.allclose(fused, tower(causal=True)({"text": text, "image": image}).tokens)
 

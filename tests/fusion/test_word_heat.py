@@ -199,6 +199,7 @@ def scenes(size: int, generator: torch.Generator) -> tuple[Tensor, TextBatch, Te
     return image, TextBatch(ids, torch.full((size,), 4)), groups, places[:, :2]
 
 
+@pytest.mark.slow
 def test_a_network_that_learned_to_match_looks_at_what_is_named() -> None:
     """Its tokens are patches that know nothing of each other, so what a word looks for is in one place."""
     patches = VIT | {"pool": "avg", "options": {"embed_dim": 32, "depth": 0, "num_heads": 2}}

@@ -70,7 +70,7 @@ def test_impossible_masks_are_refused() -> None:
     with pytest.raises(AssertionError, match="last positions"):
         attention_mask(4, 3, causal=True)
     with pytest.raises(AssertionError, match="restrict a causal mask"):
-        attention_mask(4, raster=Raster("row", 2, 2))
+        attention_mask(4, pattern=Raster("row", 2, 2))
 
 
 NUM_TEXT, ROWS, COLUMNS = 3, 5, 6
@@ -95,7 +95,7 @@ def raster_sees(pattern: RasterPattern, query: int, key: int, columns: int, kern
 @pytest.mark.parametrize("num_queries", [1, 4, NUM_TEXT + 30])
 def test_raster_patterns_equal_their_definition(pattern: RasterPattern, columns: int, kernel: int, num_queries: int) -> None:
     num_keys = NUM_TEXT + 30
-    mask = attention_mask(num_queries, num_keys, causal=True, raster=Raster(pattern, NUM_TEXT, columns, kernel))
+    mask = attention_mask(num_queries, num_keys, causal=True, pattern=Raster(pattern, NUM_TEXT, columns, kernel))
     expected = torch.zeros(num_queries, num_keys, dtype=torch.bool)
     for q, k in itertools.product(range(num_queries), range(num_keys)):
         query = num_keys - num_queries + q - NUM_TEXT
@@ -107,7 +107,7 @@ def test_raster_patterns_equal_their_definition(pattern: RasterPattern, columns:
 
 
 def test_convolutional_pattern_wraps_around_row_ends_as_in_the_paper() -> None:
-    mask = attention_mask(NUM_TEXT + 16, causal=True, raster=Raster("convolutional", NUM_TEXT, 4, 3))
+    mask = attention_mask(NUM_TEXT + 16, causal=True, pattern=Raster("convolutional", NUM_TEXT, 4, 3))
     seen = visible(mask, 1, NUM_TEXT + 16, NUM_TEXT + 16)[0, NUM_TEXT + 8, NUM_TEXT:].nonzero().flatten()
     assert seen.tolist() == [3, 4, 5, 7, 8]  # the first of the third row sees the ends of the rows before
 
@@ -118,15 +118,15 @@ def test_raster_patterns_respect_padding(pattern: RasterPattern) -> None:
     keys = torch.ones(2, length, dtype=torch.bool)
     keys[1, 1:NUM_TEXT] = False
     raster = Raster(pattern, NUM_TEXT, COLUMNS, 3)
-    free = visible(attention_mask(length, causal=True, raster=raster), 2, length, length)
-    padded = visible(attention_mask(length, causal=True, raster=raster, keys=keys), 2, length, length)
+    free = visible(attention_mask(length, causal=True, pattern=raster), 2, length, length)
+    padded = visible(attention_mask(length, causal=True, pattern=raster, keys=keys), 2, length, length)
     assert torch.equal(padded, free & keys[:, None])
 
 
 def test_a_row_layer_and_a_column_layer_reach_every_earlier_position() -> None:
     length = NUM_TEXT + ROWS * COLUMNS
     row, column = (
-        visible(attention_mask(length, causal=True, raster=Raster(pattern, NUM_TEXT, COLUMNS)), 1, length, length)[0].int()
+        visible(attention_mask(length, causal=True, pattern=Raster(pattern, NUM_TEXT, COLUMNS)), 1, length, length)[0].int()
         for pattern in PATTERNS[:2]
     )
     everything = torch.ones(length, length, dtype=torch.bool).tril()

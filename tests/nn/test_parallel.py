@@ -10,6 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from mm.errors import ConfigError, UserError
 from mm.nn.attention import MultiHeadAttention
+from mm.nn.experts import Experts, ExpertsConfig
 from mm.nn.lora import LoraConfig, add_lora
 from mm.nn.parallel import divide, recompute_blocks
 from mm.nn.stages import Pipeline
@@ -36,6 +37,10 @@ def corrected() -> Transformer:
     return network
 
 
+def routed() -> nn.Module:
+    return nn.Sequential(transformer(layers=2), Experts(lambda: FeedForward(16, 32, nn.GELU()), 16, ExpertsConfig(count=2)))
+
+
 @pytest.mark.parametrize(
     ("network", "peers", "message"),
     [
@@ -44,6 +49,7 @@ def corrected() -> Transformer:
         (transformer(hidden=33), {"slices": TWO}, "parallel.tensor 2 does not divide the 33 features"),
         (corrected(), {"slices": TWO}, "has additions"),
         (transformer(layers=1), {"stages": TWO}, "parallel.pipeline 2: this system has no stack of so many layers"),
+        (routed(), {"stages": TWO}, "losses of experts do not reach the other stages"),
         (nn.Linear(2, 2), {"recompute": "full"}, "parallel.recompute: this system has no blocks"),
     ],
 )

@@ -148,6 +148,7 @@ def test_examples_are_what_is_measured(looker: Model, clip: Model) -> None:
     assert again.metrics["exact_4shot"].value == figures["exact_4shot"]  # an example shown twice looks no more like the query
 
 
+@pytest.mark.slow
 def test_similar_pictures_as_examples_with_real_names(looker: Model, clip: Model) -> None:
     result = evaluate_few_shot(
         looker, "emoji:validation/core/seen", pool="emoji:train/core", rices=clip, shots=(0, 2), limit=30

@@ -151,7 +151,7 @@ def test_impossible_options_are_refused(folder: Path) -> None:
         mm.evaluate("retrieval", "emoji-clip", data, score="itm")
 
 
-@pytest.mark.parametrize(("pictures", "processes"), [(NUM_PICTURES, 2), (2, 3)])
+@pytest.mark.parametrize(("pictures", "processes"), [(NUM_PICTURES, 2), pytest.param(2, 3, marks=pytest.mark.slow)])
 def test_figures_do_not_depend_on_the_number_of_processes(folder: Path, pictures: int, processes: int) -> None:
     """Nor does one that has no picture to read."""
     metrics, lines = [], (folder / "pictures.csv").read_text().splitlines()

@@ -98,7 +98,8 @@ def test_every_trainable_parameter_learns_and_the_parts_stay(variant: str) -> No
     assert not system.latents.training
 
 
-@pytest.mark.parametrize("variant", ["latents", pytest.param("pixels", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_overfits_one_batch(variant: str) -> None:
     """The pictures of a learned batch come back from their texts."""
     denoiser = VARIANTS[variant].get("denoiser", DIT) | {"width": 32 if variant == "latents" else 64}

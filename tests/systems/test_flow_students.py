@@ -66,6 +66,7 @@ def test_all_of_a_student_learns_and_nothing_of_its_teacher(variant: str, method
         assert int(student.slow.num_updates) == 15
 
 
+@pytest.mark.slow
 def test_one_step_comes_near_to_what_the_teacher_makes_in_many() -> None:
     """Guided pictures of four texts: of the distance that the teacher's own single step leaves, the student leaves less than a
     fifth, without guidance."""

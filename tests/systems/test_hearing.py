@@ -1,7 +1,10 @@
 """Systems that hear: CLAP and ImageBind learn, are exact where gradients are cached, and leave a fixed hub as it is."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mm.config import validate
 from mm.errors import ConfigError
@@ -72,6 +75,7 @@ BOTH = {
     "clap": clap,
     "waves": lambda: clap(audio=WAVES),
     "hub": lambda: imagebind(likeness_weight=0.5),
+    "queued": lambda: imagebind(likeness_weight=0.5, queue_size=64),
     "all": lambda: imagebind(train_hub=True),
 }
 
@@ -138,6 +142,31 @@ def test_each_weight_counts_for_its_pair_alone() -> None:
     assert imagebind(**off | {"text_weight": 1.0}).config.learns_pictures is False
 
 
+def test_queued_texts_are_negatives_seen_from_their_mean() -> None:
+    system = imagebind(image_weight=0, queue_size=8).train()
+    first, second = batch()[:4], replace(batch()[2:], groups=torch.tensor([7, 8, 9, 10]))
+    first = replace(first, groups=torch.tensor([5, 6, 7, 8]))  # the last two of them show what the first two of `second` show
+    with torch.no_grad():
+        system.loss(first, 0)
+    assert len(system.queues["text"]) == 0
+    system.loss(first, 1)
+    system.loss(first, 2)  # the step before was not applied
+    system.after_step(2)
+    assert len(system.queues["text"]) == 4
+
+    past = system.embed_text(first.text)
+    vectors = system.represent(second)
+    text, past = (F.normalize(x - past.mean(0), dim=1) for x in (vectors["text"], past))
+    logits = system.towers.scale() * vectors["audio"] @ torch.cat([text, past]).T
+    logits[0, 4 + 2] = logits[1, 4 + 3] = -torch.inf
+    rows = F.cross_entropy(logits, torch.arange(4))
+    columns = F.cross_entropy(logits[:, :4].T, torch.arange(4))
+    found = system.loss_from(vectors, second, 3).parts["audio_text"]
+    torch.testing.assert_close(found, ((rows + columns) / 2).detach(), atol=1e-5, rtol=0)
+    assert system.config.for_inference().queue_size == 0
+    assert system.only_for_training[0] == "queues."
+
+
 def test_capabilities_and_modalities() -> None:
     assert capabilities(clap()) == {"hears"}
     assert not isinstance(clap(), Embeds)
@@ -152,6 +181,7 @@ def test_capabilities_and_modalities() -> None:
     [
         ({"image_weight": 0, "text_weight": 0}, "nothing is learned"),
         ({"train_hub": True, "hub": "emoji-clip"}, "not as the MODEL 'emoji-clip'"),
+        ({"train_hub": True, "hub": CLIP, "queue_size": 8}, "hub.queue_size instead"),
     ],
 )
 def test_impossible_configurations_stop_early(options: dict[str, object], told: str) -> None:

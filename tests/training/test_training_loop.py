@@ -131,7 +131,8 @@ def test_metrics_say_what_happened(tmp_path: Path) -> None:
     records = lines(tmp_path / "metrics.jsonl")
     training = [record for record in records if "loss" in record]
     assert [record["step"] for record in training] == [4, 8, 12, 16, 20]
-    assert training[0].keys() == {"step", "loss", "parts", "lr", "grad_norm", "samples_per_second", "seconds"}
+    told = {"step", "loss", "parts", "lr", "grad_norm", "samples_per_second", "seconds"}
+    assert training[0].keys() == told | {"mfu", "peak_memory", "energy_kwh"}
     assert training[0]["lr"] == pytest.approx(0.4 * 1e-2)
     assert training[-1]["lr"] == 1e-2
     assert training[0]["parts"]["contrastive"] == pytest.approx(training[0]["loss"])

@@ -6,8 +6,8 @@ from pathlib import Path
 from mm.data.benchmarks.layout import Benchmark, Copy, files_below
 from mm.data.benchmarks.names import vocabulary
 from mm.data.benchmarks.source import BenchmarkSource, Files
+from mm.data.files import AUDIO_SUFFIXES
 
-AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".mp3", ".opus", ".m4a"})
 LIBRISPEECH_SPLITS = (
     "test-clean",
     "test-other",
@@ -50,7 +50,7 @@ def _open_audiocaps(copy: Copy) -> BenchmarkSource:
     table = copy.find(f"{copy.split}.csv", f"dataset/{copy.split}.csv", f"csv/{copy.split}.csv")
     rows = copy.rows(table, "audiocap_id", "youtube_id", "start_time", "caption")
     root = copy.find(f"audio/{copy.split}", copy.split, f"waveforms/{copy.split}", "audio", ".")
-    names = {Path(name).stem: name for name in files_below(root, AUDIO_SUFFIXES)}
+    names = {Path(name).stem: name for name in files_below(root, AUDIO_SUFFIXES | {".m4a"})}
     if not names:
         raise copy.error(f"no recordings in {root}")
     paths: dict[tuple[str, str], str] = {}

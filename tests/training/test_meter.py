@@ -1,0 +1,237 @@
+"""FLOPs, memory and phases of steps, with data and without; the same as torch's own counter and allocator see."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from toy_training import ToyClip, ToyStream, make, toy_config
+
+from mm.training.devices import autocast
+from mm.training.energy import Estimate, Rapl, Sum, energy_meter
+from mm.training.estimate import Setting, Sharing, estimate, recommended, sharings, structure
+from mm.training.gradients import backward
+from mm.training.hardware import DEVICES, Device
+from mm.training.meter import Meter
+from mm.training.simulate import Simulated, simulate, without_data
+from mm.types import Batch, Losses, System
+
+WIDTH, LENGTH, ROWS = 64, 32, 16
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.inputs, self.output = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.inputs(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.output(F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(WIDTH), Attention()
+        self.feed_forward = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.feed_forward(self.norm(x + self.attention(x)))
+
+
+class Deep(System):
+    """Blocks, of whose output only some positions count: which, the data and the network decide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(1, WIDTH), nn.Linear(WIDTH, 1)
+        self.blocks = nn.ModuleList(Block() for _ in range(6))
+
+    def loss(self, batch: Batch, step: int) -> Losses:
+        assert batch.image is not None
+        x = self.first(batch.image.flatten(1)[:, :LENGTH, None].float() / 255)
+        for block in self.blocks:
+            x = block(x)
+        chosen = torch.rand(x.shape[:2]) < 0.5
+        found = self.last(x[chosen])
+        positive = found[found > 0] if int(chosen.sum()) > 1 else found
+        loss = found.square().mean() + 0 * positive.sum()
+        return Losses(loss, {"square": loss.detach()})
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    pixels = torch.randint(0, 256, (ROWS, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return Batch(ids=tuple(map(str, range(ROWS))), image=pixels)
+
+
+@pytest.fixture(scope="module")
+def simulated(batch: Batch) -> Simulated:
+    torch.manual_seed(0)
+    return simulate(Deep(), batch, toy_config(), torch.float32)
+
+
+def steps(system: System, batch: Batch) -> torch.optim.Optimizer:
+    system.train()
+    optimizer = torch.optim.AdamW(system.parameters(), fused=True)
+    backward(system, batch, 0, 1, partial(autocast, torch.device("cpu"), torch.float32))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return optimizer
+
+
+def test_flops_are_those_of_torch(batch: Batch) -> None:
+    """Attention included, which torch counts where it is not fused."""
+    system = Deep()
+    steps(system, batch)
+    with Meter(system) as meter:
+        system.loss(batch, 0).total.backward()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        system.loss(batch, 0).total.backward()
+    assert meter.cost.flops("update") == 0
+    assert meter.cost.flops("forward") * 3 == pytest.approx(counter.get_total_flops(), rel=0.06)
+    assert meter.cost.flops() == pytest.approx(counter.get_total_flops(), rel=0.06)
+
+
+def test_a_step_without_data_costs_what_a_real_one_does(batch: Batch, simulated: Simulated) -> None:
+    """FLOPs and bytes by the meter on real tensors, and by torch's allocator."""
+    torch.manual_seed(0)
+    system = Deep()
+    optimizer = steps(system, batch)
+    kept = [value for state in optimizer.state.values() for value in state.values()]
+    with Meter(system, kept) as meter:
+        system.loss(batch, 0).total.backward()
+    optimizer.zero_grad(set_to_none=True)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
+        system.loss(batch, 0).total.backward()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    assert simulated.cost.flops("forward", "backward") == pytest.approx(meter.cost.flops(), rel=0.01)
+    planned = simulated.cost.peak("forward", "backward")
+    assert planned == pytest.approx(meter.cost.peak(), rel=0.02)
+    assert planned == pytest.approx(most, rel=0.05)
+    assert simulated.gradients == sum(p.nbytes for p in system.parameters())
+    assert simulated.optimizer == pytest.approx(2 * simulated.gradients, rel=0.01)
+
+
+def test_simulation_leaves_everything_as_it_was(batch: Batch) -> None:
+    system = make(ToyClip)
+    before = {name: tensor.clone() for name, tensor in system.state_dict().items()}
+    random = torch.get_rng_state()
+    pictures = next(iter(ToyStream()))
+    simulate(system, pictures, toy_config(accumulate=2), torch.float32)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in system.state_dict().items())
+    assert all(parameter.grad is None for parameter in system.parameters())
+
+
+def test_shared_weights_stay_shared_without_data() -> None:
+    system = Deep()
+    system.blocks[1] = system.blocks[0]
+    copy = without_data(system)
+    assert copy.blocks[1] is copy.blocks[0]
+    assert len(list(copy.parameters())) == len(list(system.parameters()))
+
+
+def test_recomputation_costs_a_forward_pass_and_saves_activations(batch: Batch, simulated: Simulated) -> None:
+    recomputed = simulate(Deep(), batch, toy_config(), torch.float32, recompute=True)
+    assert recomputed.cost.activations < 0.5 * simulated.cost.activations
+    more = recomputed.cost.flops("backward") - simulated.cost.flops("backward")
+    assert more == pytest.approx(simulated.cost.flops("forward"), rel=0.02)
+
+
+def setting(simulated: Simulated, processes: int, **changes: object) -> Setting:
+    device = Device("x", "x", 1e15, 1e14, 80e9, 3e12, 4e11, 700, 1.0, "", True)
+    values = {"plain": simulated, "recomputed": simulated, "structure": structure(Deep()), "device": device}
+    values |= {"processes": processes, "batch_size": ROWS * processes, "dtype": torch.float32}
+    return Setting(**(values | changes))  # pyright: ignore[reportArgumentType]
+
+
+def test_layouts_share_what_they_say(simulated: Simulated) -> None:
+    common = setting(simulated, 4)
+    ddp = estimate(Sharing(), common).memory
+    fsdp = estimate(Sharing(data="fsdp"), common).memory
+    hsdp = estimate(Sharing(data="fsdp", replicas=2), common).memory
+    tensor = estimate(Sharing(tensor=4), common).memory
+    pipeline = estimate(Sharing(pipeline=2, microbatches=8), common).memory
+    assert ddp.weights == simulated.weights
+    assert fsdp.optimizer == ddp.optimizer / 4
+    assert hsdp.optimizer == ddp.optimizer / 2
+    assert fsdp.weights < ddp.weights
+    assert ddp.weights / 4 < tensor.weights < ddp.weights / 3
+    assert ddp.weights / 2 < pipeline.weights < ddp.weights
+    assert estimate(Sharing(data="fsdp", offload_optimizer=True), common).memory.optimizer == 0
+    assert ddp.activations >= simulated.cost.activations - simulated.gradients
+
+
+def test_layouts_that_exist(simulated: Simulated) -> None:
+    parts = structure(Deep())
+    assert (parts.num_blocks, parts.heads) == (6, 4)
+    assert [one.name for one in sharings(1, ROWS, parts)] == ["ddp", "ddp ckpt"]
+    names = [one.name for one in sharings(4, 64, parts)]
+    assert names[:5] == ["ddp", "fsdp", "hsdp 2", "tensor 4", "pipeline 4"]
+    assert all(one.settings() == {} or "data" in one.settings() or one.model_size > 1 for one in sharings(4, 64, parts)[:5])
+
+
+def test_the_fastest_that_fits_is_recommended(simulated: Simulated) -> None:
+    roomy = setting(simulated, 4)
+    found = [estimate(sharing, roomy) for sharing in sharings(4, 64, roomy.structure)]
+    best = recommended(found)
+    assert best is not None
+    assert best.samples_per_second >= 0.98 * max(one.samples_per_second for one in found)
+    tiny = setting(simulated, 4, device=Device("x", "x", 1e15, 1e14, 2e9, 3e12, 4e11, 700, 1.0, "", True))
+    assert all(one.fits for one in found)
+    too_big = Simulated(simulated.cost, ROWS, 3 * 10**9, 0, 0, 0)
+    none = setting(too_big, 4, device=tiny.device, recomputed=too_big)
+    assert recommended([estimate(Sharing(), none)]) is None
+
+
+def test_speed_follows_mfu_and_peak(simulated: Simulated) -> None:
+    flops = simulated.cost.flops("forward", "backward") / ROWS
+    slow = Device("x", "x", 1e9, 1e9, 80e9, 3e12, 4e11, 700, 1.0, "", True)
+    found = estimate(Sharing(), setting(simulated, 1, device=slow, mfu=0.5))
+    assert found.samples_per_second == pytest.approx(0.5e9 / flops, rel=0.05)
+    assert found.mfu == pytest.approx(0.5, rel=0.05)
+    assert estimate(Sharing(), setting(simulated, 1, device=slow)).mfu <= 0.7
+
+
+def test_devices_are_plausible() -> None:
+    for name, device in DEVICES.items():
+        assert device.name == name
+        assert device.fp32 < device.bf16 < 1e16
+        assert 1e10 < device.memory < 1e12
+        assert device.price is not None
+        assert device.source
+
+
+def test_energy_is_counted_over_the_edge_of_a_counter(tmp_path: Path) -> None:
+    package = tmp_path / "intel-rapl:0"
+    package.mkdir()
+    for name, value in {"name": "package-0", "max_energy_range_uj": "999999", "energy_uj": "900000"}.items():
+        (package / name).write_text(value)
+    rapl = Rapl.find(tmp_path)
+    assert rapl is not None
+    (package / "energy_uj").write_text("400000")
+    assert rapl.joules(1.0) == pytest.approx(0.5)
+    (package / "energy_uj").write_text("500000")
+    assert rapl.joules(2.0) == pytest.approx(0.6)
+    both = Sum([rapl, Estimate(10)])
+    assert both.joules(3.0) == pytest.approx(0.6 + 30)
+    assert "estimated" in both.method
+    assert Rapl.find(tmp_path / "nowhere") is None
+
+
+def test_unknown_devices_have_no_energy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Rapl, "find", lambda: None)
+    assert energy_meter("auto", None, accelerated=True) is None
+    meter = energy_meter("auto", 100.0, accelerated=True)
+    assert meter is not None
+    assert meter.joules(36.0) == 3600
