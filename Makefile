@@ -25,8 +25,11 @@ test: setup
 
 # the page in Chromium, with screenshots in build/screenshots, and under load for LOAD_SECONDS
 LOAD_SECONDS ?= 120
+MM_CHROMIUM  ?= $(shell command -v chromium)
 test-demo: setup
-	MM_LOAD_SECONDS=$(LOAD_SECONDS) $(BIN)/python -m pytest -m 'browser or slow' tests/demos
+	@test -x '$(MM_CHROMIUM)' || \
+	    { echo "Chromium is missing: apt-get install -y chromium, or make test-demo MM_CHROMIUM=/path/to/chromium" >&2; exit 1; }
+	MM_CHROMIUM='$(MM_CHROMIUM)' MM_LOAD_SECONDS=$(LOAD_SECONDS) $(BIN)/python -m pytest -m 'browser or slow' tests/demos
 
 test-all: setup
 	$(BIN)/python -m pytest -m 'not gpu'

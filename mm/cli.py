@@ -1067,19 +1067,21 @@ def data_check(
 
 @data_app.command("index")
 def data_index(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of tar shards, or a shard pattern.")],
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of tar shards, or a shard pattern; s3://... too.")],
+    jobs: Annotated[int, typer.Option(help="Processes that read shards.", min=1, max=256)] = 1,
 ) -> None:
-    """Write the sidecar index of webdataset shards, made by anyone."""
+    """Write the sidecar index of webdataset shards, made by anyone, beside them."""
     from mm import show
-    from mm.data.index import index_shard
+    from mm.data.index import index_shards, publish_sidecar
+    from mm.data.remote import Remote
     from mm.data.shards import expand
 
-    samples = 0
     with show.progress_bar("indexing") as progress:
-        for done, shard in enumerate(shards := expand(folder), start=1):
-            samples += len(index_shard(shard, rebuild=True))
-            progress(done, len(shards))
-    typer.echo(f"{len(shards)} shards, {samples} samples indexed")
+        shards = index_shards(expand(folder), rebuild=True, jobs=jobs, progress=progress)
+    for shard in shards:
+        if isinstance(shard.path, Remote):
+            publish_sidecar(shard.path)
+    typer.echo(f"{len(shards)} shards, {sum(map(len, shards))} samples indexed")
 
 
 @app.command("list")

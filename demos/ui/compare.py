@@ -50,7 +50,7 @@ def tab(offer: Offer) -> None:
     with gr.Row():
         for way in get_args(Strategy):
             with gr.Column(min_width=240):
-                gr.Markdown(f"### {way.capitalize()}\n{HOW[way]}", elem_classes="lead")
+                gr.Markdown(f"### {way.capitalize()}\n{HOW[way]}", elem_classes=["lead", "way"])
                 bars = gr.Label(label="Which text fits", num_top_classes=5, show_heading=False, elem_classes="bars")
                 outputs += [bars, gr.Markdown()]
                 models.append(model_choice(offer, lambda able, way=way: strategy(*able) == way, first="emoji-clip"))

@@ -10,7 +10,6 @@ from functools import partial
 import gradio as gr
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 import mm
 from mm.errors import UserError
@@ -115,6 +114,8 @@ def in_the_making(paint: Callable[[OnPicture], Tensor]) -> Iterator[Image.Image]
 
 def _side_by_side(pictures: Tensor) -> Tensor:
     """Candidates in a square."""
+    from torchvision.utils import make_grid  # 2 seconds, for which the page need not wait
+
     return make_grid(pictures, nrow=math.ceil(len(pictures) ** 0.5), padding=0) if len(pictures) > 1 else pictures[0]
 
 
@@ -122,7 +123,7 @@ def tab(offer: Offer) -> None:
     """Lay out the tab."""
     names = offer.models(can("paints"))
     with gr.Row(elem_classes="asked"):
-        prompt = gr.Textbox("red heart", label="Prompt", scale=4, max_length=MAX_LETTERS)
+        prompt = gr.Textbox("red heart", label="Prompt", scale=4, min_width=280, max_length=MAX_LETTERS)
         button = gr.Button("Create", variant="primary", scale=1, min_width=120)
         stop = gr.Button("Stop", scale=1, min_width=80)
     gr.Examples([[text] for text in PROMPTS], [prompt], label="Or one of these", api_visibility="private")

@@ -30,8 +30,13 @@ CSS = """
 .found .thumbnail-lg img { padding-bottom: 2.4rem; }
 .found .caption-label { left: 0; right: 0; max-width: 100%; border: 0; text-align: center; white-space: normal; }
 .heat .grid-container { grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)) !important; }
+footer .divider { display: none; }
+.gallery-item .container.gallery { width: 4.7rem; height: 4.7rem; }
+.wrap > .error { font-size: 0; }
+.wrap > .error::after { content: "Please see the message above"; font-size: .95rem; }
 .asked { align-items: flex-end; }
 .bars, .bars * { font-family: inherit; }
+@media (min-width: 900px) { .way { min-height: 8.5rem; } }
 @media (max-width: 640px) {
   .head h1 { font-size: 1.5rem; }
   .head h1 span { display: block; margin: .1rem 0 0; font-size: 1.1rem; }

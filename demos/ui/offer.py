@@ -1,5 +1,6 @@
 """What the app offers: models and folders, all of them named when it was started and asked for by their ids alone."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -25,6 +26,9 @@ EMOJI_ARTIST, EMOJI_SIDE = "emojione", 160
 
 EMOJI_COUNT = 360
 EXAMPLES = ("tiger face", "hot dog", "balloon", "helicopter", "pear", "crescent moon")
+SOUGHT = ("red heart", "grinning cat", "wine glass", "fire engine", "ferris wheel")
+"""Drawings that examples of the search look for."""
+
 FILE_NAME = re.compile(r"[\w ]+")
 THUMBNAIL = 256
 
@@ -147,16 +151,15 @@ def make_offer(models: Iterable[str] = (), folders: Iterable[str | Path] = ()) -
 
 def emoji_folder() -> Path:
     """Some hundred embedded drawings as files, called by their concepts' names; drawn once, in a second."""
-    folder = cache_folder() / f"demo-{EMOJI_ARTIST}-{EMOJI_SIDE}-{EMOJI_COUNT}"
+    keys = {
+        concept["name"]: key for key, concept in concepts().items() if concept["core"] and FILE_NAME.fullmatch(concept["name"])
+    }
+    chosen = sorted({*EXAMPLES, *SOUGHT, *list(keys)[:: -(-len(keys) // EMOJI_COUNT)]})
+    digest = hashlib.sha256(f"{EMOJI_ARTIST} {EMOJI_SIDE} {chosen}".encode()).hexdigest()[:12]
+    folder = cache_folder() / f"demo-{digest}"
     if not folder.is_dir():
         part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
         part.mkdir(parents=True)
-        keys = {
-            concept["name"]: key
-            for key, concept in concepts().items()
-            if concept["core"] and FILE_NAME.fullmatch(concept["name"])
-        }
-        chosen = [*EXAMPLES, *list(keys)[:: -(-len(keys) // EMOJI_COUNT)]]
         drawn = draw_concepts(EMOJI_ARTIST, [keys[name] for name in chosen], EMOJI_SIDE)
         for key, png in drawn.items():
             (part / f"{concepts()[key]['name']}.png").write_bytes(png)

@@ -4,25 +4,40 @@ import functools
 import inspect
 import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.data_classes import ImageData
+import numpy as np
+from gradio import processing_utils
+from gradio.data_classes import FileData, ImageData
+from PIL import Image
 from torch import Tensor
 
 from mm.errors import BadSample, UserError
+from mm.media.audio import AudioLimits, decode_audio, without_silence
 from mm.media.image import ImageLimits, decode_image
 from ui.offer import EXAMPLES, Offer, Wish
 from ui.safety import MAX_UPLOAD_BYTES
 
 LIMITS = ImageLimits(max_bytes=MAX_UPLOAD_BYTES, max_pixels=40_000_000)
+SOUND_LIMITS = AudioLimits(max_bytes=MAX_UPLOAD_BYTES, max_seconds=60)
+RATE = 16_000
+"""Samples a second of what is handed on; models bring it to their own."""
+
+Sound = tuple[int, np.ndarray]
+"""A rate and a wave, as `mm.media.audio.open_audio` takes it from microphones."""
+
 MAX_LETTERS = 300
 """Of one text; models read some dozen tokens."""
 
 PICTURE_HEIGHT = 260
+
+SHOWN_SECONDS = 30
+"""How long what went wrong is shown, unless it is closed before."""
 
 LANE: Mapping[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1}
 """One request computes at a time, whatever it asks for: memory stays bounded, and two cores are not shared by ten."""
@@ -59,7 +74,9 @@ def kindly(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 def _shown(error: Exception) -> gr.Error:
     if isinstance(error, UserError):
-        return gr.Error(_PATH.sub(r"\1", str(error)), title="Please change something", print_exception=False)
+        return gr.Error(
+            _PATH.sub(r"\1", str(error)), title="Please change something", duration=SHOWN_SECONDS, print_exception=False
+        )
     traceback.print_exception(error, file=sys.stderr)
     return gr.Error("This did not work, and it is our fault; the server's log says why.", print_exception=False)
 
@@ -97,6 +114,15 @@ def picture_of(given: Tensor | None) -> Tensor:
     return given
 
 
+def sound_of(given: Sound | None) -> Sound:
+    """The recording. Raises `UserError` where there is none, or nothing is heard in it."""
+    if given is None:
+        raise UserError("please record a word, drop a recording on the field, or take an example")
+    if not len(given[1]):
+        raise UserError("nothing is to be heard in this recording; is the right microphone switched on?")
+    return given
+
+
 def picture_input(offer: Offer, example: str, label: str = "Picture") -> gr.Image:
     """A field for a picture, prefilled. Handlers receive uint8 ``(3|4, H, W)``, or None where it is empty."""
     return gr.Image(
@@ -110,23 +136,66 @@ def picture_input(offer: Offer, example: str, label: str = "Picture") -> gr.Imag
     )
 
 
-def _decoded(payload: ImageData | None) -> Tensor | None:
+def sound_input(example: Path, label: str) -> gr.Audio:
+    """A field for a recording by microphone or file, prefilled. Handlers receive a `Sound`, or None where it is empty."""
+    return gr.Audio(
+        value=str(example),
+        type="filepath",
+        sources=["microphone", "upload"],
+        label=label,
+        buttons=[],
+        editable=False,
+        elem_classes="sound",
+    )
+
+
+def _decoded(_: gr.Image, payload: ImageData | None) -> Tensor | None:
     if payload is None or payload.path is None:
         return None
     try:
         return decode_image(Path(payload.path).read_bytes(), LIMITS)
     except BadSample as error:
-        words = f"This picture cannot be used: {error.cause}. Give a JPEG, PNG, WebP, GIF or BMP file of at most 40 megapixels."
-        raise gr.Error(words, title="Please change something", print_exception=False) from None
+        raise _unusable("picture", error, "JPEG, PNG, WebP, GIF or BMP file of at most 40 megapixels") from None
 
 
-def _preprocess(_: gr.Image, payload: ImageData | None) -> Tensor | None:
-    return _decoded(payload)
+def _heard(_: gr.Audio, payload: FileData | None) -> Sound | None:
+    """A decoded recording without the silence around it."""
+    if payload is None or not payload.path:
+        return None
+    try:
+        wave = decode_audio(Path(payload.path).read_bytes(), RATE, limits=SOUND_LIMITS)
+    except BadSample as error:
+        kinds = f"WAV, FLAC, Ogg or MP3 file of at most {SOUND_LIMITS.max_seconds:g} seconds"
+        raise _unusable("recording", error, kinds) from None
+    return RATE, without_silence(wave, RATE).numpy()
 
 
-# Gradio's own would decode whatever Pillow can and say "Error" of what it cannot. For the class, not for a component, which
-# Gradio makes anew when an example fills it; and not in a subclass, beside whose source it would write a file.
-gr.Image.preprocess = _preprocess  # pyright: ignore[reportAttributeAccessIssue]
+def _unusable(what: str, error: BadSample, wanted: str) -> gr.Error:
+    words = f"This {what} cannot be used: {error.cause}. Give a {wanted}."
+    return gr.Error(words, title="Please change something", duration=SHOWN_SECONDS, print_exception=False)
+
+
+# Gradio's own would decode whatever Pillow and ffmpeg can, without bounds, and say "Error" of what they cannot. For the class,
+# not for a component, which Gradio makes anew when an example fills it; and not in a subclass, beside whose source it would
+# write a file.
+gr.Image.preprocess = _decoded  # pyright: ignore[reportAttributeAccessIssue]
+gr.Audio.preprocess = _heard  # pyright: ignore[reportAttributeAccessIssue]
+
+_save = processing_utils.save_pil_to_cache
+
+
+@functools.wraps(_save)
+def _saved(img: Image.Image, cache_dir: str, *args: Any, **kwargs: Any) -> str:
+    """Gradio's own writes equal pictures into one file, again and again, while that file is on its way to another visitor."""
+    with tempfile.TemporaryDirectory(dir=cache_dir) as alone:
+        made = Path(_save(img, alone, *args, **kwargs))
+        path = Path(cache_dir).resolve() / made.relative_to(Path(alone).resolve())
+        path.parent.mkdir(exist_ok=True)
+        made.replace(path)
+    return str(path)
+
+
+processing_utils.save_pil_to_cache = _saved
 
 
 def examples(offer: Offer, picture: gr.Image, names: tuple[str, ...] = EXAMPLES) -> None:

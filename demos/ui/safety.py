@@ -2,17 +2,20 @@
 
 `Guard` stands before Gradio. Gradio itself refuses files that were not uploaded and takes uploads of a bounded size; the guard
 adds what it has no setting for: a bound on everything else that is sent, no addresses in place of files, no routes that the
-page does not need, one bound on all uploads together, and headers that keep the page to this server.
+page does not need, one bound on all uploads together, one on wrong passwords, and headers that keep the page to this server.
 """
 
 import json
+import math
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from ipaddress import ip_address
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from ipaddress import IPv6Address, ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,12 @@ DELETED_EVERY, DELETED_AFTER = 300, 3600
 
 MAX_WAITING = 16
 """Requests that wait; one more is told that the queue is full."""
+
+MAX_WRONG, WRONG_SECONDS = 10, 900
+"""So many wrong passwords from one address in so many seconds; then it waits."""
+
+MAX_ADDRESSES = 10_000
+"""Whose wrong passwords are remembered; of more, the oldest are forgotten."""
 
 BOUNDARY_BYTES = 64 << 10
 """What an upload may take beside the file."""
@@ -120,6 +129,44 @@ class Refused(Exception):  # noqa: N818 - an answer to the one who asked
         self.status = status
 
 
+class Attempts:
+    """Attempts to log in, by address. One counts as wrong from its beginning, so that many at once are no way around the bound.
+
+    Args:
+        clock: Seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._wrong: OrderedDict[str, list[float]] = OrderedDict()
+
+    def begin(self, address: str) -> None:
+        """Count one more. Raises `Refused` where there were too many."""
+        place, now = _network(address), self._clock()
+        wrong = self._wrong[place] = [begun for begun in self._wrong.pop(place, ()) if now - begun < WRONG_SECONDS]
+        if len(self._wrong) > MAX_ADDRESSES:
+            self._wrong.popitem(last=False)
+        if len(wrong) >= MAX_WRONG:
+            minutes = math.ceil((wrong[0] + WRONG_SECONDS - now) / 60)
+            raise Refused(429, f"{MAX_WRONG} wrong passwords from this address; try again in {minutes} minutes")
+        wrong.append(now)
+
+    def was_right(self, address: str) -> None:
+        """Do not count the last one; those that were wrong stay, so that an own account is no help in guessing others."""
+        if wrong := self._wrong.get(_network(address)):
+            wrong.pop()
+
+
+def _network(address: str) -> str:
+    """What one visitor may have: an address of IPv4, 64 bits of IPv6."""
+    try:
+        found = ip_address(address)
+    except ValueError:
+        return address
+    found = (found.ipv4_mapped or found) if isinstance(found, IPv6Address) else found
+    return str(ip_network((found, 64 if found.version == 6 else 32), strict=False))
+
+
 class Guard:
     """ASGI middleware; see the head of this file.
 
@@ -129,24 +176,29 @@ class Guard:
     """
 
     def __init__(self, app: ASGIApp, folder: Path) -> None:
-        self.app, self.folder = app, folder
+        self.app, self.folder, self.attempts = app, folder, Attempts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
 
-        begun = False
+        begun, address = False, (scope.get("client") or ("",))[0]
+        logs_in = scope["method"] == "POST" and scope["path"] == "/login"
 
         async def send_with_headers(message: Message) -> None:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
+                if logs_in and message["status"] < 400:
+                    self.attempts.was_right(address)
                 own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
                 message = {**message, "headers": [*message["headers"], *own]}
             await send(message)
 
         try:
+            if logs_in:
+                self.attempts.begin(address)
             await self.app(scope, await self._checked(scope, receive), send_with_headers)
         except Refused as refused:
             if begun:
@@ -175,14 +227,19 @@ class Guard:
 
     def _check_file(self, name: str) -> None:
         if "://" in name or name.startswith(("//", "\\\\", "data:")):
-            raise Refused(400, "addresses are not fetched; upload the picture itself")
+            raise Refused(400, "addresses are not fetched; upload the file itself")
         path = Path(name)
         if "\0" in name or not path.is_absolute() or not path.resolve().is_relative_to(self.folder) or not path.is_file():
             raise Refused(403, "this file was not uploaded here")
 
 
 def _bytes_below(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # files come and go meanwhile
+                total += os.stat(os.path.join(place, name)).st_size
+    return total
 
 
 def _at_most(receive: Receive, scope: Scope, limit: int) -> Receive:

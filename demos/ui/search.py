@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -10,10 +11,16 @@ from PIL import Image
 
 import mm
 from ui.offer import Offer, shares, thumbnail
-from ui.parts import LANE, examples, kindly, model_choice, number_of, picture_input, picture_of, text_of
+from ui.parts import LANE, examples, kindly, model_choice, number_of, picture_input, picture_of, sound_input, sound_of, text_of
 
 MOST = 48
-WORDS = ("smiling face", "red heart", "something to eat", "rotes Herz", "火车", "un animal")
+FIELD_WIDTH = 260
+"""Pixels; two of them stand below each other on a phone."""
+
+WORDS = ("smiling face", "red heart", "rotes Herz", "corazón rojo", "赤いハート", "smiling cat", "moon")
+SPOKEN = Path(__file__).parents[1] / "spoken"
+SAID = ("grinning cat", "wine glass", "fire engine", "ferris wheel")
+"""Examples of the spoken word, in a voice that no shipped model has heard in training."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +52,23 @@ def _picture(offer: Offer) -> gr.Image:
     return picture
 
 
+def _sound(_: Offer) -> gr.Audio:
+    files = [SPOKEN / f"{words}.mp3" for words in SAID]
+    sound = sound_input(files[0], "What to look for, said in English")
+    gr.Examples(
+        [[str(file)] for file in files],
+        [sound],
+        label="Or one of these",
+        example_labels=list(SAID),
+        api_visibility="private",
+    )
+    return sound
+
+
 QUERIES = (
     Query("text", "By words", _words, lambda given: text_of(given, "Words")),
-    Query("image", "By a picture", _picture, picture_of),
+    Query("image", "By picture", _picture, picture_of),
+    Query("audio", "By voice", _sound, sound_of),
 )
 
 
@@ -71,18 +92,20 @@ def search(
 def tab(offer: Offer) -> None:
     """Lay out the tab."""
     with gr.Row():
-        model = model_choice(offer, shares("image", "text"), first="emoji-clip")
-        folder = gr.Dropdown(offer.folders, value=offer.folders[0], label="Folder", filterable=False)
-        count = gr.Slider(1, MOST, 12, step=1, label="How many")
-    fields = []
+        folder = gr.Dropdown(offer.folders, value=offer.folders[0], label="Folder", filterable=False, min_width=FIELD_WIDTH)
+        count = gr.Slider(1, MOST, 12, step=1, label="How many", min_width=FIELD_WIDTH)
+    asked = []
     with gr.Tabs():
         for query in QUERIES:
-            with gr.Tab(query.label, visible=bool(offer.models(shares("image", query.kind)))):
-                fields.append((query, query.field(offer), gr.Button(f"Search {query.label.lower()}", variant="primary")))
+            able = shares("image", query.kind)
+            with gr.Tab(query.label, visible=bool(offer.models(able))):
+                field = query.field(offer)
+                model = model_choice(offer, able, first="emoji-clip")
+                asked.append((query, model, field, gr.Button(f"Search {query.label.lower()}", variant="primary")))
     stop = gr.Button("Stop", size="sm", visible=len(offer.folders) > 1)
     gallery = gr.Gallery(label="Found", show_label=False, columns=6, object_fit="contain", buttons=[], elem_classes="found")
     said = gr.Markdown(elem_classes="lead")
-    for query, field, button in fields:
+    for query, model, field, button in asked:
         event = gr.on(
             [button.click] + ([field.submit] if isinstance(field, gr.Textbox) else []),
             _handler(offer, query),

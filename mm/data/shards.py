@@ -6,6 +6,7 @@ with pictures or sound, ``.txt`` (caption), ``.json`` (fields, and captions unde
 """
 
 import bisect
+import contextlib
 import glob
 import hashlib
 import itertools
@@ -19,8 +20,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mm.data.features import MEDIA, common_attributes
-from mm.data.index import MODALITY, Damaged, ShardIndex, index_shard
+from mm.data.index import MODALITY, Damaged, ShardIndex, index_shards
+from mm.data.remote import Remote, find, is_remote, local_copy
 from mm.errors import BadSample, DataError
 from mm.types import Sample
 
@@ -29,6 +33,7 @@ MAX_MEDIA_BYTES = 1 << 30
 MAX_FEATURES_BYTES = 64 << 20
 MAX_BRACE_EXPANSION = 1_000_000
 MAX_OPEN_FILES = 64
+MAX_SPAN_BYTES = 64 << 20
 TEXT_KEYS = ("texts", "text", "caption", "captions")
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -42,7 +47,8 @@ class ShardSource:
     object may be pickled, forked and used by several threads.
 
     Args:
-        pattern: A tar file, a folder of tar files, a glob, a brace range ``a-{000..010}.tar``, or a list of paths.
+        pattern: A tar file, a folder of tar files, a glob, a brace range ``a-{000..010}.tar``, or a list of these; here or in
+            object storage (`mm.data.remote`).
         name: What messages call it; default: the pattern.
         damaged: ``refuse`` or ``skip``, see `mm.data.index.index_shard`.
         progress: Called with (shards indexed, shards in all).
@@ -61,11 +67,7 @@ class ShardSource:
     ) -> None:
         paths = expand(pattern)
         self.name = name if name is not None else str(pattern) if isinstance(pattern, str | Path) else f"{len(paths)} shards"
-        self.shards: list[ShardIndex] = []
-        for done, path in enumerate(paths, start=1):
-            self.shards.append(index_shard(path, damaged))
-            if progress is not None:
-                progress(done, len(paths))
+        self.shards = index_shards(paths, damaged, progress=progress)
         self._starts = list(itertools.accumulate((len(shard) for shard in self.shards), initial=0))
         self._renamed = _repeated_keys(self.shards)
         self.attributes = common_attributes([shard.attributes for shard in self.shards], self.name)
@@ -136,7 +138,10 @@ class ShardSource:
         if size > max_bytes:
             raise BadSample("too many bytes", _place(shard, row, extension))
         try:
-            data = self._files.read_at(shard.path, offset, size)
+            if isinstance(shard.path, Remote) and not shard.path.whole:
+                data = self._files.read_within(shard.path, _span(shard, row), offset, size)
+            else:
+                data = self._files.read_at(shard.path, offset, size)
         except OSError as error:
             raise BadSample("unreadable", f"{_place(shard, row, extension)}: {error.strerror}") from None
         if len(data) != size:
@@ -165,16 +170,28 @@ class _Files:
 
     def __init__(self) -> None:
         self._process = os.getpid()
-        self._open: OrderedDict[Path, int] = OrderedDict()
+        self._open: OrderedDict[Path | Remote, int] = OrderedDict()
+        self._last = threading.local()
         self._lock = threading.Lock()
 
-    def read_at(self, path: Path, offset: int, count: int) -> bytes:
+    def read_within(self, remote: Remote, span: tuple[int, int], offset: int, count: int) -> bytes:
+        """Bytes of one sample in object storage, all of which is asked for at once: its members lie beside each other."""
+        start, end = span
+        if end - start > MAX_SPAN_BYTES:
+            return remote.read_at(offset, count)
+        name, data = getattr(self._last, "sample", (None, b""))
+        if name != (remote, start):
+            data = remote.read_at(start, end - start)
+            self._last.sample = (remote, start), data
+        return data[offset - start : offset - start + count]
+
+    def read_at(self, path: Path | Remote, offset: int, count: int) -> bytes:
         if self._process != os.getpid():  # forked: another thread may have held the lock at that moment
             self.__init__()
         with self._lock:
             descriptor = self._open.get(path)
             if descriptor is None:
-                descriptor = self._open[path] = os.open(path, os.O_RDONLY)
+                descriptor = self._open[path] = _open_shard(path)
                 if len(self._open) > MAX_OPEN_FILES:
                     os.close(self._open.popitem(last=False)[1])
             return os.pread(descriptor, count, offset)
@@ -188,10 +205,30 @@ class _Files:
                 os.close(self._open.popitem()[1])
 
 
-def expand(pattern: str | Path | Sequence[str | Path]) -> list[Path]:
+def _open_shard(path: Path | Remote) -> int:
+    """A descriptor of a shard. One that leaves the cache between being found and opened, to make room, is fetched again."""
+    if isinstance(path, Path):
+        return os.open(path, os.O_RDONLY)
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(local_copy(path), os.O_RDONLY)
+
+
+def _span(shard: ShardIndex, row: int) -> tuple[int, int]:
+    """From the first to behind the last byte of the members of a sample that are read."""
+    places = [(int(column.offset[row]), int(column.size[row])) for column in shard.columns.values()]
+    return min(o for o, _ in places if o >= 0), max(o + s for o, s in places if o >= 0)
+
+
+def expand(pattern: str | Path | Sequence[str | Path]) -> list[Path | Remote]:
     """The shards that a pattern means, sorted within each pattern. Raises `DataError` when there are none."""
     if not isinstance(pattern, str | Path):
         return [path for part in pattern for path in expand(part)]
+    if isinstance(pattern, str) and is_remote(pattern):
+        found = find(_braces(pattern))
+        if not found:
+            raise DataError(f"{pattern}: no tar shards there; give a folder of .tar files, or a range: a-{{000..010}}.tar")
+        return [*found]
     if Path(pattern).is_dir():
         paths = sorted(path for path in Path(pattern).glob("*.tar") if not path.name.startswith("."))
     elif Path(pattern).is_file():
@@ -200,7 +237,7 @@ def expand(pattern: str | Path | Sequence[str | Path]) -> list[Path]:
         paths = [Path(name) for part in _braces(str(pattern)) for name in _globbed(part)]
     if not paths:
         raise DataError(f"{pattern}: no tar shards there; give a folder of .tar files, a glob, or a range: a-{{000..010}}.tar")
-    return paths
+    return [*paths]
 
 
 def _globbed(part: str) -> list[str]:
@@ -222,10 +259,11 @@ def _braces(pattern: str) -> list[str]:
 
 def _repeated_keys(shards: Sequence[ShardIndex]) -> dict[int, str]:
     """New ids for samples whose key occurred before, by position."""
+    hashes = np.fromiter((hash(key) for shard in shards for key in shard.keys), np.int64)
+    if len(np.unique(hashes)) == len(hashes):  # nearly always; the keys themselves would take ten times the memory
+        return {}
     keys = [key for shard in shards for key in shard.keys]
     taken = set(keys)
-    if len(taken) == len(keys):
-        return {}
     seen: dict[str, int] = {}
     renamed: dict[int, str] = {}
     for index, key in enumerate(keys):

@@ -20,6 +20,7 @@ from mm.data.fields import nearest
 from mm.data.folder import FolderSource
 from mm.data.huggingface import HuggingFaceSource, parquet_files
 from mm.data.questions import open_emoji_questions
+from mm.data.remote import is_remote
 from mm.data.shards import ShardSource
 from mm.data.speech import open_speech
 from mm.data.table import TABLE_SUFFIXES, TableSource
@@ -40,7 +41,8 @@ EMBEDDED: Mapping[str, Callable[[str, int, Any], Source]] = {
 
 EXPECTED = (
     "a source is emoji:train (or :validation, :test), emoji-vqa:train, emoji-speech:train, a folder of pictures or recordings, "
-    "a CSV, TSV or JSONL table, tar shards such as 'shards/{000..010}.tar', a Hugging Face datasets folder, or an evaluation "
+    "a CSV, TSV or JSONL table, tar shards such as 'shards/{000..010}.tar' or 's3://bucket/{000..010}.tar', a Hugging Face "
+    "datasets folder, or an evaluation "
     "set such as imagenet:FOLDER"
 )
 
@@ -61,7 +63,7 @@ def open_source(
         spec: ``emoji:...``, ``emoji-vqa:...`` for questions about them, ``emoji-speech:...`` for their spoken names; a folder
             of pictures or recordings (sub-folders are classes, ``name.txt`` beside a file its captions, files that differ in
             their endings alone one sample); a CSV, TSV or JSONL table, or a folder with one table and its files; tar shards
-            (folder, glob, brace range); a folder written by `datasets` or parquet files.
+            (folder, glob, brace range), here or in object storage; a folder written by `datasets` or parquet files.
         text_field: Column or dotted field that holds the caption, where it is not found by its usual names.
         label_field: The same for the class, which is then found under ``cls``.
         image_field, audio_field: The same for the picture and the recording; for tables and Hugging Face folders only.
@@ -84,10 +86,8 @@ def open_source(
         return _with_fields(EMBEDDED[scheme](spec, image_size, progress), **columns)
     if is_benchmark(spec):
         return _with_fields(open_benchmark(spec), **columns)
-    if "://" in spec or spec.startswith("pipe:"):
-        raise UserError(
-            f"{spec}: only local files are read; download it first (img2dataset makes tar shards of a list of addresses)"
-        )
+    if spec.startswith("pipe:"):
+        raise UserError(f"{spec}: the output of a command is not read by position; data.stream reads it in its own order")
     path = Path(os.path.expanduser(spec))
     if path.is_dir():
         return _open_folder(path, spec, columns, progress)
@@ -96,8 +96,9 @@ def open_source(
         return TableSource(path, name=spec, **columns)
     if suffix == ".parquet" and parquet_files(path):
         return HuggingFaceSource(path, name=spec, **columns)
-    if suffix == ".tar" and (path.is_file() or glob.has_magic(spec) or "{" in spec):
-        return _with_fields(ShardSource(str(path), name=spec, progress=progress), **columns)
+    if is_remote(spec) or (suffix == ".tar" and (path.is_file() or glob.has_magic(spec) or "{" in spec)):
+        shards = spec if is_remote(spec) else str(path)
+        return _with_fields(ShardSource(shards, name=spec, progress=progress), **columns)
     if path.is_file():
         raise UserError(f"{spec}: cannot read a '{suffix or path.name}' file as a source; {EXPECTED}")
     beside = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []

@@ -49,6 +49,9 @@ UNKNOWN_FRAMES = 1 << 62
 SLACK_BYTES, SLACK_FRAMES = 8, 4_608
 """Headers are often wrong by their own size, and MP3 headers by the delay of coder and decoder."""
 
+FRAME_SECONDS, FRAMES_KEPT, FAINT = 0.02, 6, 0.03
+"""For `without_silence`: length of a frame, how many faint ones stay at each end, and what is faint (-30 dB of the loudest)."""
+
 MAX_KERNEL = 1 << 20
 """Numbers in a resampling filter. Rates without a large common divisor would need thousands of times as many."""
 
@@ -208,6 +211,25 @@ def open_audio(
         raise UserError(f"a recording is a path, bytes, an array or a tensor, not {type(raw).__name__}")
     wave = _from_numbers(raw)
     return wave if max_seconds is None else wave[: math.ceil(max_seconds * rate)]
+
+
+def without_silence(wave: Float[Tensor, " t"], rate: int) -> Float[Tensor, " u"]:
+    """What is heard between the silences before and behind it, as microphones record them: models hear the beginning alone.
+
+    Args:
+        wave: Whole numbers of frames of `FRAME_SECONDS` are cut off, `FRAMES_KEPT` of them left for faint consonants.
+        rate: Samples a second.
+
+    Returns:
+        A view of ``wave``; none of it where it holds nothing but zeros.
+    """
+    step = max(1, round(FRAME_SECONDS * rate))
+    frames = torch.nn.functional.pad(wave, (0, -len(wave) % step)).reshape(-1, step)
+    loudness = frames.square().mean(1).sqrt()
+    heard = (loudness > FAINT * loudness.amax()).nonzero().flatten()
+    if not len(heard):
+        return wave[:0]
+    return wave[max(0, int(heard[0]) - FRAMES_KEPT) * step : (int(heard[-1]) + 1 + FRAMES_KEPT) * step]
 
 
 def fit_audio(wave: Float[Tensor, " t"], spec: AudioSpec) -> Float[Tensor, " t"]:

@@ -1,18 +1,21 @@
 """What the tabs answer, without a page: right inputs beside the library's own answers, wrong ones in kind words."""
 
+import io
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
 import numpy as np
 import pytest
+import soundfile
 import torch
-from gradio.data_classes import ImageData
+from gradio import processing_utils
+from gradio.data_classes import FileData, ImageData
 from PIL import Image
 from torch import Tensor
 from ui import compare, create, describe, parts, search
@@ -23,6 +26,8 @@ import mm
 from mm.errors import UserError
 from mm.media.image import open_image
 from mm.types import OnPicture
+
+PICTURE_FIELD, SOUND_FIELD = gr.Image(), gr.Audio()
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +102,7 @@ def test_a_missing_picture_or_model_is_told(offer: Offer, tiger: Tensor) -> None
 
 def test_search_is_the_librarys_and_shows_copies(offer: Offer, tiger: Tensor) -> None:
     folder = offer.folder("emoji")
-    for query, given in zip(search.QUERIES, ("tiger face", tiger), strict=True):
+    for query, given in zip(search.QUERIES[:2], ("tiger face", tiger), strict=True):
         shown, said = search.search(offer, query, "emoji-clip", "emoji", 7, given)
         expected = mm.search("emoji-clip", folder, k=7, **{query.kind: given})
         assert [name for _, name in shown] == [f"{hit.path.stem}  {hit.score:.2f}" for hit in expected.hits]
@@ -243,26 +248,83 @@ def test_errors_are_kind_and_tell_no_paths(
 def test_what_is_no_picture_is_refused_in_words(tmp_path: Path, name: str, data: bytes, said: str) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(gr.Error, match=f"cannot be used: {said}"):
-        parts._decoded(ImageData(path=str(tmp_path / name), orig_name=name))
+        parts._decoded(PICTURE_FIELD, ImageData(path=str(tmp_path / name), orig_name=name))
 
 
 def test_a_picture_field_is_empty_or_holds_pixels(offer: Offer) -> None:
     path = offer.example("pear")
-    assert parts._decoded(None) is None
-    assert parts._decoded(ImageData(url="data:image/png;base64,AAAA")) is None
-    decoded = parts._decoded(ImageData(path=str(path)))
+    assert parts._decoded(PICTURE_FIELD, None) is None
+    assert parts._decoded(PICTURE_FIELD, ImageData(url="data:image/png;base64,AAAA")) is None
+    decoded = parts._decoded(PICTURE_FIELD, ImageData(path=str(path)))
     assert decoded is not None
     assert torch.equal(decoded, open_image(path))
 
 
-def test_an_audio_query_is_one_entry(offer: Offer, monkeypatch: pytest.MonkeyPatch) -> None:
-    heard: dict[str, Any] = {}
+def test_a_spoken_word_is_searched_as_the_library_does(offer: Offer) -> None:
+    folder, (query,) = offer.folder("emoji"), [one for one in search.QUERIES if one.kind == "audio"]
+    assert offer.models(shares("image", "audio")) == ["emoji-audio"]
+    heard = None
+    for words in search.SAID:
+        heard = parts._heard(SOUND_FIELD, FileData(path=str(search.SPOKEN / f"{words}.mp3")))
+        shown, _ = search.search(offer, query, "emoji-audio", "emoji", 3, heard)
+        expected = mm.search("emoji-audio", folder, audio=heard, k=3)
+        assert [name for _, name in shown] == [f"{hit.path.stem}  {hit.score:.2f}" for hit in expected.hits]
+        assert shown[0][1].startswith(words)
+    with pytest.raises(UserError, match="please record a word"):
+        search.search(offer, query, "emoji-audio", "emoji", 3, None)
+    with pytest.raises(UserError, match="no recordings"):
+        search.search(offer, query, "emoji-clip", "emoji", 3, heard)
 
-    def spoken(model: Any, folder: Path, *, k: int, progress: Any, audio: Any) -> Any:
-        heard.update(audio=audio, k=k)
-        return SimpleNamespace(hits=(), skipped=(), searched=3)
 
-    monkeypatch.setattr("ui.search.mm", SimpleNamespace(search=spoken))
-    query = search.Query("audio", "By a spoken word", lambda _: gr.Audio(), lambda given: given)
-    assert search.search(offer, query, "emoji-clip", "emoji", 2, "a wave")[0] == []
-    assert heard == {"audio": "a wave", "k": 2}
+def _wav(seconds: float, *, rate: int = 16_000, channels: int = 1, kind: str = "WAV") -> bytes:
+    """A tone."""
+    file = io.BytesIO()
+    wave = 0.3 * np.sin(np.arange(round(seconds * rate)) * 0.1)
+    soundfile.write(file, np.stack([wave] * channels, 1), rate, format=kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("a.wav", lambda: _wav(61), "too long"),
+        ("a.flac", lambda: _wav(61, kind="FLAC"), "too long"),
+        ("a.wav", lambda: _wav(1)[:-9_000], "truncated"),
+        ("a.flac", lambda: _wav(1, kind="FLAC")[:200], "undecodable|truncated"),
+        ("a.wav", lambda: b"<!doctype html><script>alert(1)</script>", "unknown format"),
+        ("a.mp3", lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>', "unknown format"),
+        ("a.wav", lambda: b"\x1aE\xdf\xa3webm", "unknown format"),
+        ("a.wav", lambda: b"", "empty"),
+        ("a.wav", lambda: _wav(1, channels=17), "too many channels"),
+    ],
+)
+def test_what_is_no_recording_is_refused_in_words(tmp_path: Path, name: str, data: Callable[[], bytes], said: str) -> None:
+    (tmp_path / name).write_bytes(data())
+    with pytest.raises(gr.Error, match=f"This recording cannot be used: ({said})") as told:
+        parts._heard(SOUND_FIELD, FileData(path=str(tmp_path / name)))
+    assert "at most 60 seconds" in told.value.message
+
+
+def test_a_sound_field_is_empty_or_holds_what_is_heard(tmp_path: Path) -> None:
+    assert parts._heard(SOUND_FIELD, None) is None
+    silence = np.zeros(2 * 48_000)
+    tone = 0.3 * np.sin(np.arange(48_000) * 0.05)
+    soundfile.write(tmp_path / "a.wav", np.concatenate([silence, tone, silence]), 48_000)
+    heard = parts._heard(SOUND_FIELD, FileData(path=str(tmp_path / "a.wav")))
+    assert heard is not None
+    assert heard[0] == 16_000
+    assert 1.0 <= len(heard[1]) / 16_000 <= 1.3
+    soundfile.write(tmp_path / "silence.wav", silence, 48_000)
+    with pytest.raises(UserError, match="nothing is to be heard"):
+        parts.sound_of(parts._heard(SOUND_FIELD, FileData(path=str(tmp_path / "silence.wav"))))
+
+
+def test_equal_pictures_do_not_disturb_each_other_on_their_way(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (8, 8), "red")
+    path = Path(processing_utils.save_pil_to_cache(picture, str(tmp_path), format="png"))
+    with path.open("rb") as on_its_way:
+        assert processing_utils.save_pil_to_cache(picture, str(tmp_path), format="png") == str(path)
+        assert os.fstat(on_its_way.fileno()).st_ino != path.stat().st_ino, "another file took its place"
+        assert on_its_way.read() == path.read_bytes()
+    assert processing_utils.save_pil_to_cache(picture, str(tmp_path), name="b", format="webp").endswith("/b.webp")
+    assert len([file for file in tmp_path.rglob("*") if file.is_file()]) == 2, "nothing else is left"

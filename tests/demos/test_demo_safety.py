@@ -15,7 +15,11 @@ from ui.safety import (
     BOUNDARY_BYTES,
     MAX_REQUEST_BYTES,
     MAX_UPLOAD_BYTES,
+    MAX_WRONG,
+    WRONG_SECONDS,
+    Attempts,
     Guard,
+    Refused,
     check_address,
     is_loopback,
     private_folder,
@@ -28,7 +32,8 @@ from mm.errors import UserError
 class Inner:
     """An app that reads the whole body and keeps it."""
 
-    def __init__(self) -> None:
+    def __init__(self, status: int = 200) -> None:
+        self.status = status
         self.bodies: list[bytes] = []
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -38,7 +43,7 @@ class Inner:
             body += message.get("body", b"")
             more = message.get("more_body", False)
         self.bodies.append(body)
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.start", "status": self.status, "headers": []})
         await send({"type": "http.response.body", "body": b"fine"})
 
 
@@ -172,6 +177,66 @@ def test_uploads_end_when_the_folder_is_full(folder: Path, monkeypatch: pytest.M
     assert ask(folder, API + "upload", b"x")[0] == 200
     (folder / "c.png").write_bytes(b"1")
     assert ask(folder, API + "upload", b"x")[0] == 507
+
+
+def test_wrong_passwords_are_bounded_by_address_and_time() -> None:
+    now = [0.0]
+    attempts = Attempts(lambda: now[0])
+
+    def refused(address: str) -> bool:
+        try:
+            attempts.begin(address)
+        except Refused:
+            return True
+        return False
+
+    for _ in range(3 * MAX_WRONG):  # those that are right are not counted
+        assert not refused("1.2.3.4")
+        attempts.was_right("1.2.3.4")
+    assert [refused("1.2.3.4") for _ in range(MAX_WRONG + 2)] == [False] * MAX_WRONG + [True] * 2
+    assert not refused("1.2.3.5")
+    now[0] = WRONG_SECONDS - 1
+    assert refused("1.2.3.4")
+    now[0] = WRONG_SECONDS
+    assert not refused("1.2.3.4"), "what was refused did not make the wait longer"
+    assert [refused(f"2001:db8::{number:x}") for number in range(MAX_WRONG + 1)] == [False] * MAX_WRONG + [True]
+    assert not refused("2001:db8:0:1::1")
+    assert not any(refused(f"::ffff:5.6.7.{number}") for number in range(2 * MAX_WRONG))
+
+
+def test_no_more_addresses_are_remembered_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ui.safety.MAX_ADDRESSES", 3)
+    attempts = Attempts()
+    for number in range(10):
+        attempts.begin(f"1.2.3.{number}")
+    assert list(attempts._wrong) == [f"1.2.3.{number}/32" for number in (7, 8, 9)]
+
+
+def test_the_guard_counts_what_the_app_calls_wrong(folder: Path) -> None:
+    inner = Inner(status=400)
+    guard = Guard(inner, folder)  # type: ignore[arg-type]
+
+    def log_in(path: str = "/login", method: str = "POST") -> int:
+        sent: list[dict[str, Any]] = []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": method, "path": path, "headers": [], "client": ("1.2.3.4", 5)}
+        asyncio.run(guard(scope, receive, send))  # type: ignore[arg-type]
+        return sent[0]["status"]
+
+    inner.status = 200
+    assert {log_in() for _ in range(MAX_WRONG + 1)} == {200}
+    inner.status = 400
+    assert [log_in() for _ in range(MAX_WRONG)] == [400] * MAX_WRONG
+    assert log_in("/login/") == 404, "no other way in"
+    inner.status = 200
+    assert log_in() == 429, "not even the right one"
+    assert log_in("/", "GET") == 200
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from audio_files import FORMATS, encoded, tone
 
 from mm.errors import BadSample, UserError
 from mm.media.audio import (
+    FRAME_SECONDS,
+    FRAMES_KEPT,
     AudioLimits,
     AudioSpec,
     audio_format,
@@ -21,6 +23,7 @@ from mm.media.audio import (
     measure_audio,
     open_audio,
     resample,
+    without_silence,
 )
 
 
@@ -189,6 +192,22 @@ def test_fitting() -> None:
     assert float(normal.mean()) == pytest.approx(0, abs=1e-6)
     assert float(normal.var(correction=0)) == pytest.approx(1, abs=1e-5)
     assert torch.equal(fit_audio(torch.zeros(5), spec.model_copy(update={"normalise": True})), torch.zeros(5))
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000, 44_100])
+def test_silence_is_cut_off_at_both_ends_and_nowhere_else(rate: int) -> None:
+    word = torch.from_numpy(tone(440, rate, 0.5)).float()
+    gap, hiss = torch.zeros(rate), 1e-4 * torch.randn(rate, generator=torch.Generator().manual_seed(0))
+    whole = torch.cat([hiss, word, gap, word, hiss, hiss])
+    kept = without_silence(whole, rate)
+    margin = (FRAMES_KEPT + 1) * FRAME_SECONDS * rate
+    assert 2 * len(word) + rate <= len(kept) <= 2 * len(word) + rate + 2 * margin
+    begin = int(kept.storage_offset())
+    assert rate - margin <= begin <= rate
+    assert torch.equal(kept, whole[begin : begin + len(kept)])
+    assert torch.equal(without_silence(word, rate), word)
+    assert torch.equal(without_silence(0.01 * whole, rate), 0.01 * kept)
+    assert len(without_silence(gap, rate)) == 0
 
 
 def test_formats_are_told_by_content() -> None:
