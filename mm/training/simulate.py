@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from mm.placement import blocks
 from mm.training.config import ParallelConfig, TrainConfig
 from mm.training.devices import autocast
 from mm.training.ema import Ema
@@ -29,6 +28,7 @@ from mm.training.layout import Layout
 from mm.training.meter import Cost, Meter, tensors_in
 from mm.training.optim import build_optimizer
 from mm.training.parallel import World
+from mm.training.parameters import blocks
 from mm.types import Batch, System
 
 CPU = torch.device("cpu")
@@ -143,8 +143,7 @@ def simulate(
     if recompute:
         for block in blocks(network):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    optimizer = build_optimizer(network, config, CPU)
-    alone = Layout(World(0, 1, CPU), ParallelConfig())
+    optimizer, layout = build_optimizer(network, config, CPU), Layout(World(0, 1, CPU), ParallelConfig())
     averages = Ema(network, config.ema_decay) if config.ema_decay else None
     own = [*network.parameters(), *network.buffers()]
     generators = GeneratorState(CPU)
@@ -157,7 +156,7 @@ def simulate(
         with Simulation(network, (*states, *averaged)) as meter:
             backward(network, batch, 0, config.accumulate, partial(autocast, CPU, dtype))
             meter.begin_update()
-            alone.clip([p for group in optimizer.param_groups for p in group["params"]], config.clip_norm)
+            layout.clip([p for group in optimizer.param_groups for p in group["params"]], config.clip_norm)
             optimizer.step()
             if averages is not None:
                 averages.update()
