@@ -125,7 +125,9 @@ def test_plan_is_within_a_tenth_of_a_real_step(name: str) -> None:
     ready.system.train()
     stepper.step(ready.batch, 0)
     stepper.optimizer.zero_grad(set_to_none=True)
-    states = [value for state in stepper.optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    states = [
+        value for state in stepper.optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
+    ]
     averaged = [] if stepper.ema is None else list(stepper.ema.state_dict(ready.system).values())
     with Meter(ready.system, (*states, *averaged)) as meter:
         stepper.step(ready.batch, 1)
