@@ -415,7 +415,7 @@ def _load(model: str | Path, device: str, precision: str, *, painting: bool = Fa
 
 
 def _card(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What is recorded of a model: its card, or of a run what it learns from, with how many parameters and at what cost."""
+    """What is recorded of a model: its card, or of a run its data, trained parameters and cost."""
     if (folder / CARD_FILE).is_file():
         return read_json(folder / CARD_FILE)
     state = read_json(folder / STATE_FILE, MAX_STATE_BYTES) if (folder / STATE_FILE).is_file() else {}

@@ -1,4 +1,4 @@
-"""How well a training uses its devices: samples a second, share of the peak, memory, energy; in each log line and the card."""
+"""How well a training uses its devices: speed, share of the peak, memory, energy; in each log line and in the card."""
 
 import resource
 import sys
@@ -89,7 +89,7 @@ class Efficiency:
         self._session_seconds += seconds
 
     def figures(self, samples_per_second: float) -> dict[str, Any]:
-        """What a log line says: ``mfu`` (null where it is unknown), ``peak_memory`` in bytes, ``energy_kwh`` so far."""
+        """For a log line: ``mfu`` (None where FLOPs or peak are unknown), ``peak_memory`` in bytes, ``energy_kwh`` so far."""
         self._look()
         return {
             "mfu": self._mfu(samples_per_second),

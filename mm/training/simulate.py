@@ -28,7 +28,7 @@ from mm.training.layout import Layout
 from mm.training.meter import Cost, Meter, tensors_in
 from mm.training.optim import build_optimizer
 from mm.training.parallel import World
-from mm.training.parameters import blocks
+from mm.placement import blocks
 from mm.types import Batch, System
 
 CPU = torch.device("cpu")

@@ -141,11 +141,12 @@ def test_shared_weights_stay_shared_without_data() -> None:
     assert len(list(copy.parameters())) == len(list(system.parameters()))
 
 
-def test_recomputation_costs_a_forward_pass_and_saves_activations(batch: Batch, simulated: Simulated) -> None:
+def test_recomputation_costs_less_than_a_forward_pass_and_saves_activations(batch: Batch, simulated: Simulated) -> None:
+    """Of each block, the last product need not be computed again."""
     recomputed = simulate(Deep(), batch, toy_config(), torch.float32, recompute=True)
     assert recomputed.cost.activations < 0.5 * simulated.cost.activations
     more = recomputed.cost.flops("backward") - simulated.cost.flops("backward")
-    assert more == pytest.approx(simulated.cost.flops("forward"), rel=0.02)
+    assert 0.6 < more / simulated.cost.flops("forward") < 1
 
 
 def setting(simulated: Simulated, processes: int, **changes: object) -> Setting:
