@@ -26,7 +26,7 @@ OPTIONS = [
 ]
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 SIZES = {"desktop": {"width": 1280, "height": 800}, "phone": {"width": 390, "height": 844}}
-PATIENCE_MS = 60_000
+PATIENCE_MS = 240_000
 """For machines that others use, too."""
 
 RECORDED_MS = 3_500
