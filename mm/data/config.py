@@ -9,6 +9,7 @@ from mm.data.augment import AugmentConfig
 from mm.data.augment_audio import AudioAugmentConfig
 from mm.data.captions import CaptionTemplate
 from mm.data.episodes import EpisodeConfig
+from mm.data.stream import StreamConfig
 
 
 class MixturePart(StrictConfig):
@@ -65,6 +66,8 @@ class DataConfig(StrictConfig):
             values of the named field.
         episodes: Make of each sample the query of an episode with examples from the same source; for systems that read texts in
             which pictures stand.
+        stream: Read the shards of ``train`` once through, in their own order, which is not exact (`mm.data.stream`): for
+            ``pipe:`` commands, and for storage that is best read from beginning to end.
         workers: Processes that load data beside the training process; 0 loads in it. Batches do not depend on it.
         max_bad_fraction: Share of unusable samples above which a run stops.
     """
@@ -83,6 +86,7 @@ class DataConfig(StrictConfig):
     sampling: SamplingConfig = SamplingConfig()
     positives: str = "text"
     episodes: EpisodeConfig | None = None
+    stream: StreamConfig | None = None
     workers: int = Field(default=0, ge=0, le=256)
     max_bad_fraction: float = Field(default=0.2, ge=0, le=1)
 
@@ -90,4 +94,10 @@ class DataConfig(StrictConfig):
     def _one_training_source(self) -> Self:
         if (self.train is None) == (not self.mixture):
             raise ValueError("give exactly one of 'train' (a source) and 'mixture' (a list of sources with weights)")
+        if self.stream is not None:
+            exact = {"mixture": self.mixture, "episodes": self.episodes, "keep": self.keep < 1, "text_field": self.text_field}
+            exact |= {"label_field": self.label_field, "sampling": self.sampling != SamplingConfig()}
+            given = next((name for name, value in exact.items() if value), None)
+            if given is not None:
+                raise ValueError(f"stream reads shards in their own order, without '{given}'; leave one of the two out")
         return self

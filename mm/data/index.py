@@ -174,10 +174,14 @@ def _index_remote(remote: Remote, damaged: Damaged, rebuild: bool) -> ShardIndex
                 own.parent.mkdir(parents=True, exist_ok=True)
                 _write_whole(own, raw)
             return index
-    try:
-        return replace(index_shard(local_copy(remote), damaged, rebuild=True), path=remote)
-    except DataError as error:
-        raise DataError(str(error).replace(str(remote.cached), remote.url)) from None
+    while True:
+        copy = local_copy(remote)
+        try:
+            return replace(index_shard(copy, damaged, rebuild=True), path=remote)
+        except DataError as error:
+            if isinstance(error.__context__, FileNotFoundError):  # left the cache meanwhile, to make room for another one
+                continue
+            raise DataError(str(error).replace(str(copy), remote.url)) from None
 
 
 def index_shard(path: str | Path | Remote, damaged: Damaged = "refuse", rebuild: bool = False) -> ShardIndex:

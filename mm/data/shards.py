@@ -151,18 +151,34 @@ class ShardSource:
         return data
 
     def _describe(self, shard: ShardIndex, row: int) -> tuple[tuple[str, ...], dict[str, Any]]:
-        fields: dict[str, Any] = {}
-        raw = self._member(shard, row, "json", MAX_TEXT_BYTES)
-        if raw is not None:
-            fields = _parse_json(raw, shard, row)
-        label = self._member(shard, row, "cls", MAX_TEXT_BYTES)
-        if label is not None:
-            value = _parse_text(label, shard, row)
-            fields["cls"] = int(value) if re.fullmatch(r"-?\d{1,18}", value) else value
-        caption = self._member(shard, row, "txt", MAX_TEXT_BYTES)
-        texts = (_parse_text(caption, shard, row),) if caption is not None else _texts_of(fields)
-        fields.pop("texts", None)
-        return tuple(text for text in texts if text), fields
+        return described(
+            lambda extension: self._member(shard, row, extension, MAX_TEXT_BYTES),
+            lambda extension: _place(shard, row, extension),
+        )
+
+
+def described(read: Callable[[str], bytes | None], place: Callable[[str], str]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Captions and fields of a sample.
+
+    Args:
+        read: The bytes of its member with an extension, if it has one.
+        place: Where that member is, for messages.
+
+    Raises:
+        BadSample: ``bad json`` or ``bad text``.
+    """
+    fields: dict[str, Any] = {}
+    raw = read("json")
+    if raw is not None:
+        fields = _parse_json(raw, place("json"))
+    label = read("cls")
+    if label is not None:
+        value = _parse_text(label, place("cls"))
+        fields["cls"] = int(value) if re.fullmatch(r"-?\d{1,18}", value) else value
+    caption = read("txt")
+    texts = (_parse_text(caption, place("txt")),) if caption is not None else _texts_of(fields)
+    fields.pop("texts", None)
+    return tuple(text for text in texts if text), fields
 
 
 class _Files:
@@ -225,7 +241,7 @@ def expand(pattern: str | Path | Sequence[str | Path]) -> list[Path | Remote]:
     if not isinstance(pattern, str | Path):
         return [path for part in pattern for path in expand(part)]
     if isinstance(pattern, str) and is_remote(pattern):
-        found = find(_braces(pattern))
+        found = find(expand_ranges(pattern))
         if not found:
             raise DataError(f"{pattern}: no tar shards there; give a folder of .tar files, or a range: a-{{000..010}}.tar")
         return [*found]
@@ -234,7 +250,7 @@ def expand(pattern: str | Path | Sequence[str | Path]) -> list[Path | Remote]:
     elif Path(pattern).is_file():
         paths = [Path(pattern)]
     else:
-        paths = [Path(name) for part in _braces(str(pattern)) for name in _globbed(part)]
+        paths = [Path(name) for part in expand_ranges(str(pattern)) for name in _globbed(part)]
     if not paths:
         raise DataError(f"{pattern}: no tar shards there; give a folder of .tar files, a glob, or a range: a-{{000..010}}.tar")
     return [*paths]
@@ -244,7 +260,7 @@ def _globbed(part: str) -> list[str]:
     return sorted(glob.glob(part)) if glob.has_magic(part) else [part]
 
 
-def _braces(pattern: str) -> list[str]:
+def expand_ranges(pattern: str) -> list[str]:
     """Expand every ``{000..010}``, keeping leading zeros."""
     found = _RANGE.search(pattern)
     if found is None:
@@ -253,7 +269,7 @@ def _braces(pattern: str) -> list[str]:
     if not 0 <= int(last) - int(first) < MAX_BRACE_EXPANSION:
         raise DataError(f"{pattern}: the range {found.group()} is empty or too long")
     width = len(first) if first.startswith("0") or len(first) == len(last) else 0
-    tails = _braces(pattern[found.end() :])
+    tails = expand_ranges(pattern[found.end() :])
     return [f"{pattern[: found.start()]}{i:0{width}d}{tail}" for i in range(int(first), int(last) + 1) for tail in tails]
 
 
@@ -280,20 +296,20 @@ def _place(shard: ShardIndex, row: int, extension: str) -> str:
     return f"{shard.path}: {shard.keys[row]}.{extension} at byte {shard.columns[extension].offset[row]}"
 
 
-def _parse_text(raw: bytes, shard: ShardIndex, row: int) -> str:
+def _parse_text(raw: bytes, place: str) -> str:
     try:
         return raw.decode("utf-8").strip()
     except UnicodeDecodeError:
-        raise BadSample("bad text", f"{shard.path}: {shard.keys[row]}") from None
+        raise BadSample("bad text", place) from None
 
 
-def _parse_json(raw: bytes, shard: ShardIndex, row: int) -> dict[str, Any]:
+def _parse_json(raw: bytes, place: str) -> dict[str, Any]:
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError):
-        raise BadSample("bad json", _place(shard, row, "json")) from None
+        raise BadSample("bad json", place) from None
     if not isinstance(value, dict):
-        raise BadSample("bad json", _place(shard, row, "json"))
+        raise BadSample("bad json", place)
     return value
 
 

@@ -23,6 +23,7 @@ from mm.data.questions import open_emoji_questions
 from mm.data.remote import is_remote
 from mm.data.shards import ShardSource
 from mm.data.speech import open_speech
+from mm.data.stream import HeadSource
 from mm.data.table import TABLE_SUFFIXES, TableSource
 from mm.errors import BadSample, UserError
 from mm.seeding import derive_seed
@@ -124,7 +125,10 @@ def _open_folder(path: Path, spec: str, columns: Mapping[str, str | None], progr
 
 
 def open_training_source(config: DataConfig, *, image_size: int = 64, progress: Progress | None = None) -> Source:
-    """The source of ``data.train``, or the weighted mixture of ``data.mixture``. Raises `UserError` as `open_source`."""
+    """The source of ``data.train``, or the weighted mixture of ``data.mixture``; of a stream its first samples.
+
+    Raises `UserError` as `open_source`.
+    """
 
     def open_one(spec: str) -> Source:
         source = open_source(
@@ -138,6 +142,8 @@ def open_training_source(config: DataConfig, *, image_size: int = 64, progress: 
         )
         return source if config.keep == 1 else kept_share(source, config.keep)
 
+    if config.train is not None and config.stream is not None:
+        return HeadSource(config.train, config.stream)
     if config.train is not None:
         return open_one(config.train)
     return Concat([open_one(part.source) for part in config.mixture], weights=[part.weight for part in config.mixture])

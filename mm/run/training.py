@@ -1,6 +1,7 @@
 """Training from a configuration: open the data, learn the vocabulary, build the system, hand all to the loop."""
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from mm.data.features import encoding_of
 from mm.data.loader import Loader
 from mm.data.questions import check_questions, questions_of
 from mm.data.sources import open_source, open_training_source
+from mm.data.stream import INEXACT, StreamLoader
 from mm.errors import BadSample, ConfigError, UserError
 from mm.evaluation.vqa import frequent_answers, normalise
 from mm.hub import CONFIG_FILE, Model, embed_parts, load, load_parts, with_parts
@@ -113,7 +115,7 @@ class Assembled:
     config: RunConfig
     system: System
     processor: Processor
-    stream: Loader
+    stream: Loader | StreamLoader
     validator: Validator | None
 
     def write_files(self, folder: Path) -> None:
@@ -175,21 +177,29 @@ def assemble(config: RunConfig, *, resume: Path | None = None) -> Assembled:
     )
     prepare = _episodes(preparation, config, source, capabilities(system))
     sampling = config.data.sampling
-    stream = Loader(
-        source,
-        prepare,
-        prepare.collate,
-        batch_size=config.train.batch_size,
-        seed=config.train.seed,
-        policy=sampling.policy,
-        field=sampling.field,
-        per_concept=sampling.per_concept,
-        workers=config.data.workers,
-        rank=rank,
-        world_size=world_size,
-        max_bad_fraction=config.data.max_bad_fraction,
-        pin_memory=choose_device(config.train.device).type == "cuda",
-    )
+    options: dict[str, Any] = {
+        "batch_size": config.train.batch_size,
+        "seed": config.train.seed,
+        "workers": config.data.workers,
+        "rank": rank,
+        "world_size": world_size,
+        "max_bad_fraction": config.data.max_bad_fraction,
+    }
+    if config.data.stream is not None and config.data.train is not None:
+        if rank == 0:
+            print(INEXACT, file=sys.stderr)
+        stream = StreamLoader(config.data.train, config.data.stream, prepare, prepare.collate, **options)
+    else:
+        stream = Loader(
+            source,
+            prepare,
+            prepare.collate,
+            policy=sampling.policy,
+            field=sampling.field,
+            per_concept=sampling.per_concept,
+            pin_memory=choose_device(config.train.device).type == "cuda",
+            **options,
+        )
     return Assembled(config, system, processor, stream, _validator(config, processor, image_size, capabilities(system)))
 
 
