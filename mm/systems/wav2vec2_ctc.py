@@ -110,7 +110,8 @@ class Wav2Vec2Ctc(System):
         mask = self.encoder.frame_mask(batch.audio)
         normalised = self.encoder.normalise(self.encoder.frames(batch.audio))
         hides = self.training and self.config.mask_share > 0
-        hidden = span_mask(mask, self.config.mask_share, self.config.mask_length) if hides else None
+        draws = batch.draws(mask.device)
+        hidden = span_mask(mask, self.config.mask_share, self.config.mask_length, draws) if hides else None
         tokens = self.encoder.contextualise(normalised, mask, None if hidden is None else (hidden, self.mask_vector))
         loss = F.ctc_loss(
             self._shares(self.dropout(tokens)).transpose(0, 1),
