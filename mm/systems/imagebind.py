@@ -26,10 +26,11 @@ from mm.losses.groups import lasting_groups
 from mm.losses.queue import FeatureQueue, Queued
 from mm.nn.freeze import freeze
 from mm.systems import clip
-from mm.systems.clap import AudioTower, build_audio_encoder, projection
+from mm.systems.clap import AudioTower, build_audio_encoder
 from mm.systems.clip import Clip, ClipConfig
 from mm.systems.prompted import REFERENCE
 from mm.systems.settings import SystemSettings
+from mm.systems.two_towers import projection
 from mm.types import AudioBatch, Batch, Encoded, Losses, System, TextBatch
 
 

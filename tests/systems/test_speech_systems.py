@@ -204,3 +204,5 @@ def test_vocabulary_and_settings() -> None:
     assert config.text_limits == (50, 256)
     assert config.hears
     assert config.picture_side is None
+    with pytest.raises(ValueError, match="blank 32 must be one of the 32 ids"):
+        Wav2Vec2CtcConfig(blank=32)
