@@ -61,6 +61,10 @@ class ClapConfig(SystemSettings):
         return True
 
     @property
+    def audio_rate(self) -> int | None:
+        return self.audio.rate if isinstance(self.audio, LogMelEncoderConfig) else None
+
+    @property
     def text_limits(self) -> tuple[int, int]:
         return self.text.vocab_size, self.text.context_length
 

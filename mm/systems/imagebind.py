@@ -79,6 +79,10 @@ class ImagebindConfig(SystemSettings):
         return True
 
     @property
+    def audio_rate(self) -> int | None:
+        return self.audio.rate if isinstance(self.audio, LogMelEncoderConfig) else None
+
+    @property
     def learns_pictures(self) -> bool:
         return self.train_hub or self.image_weight > 0
 
