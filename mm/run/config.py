@@ -46,9 +46,7 @@ class RunConfig(StrictConfig):
             raise ValueError("train.batch_size must be at least 2: a contrastive loss compares samples of a batch")
         given, wanted = self.processor.audio.rate, self.system.audio_rate
         if wanted not in (None, given):
-            raise ValueError(
-                f"processor.audio.rate {given} and system.audio.rate {wanted} must be equal: the spectrogram's bands follow from it"
-            )
+            raise ValueError(f"processor.audio.rate {given} and system.audio.rate {wanted} must be equal: bands follow from it")
         if self.train.compile and self.parallel.model_size > 1:
             raise ValueError("train.compile goes with data parallelism alone; set parallel.tensor and parallel.pipeline to 1")
         return self
