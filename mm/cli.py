@@ -709,7 +709,7 @@ def transcribe(
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
 ) -> None:
-    """Write down what is said in recordings."""
+    """Write down what is said in recordings; longer ones are cut to the beginning that the model takes."""
     from mm import show
     from mm.run.recognition import transcribe as run_transcribe
 

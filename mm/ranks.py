@@ -4,6 +4,8 @@ By default all processes do. Where several share one copy of the network, by ten
 samples, and each is in one group with those that have the same part of the network and other samples.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +45,17 @@ def set_data_peers(peers: Peers | None) -> None:
     """Tell that only these hold samples of their own; None tells that all processes do."""
     global _data  # noqa: PLW0603 - as much a fact of the process as torch's default process group
     _data = peers
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it this process is told that it holds all samples, for what it computes without the others: they do not answer."""
+    before = _data
+    set_data_peers(Peers())
+    try:
+        yield
+    finally:
+        set_data_peers(before)
 
 
 @dataclass(frozen=True)

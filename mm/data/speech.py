@@ -165,8 +165,7 @@ def record(split: str, cache: str | Path | None = None, progress: Progress | Non
         wanted.setdefault(utterance.voice, []).append(utterance)
 
     def write(folder: Path) -> None:
-        if shutil.which("espeak-ng") is None:
-            raise NoSpeakerError(f"espeak-ng, which speaks the names, is not installed; {INSTALL}")
+        _require_speaker()
         done, total = 0, sum(map(len, wanted.values()))
         pool = ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1)))
 
@@ -279,9 +278,13 @@ def speak(words: str, voice: str = TEST_VOICE) -> bytes:
     Raises:
         UserError: espeak-ng is not installed, or does not know the voice.
     """
-    if shutil.which("espeak-ng") is None:
-        raise UserError(f"espeak-ng, which speaks the names, is not installed; {INSTALL}")
+    _require_speaker()
     return _speak(_plain(words, voice))
+
+
+def _require_speaker() -> None:
+    if shutil.which("espeak-ng") is None:
+        raise NoSpeakerError(f"espeak-ng, which speaks the names, is not installed; {INSTALL}")
 
 
 def _speak(utterance: Utterance) -> bytes:

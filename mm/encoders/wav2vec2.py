@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchaudio.models import Wav2Vec2Model, wav2vec2_model
 
 from mm.config import StrictConfig
+from mm.draws import Draws
 from mm.types import AudioBatch, Encoded
 
 CONV_LAYERS = ((512, 10, 5), *[(512, 3, 2)] * 4, *[(512, 2, 2)] * 2)
@@ -215,34 +216,37 @@ def _initialise(trunk: Any, config: Wav2Vec2EncoderConfig) -> None:
     nn.init.zeros_(positions.bias)
 
 
-def span_mask(
-    valid: Bool[Tensor, "b n"], share: float, length: int, generator: torch.Generator | None = None
-) -> Bool[Tensor, "b n"]:
+def span_mask(valid: Bool[Tensor, "b n"], share: float, length: int, draws: Draws | None = None) -> Bool[Tensor, "b n"]:
     """Spans of frames to hide: about ``share / length`` of a recording's frames begin one, and spans may overlap.
 
     Args:
         valid: True for frames of the recording, from the first on.
         share: Frames in spans, over all frames, were no two spans to overlap.
         length: Frames of a span; recordings that are shorter have none.
-        generator: Draws them; torch's own by default.
+        draws: Random numbers; None draws from torch's generators.
     """
     frames = valid.sum(1, keepdim=True)
-    draws = torch.rand(len(valid), 1 + valid.shape[1], device=valid.device, generator=generator)
-    spans = (share * frames / length + draws[:, :1]).long().clamp(min=1)
+    numbers = (draws or Draws(None, len(valid), valid.device)).uniform(1 + valid.shape[1])
+    spans = (share * frames / length + numbers[:, :1]).long().clamp(min=1)
     may_begin = torch.arange(valid.shape[1], device=valid.device) <= frames - length
-    order = draws[:, 1:].masked_fill(~may_begin, 2.0).argsort(1).argsort(1)
+    order = numbers[:, 1:].masked_fill(~may_begin, 2.0).argsort(1).argsort(1)
     begins = ((order < spans) & may_begin).float()
     return F.max_pool1d(F.pad(begins[:, None], (length - 1, 0)), length, 1)[:, 0] > 0
 
 
-def draw_negatives(masked: Bool[Tensor, "b n"], count: int, generator: torch.Generator | None = None) -> Int64[Tensor, "b n k"]:
+def draw_negatives(masked: Bool[Tensor, "b n"], count: int, draws: Draws | None = None) -> Int64[Tensor, "b n k"]:
     """For each masked frame the places of others of the same recording, evenly drawn with repetition.
 
     What stands at frames that are not masked means nothing; so does all of a recording with a single masked frame.
+
+    Args:
+        masked: The frames, ``(B, N)``.
+        count: Negatives of each.
+        draws: Random numbers; None draws from torch's generators.
     """
     rank, total = masked.cumsum(1) - 1, masked.sum(1)
-    draws = torch.rand(*masked.shape, count, device=masked.device, generator=generator)
-    others = (draws * (total - 1).clamp(min=1)[:, None, None]).long()
+    numbers = (draws or Draws(None, len(masked), masked.device)).uniform(masked.shape[1], count)
+    others = (numbers * (total - 1).clamp(min=1)[:, None, None]).long()
     others = (others + (others >= rank[..., None])).clamp(max=masked.shape[1] - 1)
     places = (~masked).int().argsort(dim=1, stable=True)
     return places.gather(1, others.flatten(1)).view_as(others)

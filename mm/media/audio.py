@@ -265,7 +265,11 @@ def _from_numbers(raw: np.ndarray | Tensor) -> Tensor:
     wave = torch.from_numpy(np.array(numbers, np.float32))
     if not bool(wave.isfinite().all()):
         raise UserError("a recording holds numbers that are not finite")
-    return wave / 32768 if numbers.dtype == np.int16 else wave
+    if numbers.dtype == np.int16:
+        return wave / 32768
+    if float(wave.abs().max()) > FULL_SCALE:
+        raise UserError("a recording as floating point is in -1 to 1; divide 16-bit samples by 32768, or give them as int16")
+    return wave
 
 
 def _file_bytes(raw: str | Path, limits: AudioLimits) -> bytes:

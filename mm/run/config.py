@@ -42,8 +42,11 @@ class RunConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.system.name in ("clip", "albef") and self.train.batch_size < 2:
+        if self.system.name in ("clip", "clap", "albef") and self.train.batch_size < 2:
             raise ValueError("train.batch_size must be at least 2: a contrastive loss compares samples of a batch")
+        given, wanted = self.processor.audio.rate, self.system.audio_rate
+        if wanted not in (None, given):
+            raise ValueError(f"processor.audio.rate {given} and system.audio.rate {wanted} must be equal: bands follow from it")
         if self.train.compile and self.parallel.model_size > 1:
             raise ValueError("train.compile goes with data parallelism alone; set parallel.tensor and parallel.pipeline to 1")
         return self

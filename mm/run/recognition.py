@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mm.data.emoji import MIN_SIZE
+from mm.data.files import is_recording
 from mm.data.labels import label_task
 from mm.data.sources import Subset, open_source
 from mm.errors import UserError
@@ -22,8 +23,6 @@ Progress = Callable[[int, int], None]
 
 BEAMS = 8
 """Texts kept from frame to frame where nothing else is said."""
-
-AUDIO_EXTENSIONS = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3"})
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def transcribe(
     precision: str = "auto",
     progress: Progress | None = None,
 ) -> list[Transcript]:
-    """Write down recordings.
+    """Write down recordings: of each the beginning that the model takes (``processor.audio.max_seconds``).
 
     Args:
         model: A loaded model or a MODEL reference; it must recognise speech.
@@ -54,8 +53,9 @@ def transcribe(
         progress: Called with (recordings done, in all).
 
     Raises:
-        UserError: The model does not recognise speech, or there is no recording.
+        UserError: The model does not recognise speech, there is no recording, or ``beams`` is below 1.
     """
+    _checked_beams(beams)
     model = loaded(model, device, precision)
     _recogniser(model)
     raws = [raw for audio in audios for raw in _expanded(audio)]
@@ -100,9 +100,10 @@ def evaluate_recognition(
         on_written: Receives what was written, and what is said.
 
     Raises:
-        UserError: The model does not recognise speech, the source says of no recording what is said in it, or too many of its
-            samples cannot be used.
+        UserError: The model does not recognise speech, the source says of no recording what is said in it, too many of its
+            samples cannot be used, or ``beams`` is below 1.
     """
+    _checked_beams(beams)
     model = loaded(model, device, precision)
     _recogniser(model)
     source = (
@@ -161,11 +162,16 @@ def _recogniser(model: Model) -> Transcribes:
     return model.system
 
 
+def _checked_beams(beams: int) -> None:
+    if beams < 1:
+        raise UserError(f"beams {beams}: give 1 for the likeliest path, or a larger number")
+
+
 def _expanded(audio: Any) -> list[Any]:
     """A folder becomes its recordings; everything else stays what it is."""
     if not isinstance(audio, str | Path) or not Path(audio).is_dir():
         return [audio]
-    found = sorted(path for path in Path(audio).rglob("*") if path.suffix.lower() in AUDIO_EXTENSIONS)
+    found = sorted(path for path in Path(audio).rglob("*") if is_recording(path.name) and path.is_file())
     if not found:
         raise UserError(f"{audio}: no recording in this folder")
     return list(found)

@@ -9,9 +9,8 @@ crops (`mm.media.audio.AudioSpec.repeat` does as the paper).
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Discriminator, Field, Tag
-from torch import Tensor, nn
+from torch import Tensor
 
 from mm.encoders.audio import LogMelEncoderConfig, build_log_mel_encoder
 from mm.encoders.text import TextEncoderConfig, build_text_encoder
@@ -20,7 +19,8 @@ from mm.fusion.dual_tower import DualTower
 from mm.losses.contrastive import info_nce
 from mm.losses.gather import current_gather
 from mm.systems.settings import SystemSettings
-from mm.types import AudioBatch, Batch, Encoded, Losses, System, TextBatch
+from mm.systems.two_towers import TwoTowers, projection
+from mm.types import AudioBatch, Batch, Losses
 
 
 def _kind(value: Any) -> str:
@@ -32,8 +32,6 @@ AudioTower = Annotated[
     Annotated[LogMelEncoderConfig, Tag("log-mel")] | Annotated[Wav2Vec2EncoderConfig, Tag("wav2vec2")], Discriminator(_kind)
 ]
 """Encoders of recordings, told apart by ``kind``; log-mel where it is not said."""
-
-TOWERS = ("audio", "text")
 
 
 class ClapConfig(SystemSettings):
@@ -63,6 +61,10 @@ class ClapConfig(SystemSettings):
         return True
 
     @property
+    def audio_rate(self) -> int | None:
+        return self.audio.rate if isinstance(self.audio, LogMelEncoderConfig) else None
+
+    @property
     def text_limits(self) -> tuple[int, int]:
         return self.text.vocab_size, self.text.context_length
 
@@ -70,7 +72,7 @@ class ClapConfig(SystemSettings):
         return self.model_copy(update={"text": self.text.model_copy(update={"vocab_size": size})})
 
 
-class Clap(System):
+class Clap(TwoTowers):
     """A dual tower with a contrastive loss.
 
     Args:
@@ -79,15 +81,12 @@ class Clap(System):
         label_smoothing: See `ClapConfig`.
     """
 
+    modalities = ("audio", "text")
+
     def __init__(self, towers: DualTower, *, chunk_size: int | None = None, label_smoothing: float = 0.0) -> None:
-        super().__init__()
-        self.towers = towers
+        super().__init__(towers)
         self.chunk_size = chunk_size
         self.label_smoothing = label_smoothing
-
-    def represent(self, batch: Batch) -> dict[str, Tensor]:
-        """Unit vectors ``audio`` and ``text``, each ``(B, D)``."""
-        return {name: self.towers.embed(name, getattr(batch, name)) for name in TOWERS}
 
     def loss_from(self, representations: Mapping[str, Tensor], batch: Batch, step: int) -> Losses:
         """The contrastive loss of the whole batch given its unit vectors."""
@@ -103,38 +102,9 @@ class Clap(System):
         )
         return Losses(loss, {"contrastive": loss.detach(), "logit_scale": scale.detach()})
 
-    def loss(self, batch: Batch, step: int) -> Losses:
-        """Training loss of this rank's share of the global batch."""
-        return self.loss_from(self.represent(batch), batch, step)
-
-    def after_step(self, step: int) -> None:
-        """Clamp the scale."""
-        self.towers.clamp_()
-
     def embed_audio(self, audio: AudioBatch) -> Tensor:
         """See `mm.types.Hears`."""
         return self.towers.embed("audio", audio)
-
-    def embed_text(self, text: TextBatch) -> Tensor:
-        """Token ids to unit vectors ``(B, D)``, fp32."""
-        return self.towers.embed("text", text)
-
-    def read_texts(self, text: TextBatch) -> Encoded:
-        """See `mm.types.ReadsTexts`."""
-        encoded = self.towers.encoders["text"](text)
-        return Encoded(encoded.tokens, encoded.mask, self.towers.project("text", encoded))
-
-    def encoders(self) -> Mapping[str, nn.Module]:
-        """The ``audio`` and ``text`` encoders."""
-        return dict(self.towers.encoders.items())
-
-    def cast_(self, dtype: torch.dtype) -> None:
-        """Hold the towers in another floating type, for inference."""
-        self.towers.cast_(dtype)
-
-    def scores(self, queries: Tensor, items: Tensor) -> Tensor:
-        """Logits ``(Q, M)`` of vectors from either tower."""
-        return self.towers.scores(queries, items)
 
 
 def build_audio_encoder(config: AudioTower) -> Any:
@@ -142,13 +112,6 @@ def build_audio_encoder(config: AudioTower) -> Any:
     if isinstance(config, Wav2Vec2EncoderConfig):
         return build_wav2vec2_encoder(config)
     return build_log_mel_encoder(config)
-
-
-def projection(width: int, embed_dim: int) -> nn.Linear:
-    """Into the shared space, keeping the variance of its input."""
-    linear = nn.Linear(width, embed_dim, bias=False)
-    nn.init.normal_(linear.weight, std=width**-0.5)
-    return linear
 
 
 def build(config: ClapConfig, parts: Mapping[str, Any] | None = None) -> Clap:

@@ -31,7 +31,8 @@ from mm.losses.gather import Gather, current_gather
 from mm.losses.groups import lasting_groups
 from mm.losses.queue import FeatureQueue
 from mm.systems.settings import SystemSettings
-from mm.types import Batch, Encoded, Losses, System, TextBatch
+from mm.systems.two_towers import TwoTowers, projection
+from mm.types import Batch, Losses
 
 TOWERS = ("image", "text")
 
@@ -112,7 +113,7 @@ class ClipConfig(SystemSettings):
         return self
 
 
-class Clip(System):
+class Clip(TwoTowers):
     """A dual tower with a contrastive loss.
 
     Args:
@@ -123,6 +124,8 @@ class Clip(System):
         image_image_weight: See `ClipConfig`.
     """
 
+    modalities = TOWERS
+
     def __init__(
         self,
         towers: DualTower,
@@ -132,8 +135,7 @@ class Clip(System):
         label_smoothing: float = 0.0,
         image_image_weight: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.towers = towers
+        super().__init__(towers)
         self._queues = dict(queues or {})  # the same modules as below, with their type
         self.queues = nn.ModuleDict(self._queues)
         self.chunk_size = chunk_size
@@ -151,10 +153,6 @@ class Clip(System):
         absent = [name for name in TOWERS if name not in self.towers.encoders]
         return tuple(f"towers.{kind}.{name}." for kind in ("encoders", "projections") for name in absent)
 
-    def represent(self, batch: Batch) -> dict[str, Tensor]:
-        """Unit vectors ``image`` and ``text``, each ``(B, D)``."""
-        return {name: self.towers.embed(name, getattr(batch, name)) for name in TOWERS}
-
     def loss_from(self, representations: Mapping[str, Tensor], batch: Batch, step: int) -> Losses:
         """The contrastive loss of the whole batch given its unit vectors."""
         scale, gather = self.towers.scale(), current_gather()
@@ -169,40 +167,15 @@ class Clip(System):
             total = total + self.image_image_weight * parts["image_image"]
         return Losses(total, {name: part.detach() for name, part in parts.items()})
 
-    def loss(self, batch: Batch, step: int) -> Losses:
-        """Training loss of this rank's share of the global batch."""
-        return self.loss_from(self.represent(batch), batch, step)
-
     def after_step(self, step: int) -> None:
         """Clamp the scale; queue the features of the step that was applied."""
-        self.towers.clamp_()
+        super().after_step(step)
         for queue in self._queues.values():
             queue.commit(current_gather())
 
     def embed_image(self, image: Tensor) -> Tensor:
         """Pixels ``(B, 3, H, W)`` to unit vectors ``(B, D)``, fp32."""
         return self.towers.embed("image", image)
-
-    def embed_text(self, text: TextBatch) -> Tensor:
-        """Token ids to unit vectors ``(B, D)``, fp32."""
-        return self.towers.embed("text", text)
-
-    def read_texts(self, text: TextBatch) -> Encoded:
-        """See `mm.types.ReadsTexts`; the vector is that of the shared space, of length one."""
-        encoded = self.towers.encoders["text"](text)
-        return Encoded(encoded.tokens, encoded.mask, self.towers.project("text", encoded))
-
-    def encoders(self) -> Mapping[str, nn.Module]:
-        """The ``image`` and ``text`` encoders."""
-        return dict(self.towers.encoders.items())
-
-    def cast_(self, dtype: torch.dtype) -> None:
-        """Hold the towers in another floating type, for inference."""
-        self.towers.cast_(dtype)
-
-    def scores(self, queries: Tensor, items: Tensor) -> Tensor:
-        """Logits ``(Q, M)`` of vectors from either tower."""
-        return self.towers.scores(queries, items)
 
     def _candidates(self, rows: int, gather: Gather | None) -> int:
         """How many the right one is sought among: the global batch and the queue."""
@@ -271,13 +244,8 @@ def _text_encoder(config: TextEncoderConfig | LibraryTextConfig) -> Any:
 
 
 def _projection(kind: Projection, width: int, embed_dim: int, tower: str) -> nn.Module:
-    """CLIP's projection: standard deviation ``width ** -0.5``, which keeps the variance of its input."""
     if kind == "none":
         if width != embed_dim:
             raise ConfigError(f"{tower}_projection: none needs an encoder that ends at embed_dim {embed_dim}, not at {width}")
         return nn.Identity()
-    projection = nn.Linear(width, embed_dim, bias=kind == "affine")
-    nn.init.normal_(projection.weight, std=width**-0.5)
-    if projection.bias is not None:
-        nn.init.zeros_(projection.bias)
-    return projection
+    return projection(width, embed_dim, bias=kind == "affine")

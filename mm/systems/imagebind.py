@@ -26,10 +26,11 @@ from mm.losses.groups import lasting_groups
 from mm.losses.queue import FeatureQueue, Queued
 from mm.nn.freeze import freeze
 from mm.systems import clip
-from mm.systems.clap import AudioTower, build_audio_encoder, projection
+from mm.systems.clap import AudioTower, build_audio_encoder
 from mm.systems.clip import Clip, ClipConfig
 from mm.systems.prompted import REFERENCE
 from mm.systems.settings import SystemSettings
+from mm.systems.two_towers import projection
 from mm.types import AudioBatch, Batch, Encoded, Losses, System, TextBatch
 
 
@@ -76,6 +77,10 @@ class ImagebindConfig(SystemSettings):
     @property
     def hears(self) -> bool:
         return True
+
+    @property
+    def audio_rate(self) -> int | None:
+        return self.audio.rate if isinstance(self.audio, LogMelEncoderConfig) else None
 
     @property
     def learns_pictures(self) -> bool:

@@ -26,6 +26,11 @@ class SystemSettings(StrictConfig):
         return False
 
     @property
+    def audio_rate(self) -> int | None:
+        """Samples a second of the recordings that its parts are made for; None where any will do."""
+        return None
+
+    @property
     def learns_pictures(self) -> bool:
         """Whether training needs pictures, where the system takes them at all."""
         return True

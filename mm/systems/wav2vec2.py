@@ -4,7 +4,8 @@ Frames are hidden in spans; from what is left the transformer tells, for each hi
 of other hidden frames of the recording.
 
 Deviations from the paper's code: the penalty on the features is a mean over frames of recordings alone, not over padding;
-the loss is the mean over hidden frames of a batch, so its scale does not depend on their number.
+the loss is the mean over hidden frames of a batch, so its scale does not depend on their number. Means and the use of codes are
+those of the frames of all processes; in the paper's code each has its own.
 """
 
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mm.config import StrictConfig
+from mm.draws import Draws
 from mm.encoders.wav2vec2 import (
     Wav2Vec2Encoder,
     Wav2Vec2EncoderConfig,
@@ -25,6 +27,7 @@ from mm.encoders.wav2vec2 import (
     span_mask,
 )
 from mm.errors import ConfigError
+from mm.losses.gather import Gather, average_count, current_gather
 from mm.nn.product_quantize import ProductQuantizer
 from mm.systems.settings import SystemSettings
 from mm.types import AudioBatch, Batch, Encoded, Losses, System
@@ -128,7 +131,8 @@ class Wav2Vec2(System):
         """Contrastive loss in nats, diversity of the codes, and the penalty on the features.
 
         Parts beside these: ``accuracy``, the share of hidden frames told apart from all others that were drawn; ``code_use``,
-        the share of all codes that would carry as much if they were equally frequent.
+        the share of all codes that would carry as much as the likeliest ones of the frames if they were equally frequent;
+        ``code_spread``, the same of the distributions that codes are drawn from, which training keeps wide.
         """
         objective = self.config.objective
         if objective is None:
@@ -136,26 +140,36 @@ class Wav2Vec2(System):
         assert batch.audio is not None
         first, last, factor = objective.gumbel
         self.quantizer.temperature = max(last, first * factor**step)
-        mask = self.encoder.frame_mask(batch.audio)
-        hidden = span_mask(mask, objective.mask_share, objective.mask_length)
-        return self.judged(batch.audio, hidden, draw_negatives(hidden, objective.negatives))
+        mask, draws = self.encoder.frame_mask(batch.audio), batch.draws(batch.audio.waves.device)
+        hidden = span_mask(mask, objective.mask_share, objective.mask_length, draws)
+        return self.judged(batch.audio, hidden, draw_negatives(hidden, objective.negatives, draws), draws)
 
-    def judged(self, audio: AudioBatch, hidden: Bool[Tensor, "b n"], negatives: Int64[Tensor, "b n k"]) -> Losses:
-        """The losses with these frames hidden, and these places as negatives of each of them."""
-        objective = self.config.objective
+    def judged(
+        self, audio: AudioBatch, hidden: Bool[Tensor, "b n"], negatives: Int64[Tensor, "b n k"], draws: Draws | None = None
+    ) -> Losses:
+        """The losses with these frames hidden, these places as negatives of each of them, and codes drawn by these numbers."""
+        objective, gather = self.config.objective, current_gather()
         assert objective is not None
         mask, frames = self.encoder.frame_mask(audio), self.encoder.frames(audio)
         frames = frames.detach() + objective.feature_gradient * (frames - frames.detach())
-        penalty = (frames.float().square().mean(-1) * mask).sum() / mask.sum()
+        squares = frames.float().square().mean(-1)[mask]
+        penalty = squares.sum() / average_count(len(squares), gather, squares.device)
         normalised = self.encoder.normalise(frames)
         contexts = self.encoder.contextualise(normalised, mask, (hidden, self.mask_vector))
-        quantized = self.quantizer(normalised, hidden)
+        quantized = self.quantizer(normalised, hidden, draws, None if gather is None else gather.sum)
         similar = _similarities(self.context_projection(contexts), self.code_projection(quantized.codes))
         ids = None if objective.count_twins else quantized.ids
-        contrastive, accuracy = contrast(similar / objective.temperature, ids, hidden, negatives)
-        use = quantized.perplexity / (objective.codebooks * objective.codes)
-        total = contrastive + objective.diversity * (1 - use) + objective.feature_penalty * penalty
-        parts = {"contrastive": contrastive, "accuracy": accuracy, "code_use": use, "features": penalty}
+        contrastive, accuracy = contrast(similar / objective.temperature, ids, hidden, negatives, gather)
+        codes = objective.codebooks * objective.codes
+        spread, use = quantized.perplexity / codes, quantized.used / codes
+        total = contrastive + objective.diversity * (1 - spread) + objective.feature_penalty * penalty
+        parts = {
+            "contrastive": contrastive,
+            "accuracy": accuracy,
+            "code_use": use,
+            "code_spread": spread,
+            "features": penalty,
+        }
         return Losses(total, {name: part.detach() for name, part in parts.items()})
 
 
@@ -164,23 +178,27 @@ def contrast(
     ids: Int64[Tensor, "b n g"] | None,
     hidden: Bool[Tensor, "b n"],
     negatives: Int64[Tensor, "b n k"],
+    gather: Gather | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy in nats of telling each hidden frame's codes from its negatives', and how often that succeeds: scalars.
+
+    Where a negative is as likely as the frame, nothing was told apart.
 
     Args:
         logits: Of the context at a frame with the codes of another.
         ids: Codes of each frame; a negative with the same ones is no negative. None where it is one.
         hidden: The frames that count.
         negatives: Places of each frame's negatives.
+        gather: Processes over whose hidden frames the means are, once averaged; None for this one alone.
     """
     others = logits.gather(2, negatives)
     if ids is not None:
         same = (ids[:, :, None] == ids[:, None]).all(-1).gather(2, negatives)
         others = others.masked_fill(same, -torch.inf)
-    choices = torch.cat([logits.diagonal(dim1=1, dim2=2)[..., None], others], dim=2)[hidden]
-    count = max(1, len(choices))
-    loss = (choices.logsumexp(1) - choices[:, 0]).sum() / count
-    return loss, (choices[:, 0] >= choices.amax(1)).sum() / count
+    right, others = logits.diagonal(dim1=1, dim2=2)[hidden], others[hidden]
+    count = average_count(len(right), gather, right.device)
+    loss = (torch.cat([right[:, None], others], 1).logsumexp(1) - right).sum() / count
+    return loss, (right > others.amax(1)).sum() / count
 
 
 def _similarities(contexts: Float[Tensor, "b n d"], codes: Float[Tensor, "b m d"]) -> Float[Tensor, "b n m"]:

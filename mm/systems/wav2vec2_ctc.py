@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mm.encoders.wav2vec2 import Wav2Vec2Encoder, Wav2Vec2EncoderConfig, build_wav2vec2_encoder, span_mask
@@ -45,6 +45,12 @@ class Wav2Vec2CtcConfig(SystemSettings):
     mask_share: float = Field(default=0.05, ge=0, le=1)
     mask_length: int = Field(default=10, ge=1)
     train_convolutions: bool = True
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Wav2Vec2CtcConfig":
+        if self.blank >= self.vocab_size:
+            raise ValueError(f"blank {self.blank} must be one of the {self.vocab_size} ids of vocab_size")
+        return self
 
     @property
     def picture_side(self) -> None:
@@ -110,7 +116,8 @@ class Wav2Vec2Ctc(System):
         mask = self.encoder.frame_mask(batch.audio)
         normalised = self.encoder.normalise(self.encoder.frames(batch.audio))
         hides = self.training and self.config.mask_share > 0
-        hidden = span_mask(mask, self.config.mask_share, self.config.mask_length) if hides else None
+        draws = batch.draws(mask.device)
+        hidden = span_mask(mask, self.config.mask_share, self.config.mask_length, draws) if hides else None
         tokens = self.encoder.contextualise(normalised, mask, None if hidden is None else (hidden, self.mask_vector))
         loss = F.ctc_loss(
             self._shares(self.dropout(tokens)).transpose(0, 1),

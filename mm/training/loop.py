@@ -14,6 +14,7 @@ from rich.console import Console
 import mm
 from mm.config import to_dict
 from mm.errors import BadSample, CheckpointError, UserError
+from mm.ranks import alone
 from mm.training.checkpoint import Checkpoint, SaveError, latest_checkpoint, open_checkpoint, save_checkpoint
 from mm.training.config import ParallelConfig, TrainConfig
 from mm.training.consumed import ConsumedIds, everyones_ids
@@ -242,7 +243,7 @@ class _Trainer:
         if self.validate is None:
             return
         figures = None
-        with torch.no_grad(), self.stepper.evaluated() as system:
+        with torch.no_grad(), self.stepper.evaluated() as system, alone():
             try:
                 figures = None if system is None else self.validate(system)
             except (UserError, BadSample) as error:  # training must not be lost to what it is measured with

@@ -169,6 +169,7 @@ def test_any_form_that_a_user_has(tmp_path: Path) -> None:
         (np.zeros(5, np.int32), "int32"),
         (np.array(["a"]), "has one dimension"),
         (torch.full((5,), torch.nan), "not finite"),
+        (np.array([0.0, -12_000.0]), "divide 16-bit samples by 32768"),
         ([0.0, 0.1], "not list"),
     ],
 )

@@ -122,6 +122,10 @@ def test_a_recogniser_begins_with_the_pretrained_encoder(speech: str, pretrained
     [one] = transcribe(model, [clip])
     [same] = transcribe(model, [tmp_path / "clip.flac"], beams=8)
     assert (one.audio, one.text) == (str(clip), same.text)
+    (tmp_path / "sounds" / "folder.wav").mkdir(parents=True)
+    (tmp_path / "sounds" / "B.FLAC").write_bytes(flac(3))
+    [found] = transcribe(model, [tmp_path / "sounds"])
+    assert (found.audio, found.text) == (str(tmp_path / "sounds" / "B.FLAC"), same.text)
     measured = evaluate_recognition(model, speech, beams=2)
     assert measured.metrics.keys() == {"wer", "cer", "exact"}
     outcome = CliRunner().invoke(app, ["transcribe", str(tmp_path / "ctc"), str(clip), "--json", str(tmp_path / "t.json")])
@@ -142,6 +146,9 @@ def test_what_does_not_fit_is_told(speech: str, pretrained: Path, tmp_path: Path
         transcribe(str(pretrained), [tmp_path])
     with pytest.raises(UserError, match="does not recognise speech"):
         evaluate_recognition(str(pretrained), speech)
+    for run in (transcribe, evaluate_recognition):
+        with pytest.raises(UserError, match="beams 0: give 1"):
+            run("absent", speech, beams=0)
 
 
 def test_a_share_of_the_labels_is_the_same_everywhere_and_nested(speech: str) -> None:

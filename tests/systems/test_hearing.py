@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from mm.config import validate
 from mm.errors import ConfigError
+from mm.run.config import RunConfig
 from mm.systems.clap import Clap, ClapConfig
 from mm.systems.clap import build as build_clap
 from mm.systems.clip import Clip, ClipConfig
@@ -187,6 +188,16 @@ def test_capabilities_and_modalities() -> None:
 def test_impossible_configurations_stop_early(options: dict[str, object], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         validate(ImagebindConfig, options, "test")
+
+
+@pytest.mark.parametrize("name", ["clap", "imagebind"])
+def test_spectrograms_are_of_the_rate_that_recordings_are_brought_to(name: str) -> None:
+    values = {"system": {"name": name, "audio": AUDIO | {"rate": 8_000}}, "data": {"train": "emoji-speech:train"}}
+    with pytest.raises(ConfigError, match=r"processor\.audio\.rate 16000 and system\.audio\.rate 8000 must be equal"):
+        validate(RunConfig, values, "test")
+    assert validate(RunConfig, values | {"processor": {"audio": {"rate": 8_000}}}, "test").system.audio_rate == 8_000
+    waves = {"system": {"name": name, "audio": WAVES}, "processor": {"audio": {"rate": 8_000}}}
+    assert validate(RunConfig, values | waves, "test").system.audio_rate is None
 
 
 def test_a_hub_of_another_kind_is_refused() -> None:

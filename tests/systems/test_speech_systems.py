@@ -11,6 +11,7 @@ import torch
 from mm.errors import ConfigError
 from mm.hub import Model, load, save
 from mm.media.audio import AudioSpec
+from mm.nn.product_quantize import ProductQuantizer
 from mm.processor import Processor, padded
 from mm.systems import build, read_system
 from mm.systems.wav2vec2 import Wav2Vec2, contrast
@@ -83,7 +84,7 @@ def test_pretraining_learns_its_batch_and_every_parameter() -> None:
     first = system.loss(batch, 0)
     first.total.backward()
     assert not [name for name, p in system.named_parameters() if p.grad is None or not p.grad.any()]
-    assert set(first.parts) == {"contrastive", "accuracy", "code_use", "features"}
+    assert set(first.parts) == {"contrastive", "accuracy", "code_use", "code_spread", "features"}
     learn(system, batch, 120)
     torch.manual_seed(1)
     assert system.loss(batch, 0).parts["contrastive"] < 0.6 * first.parts["contrastive"]
@@ -127,9 +128,21 @@ def test_codes_that_are_all_the_same_cost_nothing_unless_twins_count() -> None:
     hidden, logits = torch.ones(1, 6, dtype=torch.bool), torch.ones(1, 6, 6)
     negatives = torch.arange(6).roll(1)[None, :, None].expand(1, 6, 3)
     ignored, _ = contrast(logits, torch.zeros(1, 6, 2, dtype=torch.int64), hidden, negatives)
-    counted, _ = contrast(logits, None, hidden, negatives)
+    counted, accuracy = contrast(logits, None, hidden, negatives)
     assert float(ignored) == 0
     assert float(counted) == pytest.approx(math.log(4))
+    assert float(accuracy) == 0, "nothing is told apart where all are alike"
+
+
+def test_codes_in_use_are_not_those_that_undecided_frames_might_draw() -> None:
+    torch.manual_seed(0)
+    quantizer = ProductQuantizer(3, groups=2, codes=8, width=4).train()
+    with torch.no_grad():
+        quantizer.logits.weight.zero_()
+        quantizer.logits.bias.copy_(0.01 * torch.arange(16.0))  # each frame of each codebook leans to the last code
+    found = quantizer(torch.randn(2, 50, 3), torch.ones(2, 50, dtype=torch.bool))
+    assert float(found.perplexity.detach()) == pytest.approx(16, rel=1e-2)
+    assert float(found.used.detach()) == pytest.approx(2, rel=1e-3)
 
 
 def test_recordings_too_short_for_a_span_cost_nothing() -> None:
@@ -191,3 +204,5 @@ def test_vocabulary_and_settings() -> None:
     assert config.text_limits == (50, 256)
     assert config.hears
     assert config.picture_side is None
+    with pytest.raises(ValueError, match="blank 32 must be one of the 32 ids"):
+        Wav2Vec2CtcConfig(blank=32)

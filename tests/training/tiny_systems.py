@@ -1,4 +1,4 @@
-"""The smallest of four kinds of systems, with batches whose texts are as long on each process as its own longest one."""
+"""The smallest of some kinds of systems; on each process texts and recordings are as long as its own longest one."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from mm.systems import build, read_system
-from mm.types import Batch, System, TextBatch
+from mm.types import AudioBatch, Batch, System, TextBatch
 
-ROWS, SIDE, WORDS, LENGTH = 8, 16, 40, 10
+ROWS, SIDE, WORDS, LENGTH, SAMPLES = 8, 16, 40, 10, 900
 
 VIT = {
     "backbone": "vit_tiny_patch16_224",
@@ -51,7 +51,28 @@ SYSTEMS: Mapping[str, Mapping[str, Any]] = {
         "denoiser": {"width": 16, "layers": 2, "heads": 2},
         "caption_dropout": 0.5,
     },
+    "wav2vec2": {
+        "name": "wav2vec2",
+        "audio": {
+            "extractor": "layer_norm",
+            "conv_layers": [[8, 10, 5], [8, 4, 4]],
+            "width": 16,
+            "layers": 1,
+            "heads": 2,
+            "hidden": 16,
+            "position_kernel": 4,
+            "position_groups": 2,
+            "dropout": 0,
+            "projection_dropout": 0,
+            "attention_dropout": 0,
+            "layer_drop": 0,
+        },
+        "objective": {"mask_length": 4, "codes": 8, "code_width": 16, "width": 16, "negatives": 10},
+    },
 }
+
+OF_LIBRARIES = ("wav2vec2",)
+"""Systems whose layers are not the suite's own, so that processes hold all of them."""
 
 
 def tiny(name: str) -> System:
@@ -73,15 +94,22 @@ def global_batch(step: int) -> Batch:
     lengths = torch.randint(3, LENGTH + 1, (ROWS,), generator=generator)
     groups = torch.randint(0, 1000, (ROWS,), generator=generator)
     text = TextBatch(ids.masked_fill(torch.arange(LENGTH) >= lengths[:, None], 0), lengths)
-    return Batch(tuple(f"{step}-{row}" for row in range(ROWS)), image, text, groups)
+    waves, lengths = torch.randn(ROWS, SAMPLES, generator=generator), torch.randint(150, SAMPLES, (ROWS,), generator=generator)
+    audio = AudioBatch(waves * (torch.arange(SAMPLES) < lengths[:, None]), lengths)
+    return Batch(tuple(f"{step}-{row}" for row in range(ROWS)), image, text, groups, audio=audio)
 
 
 def share(batch: Batch, rank: int, size: int) -> Batch:
     """A process's part of it, without padding that no row needs."""
     part = batch[rank * ROWS // size : (rank + 1) * ROWS // size]
     assert part.text is not None
-    longest = int(part.text.lengths.max())
-    return replace(part, text=TextBatch(part.text.ids[:, :longest], part.text.lengths))
+    assert part.audio is not None
+    text, audio = part.text, part.audio
+    return replace(
+        part,
+        text=TextBatch(text.ids[:, : int(text.lengths.max())], text.lengths),
+        audio=AudioBatch(audio.waves[:, : int(audio.lengths.max())], audio.lengths),
+    )
 
 
 class TinyStream:
