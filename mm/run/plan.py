@@ -15,6 +15,7 @@ import torch
 from mm.config import apply_overrides, read_layers
 from mm.data.emoji import MIN_SIZE
 from mm.data.sources import open_training_source
+from mm.data.stream import StreamLoader
 from mm.errors import ConfigError, UserError
 from mm.hub import embed_parts, load_parts, shipped, with_parts
 from mm.media.audio import AudioSpec
@@ -282,6 +283,8 @@ def prepared(config: RunConfig, read_data: bool, notes: list[str]) -> Prepared:
     while time.process_time() - begun < TIMED_SECONDS:
         samples += len(next(batches))
     seconds = time.process_time() - begun
+    if isinstance(run.stream, StreamLoader):  # whose samples cannot be asked for again
+        return Prepared(run.system, batch, InputPipeline(None, samples / seconds))
     source = run.stream.source
     rows = range(0, len(source), max(1, len(source) // READ_SAMPLES))
     stored = [sum(map(len, source.read(row).media.values())) for row in rows]

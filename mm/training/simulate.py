@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
+from mm.placement import blocks
 from mm.training.config import ParallelConfig, TrainConfig
 from mm.training.devices import autocast
 from mm.training.ema import Ema
@@ -28,7 +29,6 @@ from mm.training.layout import Layout
 from mm.training.meter import Cost, Meter, tensors_in
 from mm.training.optim import build_optimizer
 from mm.training.parallel import World
-from mm.placement import blocks
 from mm.types import Batch, System
 
 CPU = torch.device("cpu")
