@@ -1143,6 +1143,20 @@ def convert(
     typer.echo(done)
 
 
+@app.command()
+def remember(
+    model: ModelArgument,
+    data: Annotated[str, typer.Option("--data", metavar="SRC", help="Its captions are remembered.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="New model folder.")],
+) -> None:
+    """Give a model that hears (imagebind) texts known by heart, towards which it then draws what it hears."""
+    from mm.hub import check_folder, load, save
+    from mm.run.memory import remembering
+
+    out = check_folder(out)
+    typer.echo(save(remembering(load(model), data), out))
+
+
 @app.command("export")
 def export_model(
     model: ModelArgument,

@@ -30,6 +30,7 @@ from mm.hub import ASSETS, Model
 from mm.run.captioning import caption
 from mm.run.card import efficiency_rows
 from mm.run.generation import generate
+from mm.run.memory import remembering
 from mm.show import save_picture
 from mm.types import Tokenizes
 
@@ -87,6 +88,7 @@ class Shipment:
         sheet: Draws pictures that show what it does, where there is something to show.
         base: The shipped model that it was trained from; weights that are still its own are not stored again.
         evaluation: How it is measured where nothing else is asked for, by task.
+        remembers: Source of the texts that it knows by heart, see `mm.run.memory`.
     """
 
     summary: str
@@ -101,6 +103,7 @@ class Shipment:
     sheet: Callable[[Model], Image.Image] | None = None
     base: str | None = None
     evaluation: dict[str, Any] = field(default_factory=dict)
+    remembers: str | None = None
 
 
 def reconstructions(model: Model) -> Image.Image:
@@ -340,9 +343,11 @@ SHIPMENTS |= {
             Measurement("retrieval", "emoji-speech:test/core", HEARD_AS_TEXT),
         ),
         seeds=("audio_to_image_r1", "audio_to_image_r10", "audio_to_text_r1"),
+        remembers="emoji:train/core",
         limits="""- The speech is synthetic (espeak-ng), that of the test too, though in an accent it was not trained on; how
   well it hears people was not measured.
 - English alone; what is longer than 2.4 s is cut.
+- What it hears is drawn towards the names of seen core concepts, which it knows by heart: other words are heard less surely.
 - Of concepts whose words are new (`_novel`) it finds what `emoji-clip` finds by the written name, less what is misheard.""",
     ),
 }
@@ -355,7 +360,10 @@ def main() -> None:
     parser.add_argument("--first-stages", nargs="*", type=Path, default=[], help="the runs that they start from")
     arguments = parser.parse_args()
     shipment = SHIPMENTS[arguments.name]
-    models = [rounded(replace(mm.load(run, precision="fp32"), name=arguments.name)) for run in arguments.runs]
+    loaded = [mm.load(run, precision="fp32") for run in arguments.runs]
+    if shipment.remembers:
+        loaded = [remembering(model, shipment.remembers) for model in loaded]
+    models = [rounded(replace(model, name=arguments.name)) for model in loaded]
     validation = [[measure(model) for measure in shipment.validation] for model in models]
     chosen = max(range(len(models)), key=lambda seed: validation[seed][0].metrics[shipment.headline].value)
     test = [[measure(model) for measure in shipment.test] for model in models]
@@ -376,6 +384,10 @@ def main() -> None:
         "seeds": _seeds(shipment, validation, test),
         "licence": "CC-BY-SA-4.0",
     }
+    if shipment.remembers:
+        last = f"runs/{Path(shipment.configs[-1]).stem}"
+        card["command"] += f" && mm remember {last} --data {shipment.remembers} -o {arguments.name}"
+        card["remembers"] = models[chosen].card["remembers"]
     if shipment.evaluation:
         card["evaluation"] = shipment.evaluation
     folder = ASSETS / "models" / arguments.name

@@ -4,8 +4,11 @@ Paper: https://arxiv.org/abs/2305.05665. There the pictures are the hub: every o
 what no pair taught, sound and text, comes out aligned. Here the hub is a whole dual tower, and recordings may be aligned with
 its pictures (``text_weight: 0``, the paper), its texts, or both; a hub that is trained along gives the loss of all pairs.
 
-Deviation: a third objective may draw the vector of a recording towards that of its words (``likeness_weight``), which lets a
-small tower follow a trained text tower also where no batch tells two texts apart.
+Deviations: recordings may follow the directions of texts from the mean of all texts (``queue_size``), which is added again
+where recordings are compared with pictures and texts. A recording may be read by texts known by heart (``memory_size``): its
+vector is drawn towards those that are most like it, as DeCap (https://arxiv.org/abs/2303.03032) brings pictures to texts. A third
+objective may draw the vector of a recording towards that of its words (``likeness_weight``), which lets a small tower follow a
+trained text tower also where no batch tells two texts apart.
 """
 
 from collections.abc import Mapping
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 
 from mm.encoders.audio import LogMelEncoderConfig
 from mm.errors import ConfigError
-from mm.fusion.dual_tower import DualTower
+from mm.fusion.dual_tower import DualTower, unit
 from mm.losses.contrastive import info_nce
 from mm.losses.gather import current_gather
 from mm.losses.groups import lasting_groups
@@ -32,6 +35,12 @@ from mm.systems.prompted import REFERENCE
 from mm.systems.settings import SystemSettings
 from mm.systems.two_towers import projection
 from mm.types import AudioBatch, Batch, Encoded, Losses, System, TextBatch
+
+MEMORY_SCALE = 50.0
+"""Multiplier of the cosines of a recording with the texts known by heart, from their centre, before the softmax."""
+
+MEMORY_SHARE = 0.6
+"""Of what is remembered in a recording's vector; the rest is as it was heard, for texts that are not remembered."""
 
 
 def _kind(value: Any) -> str:
@@ -56,6 +65,7 @@ class ImagebindConfig(SystemSettings):
             them, so that they are as good as those of a larger batch. ``Batch.groups`` must then have lasting meaning. With a
             queue, recordings follow the directions of the hub's vectors from its mean: these lie in a narrow cone, so that
             whoever follows them from the origin mostly learns their mean.
+        memory_size: Number of texts known by heart, which `mm.run.memory.remembering` puts there after training.
         chunk_size: See `mm.systems.clip.ClipConfig`.
     """
 
@@ -67,6 +77,7 @@ class ImagebindConfig(SystemSettings):
     text_weight: float = Field(default=1.0, ge=0)
     likeness_weight: float = Field(default=0.0, ge=0)
     queue_size: int = Field(default=0, ge=0)
+    memory_size: int = Field(default=0, ge=0)
     chunk_size: int | None = Field(default=None, ge=0)
 
     @property
@@ -131,7 +142,14 @@ class Imagebind(System):
         towers: The ``audio`` tower, with a scale for training.
         config: Weights.
         queues: Past vectors by tower of the hub.
+
+    Attributes:
+        centre: The mean from which recordings follow directions, ``(D,)``; zero without queues.
+        memory: Vectors of texts known by heart, ``(M, D)``.
     """
+
+    centre: Tensor
+    memory: Tensor
 
     def __init__(
         self, hub: Clip, towers: DualTower, config: ImagebindConfig, queues: Mapping[str, FeatureQueue] | None = None
@@ -142,6 +160,9 @@ class Imagebind(System):
         self.config = config
         self._queues = dict(queues or {})  # the same modules as below, with their type
         self.queues = nn.ModuleDict(self._queues)
+        width = next(iter(towers.projections.parameters())).shape[0]
+        self.register_buffer("centre", torch.zeros(width))
+        self.register_buffer("memory", torch.zeros(config.memory_size, width))
 
     @property
     def only_for_training(self) -> tuple[str, ...]:
@@ -202,12 +223,30 @@ class Imagebind(System):
         self.towers.clamp_()
         for queue in self._queues.values():
             queue.commit(current_gather())
+        if self._queues:
+            queue = self._queues["text" if "text" in self._queues else "image"]
+            self.centre.copy_(queue.content().features.mean(0))
         if self.config.train_hub:
             self.hub.after_step(step)
 
     def embed_audio(self, audio: AudioBatch) -> Tensor:
         """See `mm.types.Hears`."""
-        return self.towers.embed("audio", audio)
+        heard = self.towers.embed("audio", audio)
+        centre, memory = self.centre.to(heard), self.memory.to(heard)
+        vector = unit(centre + heard)
+        if not len(memory):
+            return vector
+        shares = (MEMORY_SCALE * heard @ unit(memory - centre).T).softmax(1)
+        return unit(torch.lerp(vector, unit(shares @ memory), MEMORY_SHARE))
+
+    @torch.no_grad()
+    def remember(self, texts: Float[Tensor, "m d"]) -> None:
+        """Know texts by heart from now on, in place of what was known.
+
+        Args:
+            texts: Their unit vectors.
+        """
+        self.memory = texts.detach().clone()
 
     def embed_image(self, image: Tensor) -> Tensor:
         """As the hub's."""

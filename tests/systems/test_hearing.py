@@ -168,6 +168,29 @@ def test_queued_texts_are_negatives_seen_from_their_mean() -> None:
     assert system.only_for_training[0] == "queues."
 
 
+def test_what_is_remembered_draws_what_is_heard() -> None:
+    system, data = imagebind(image_weight=0, queue_size=8).train(), batch()
+    assert torch.equal(system.centre, torch.zeros(8))
+    system.loss(data, 0)
+    system.after_step(0)
+    texts = system.embed_text(data.text)
+    torch.testing.assert_close(system.centre, texts.mean(0), atol=1e-6, rtol=0)
+    system.eval()
+    heard = system.towers.embed("audio", data.audio)
+    plain = system.embed_audio(data.audio)
+    torch.testing.assert_close(plain, F.normalize(system.centre + heard, dim=1), atol=1e-6, rtol=0)
+
+    system.remember(texts[:4])
+    read = system.embed_audio(data.audio)
+    torch.testing.assert_close(read.norm(dim=1), torch.ones(6), atol=1e-5, rtol=0)
+    nearest = (heard @ F.normalize(texts[:4] - system.centre, dim=1).T).argmax(1)
+    closer = (read * texts[nearest]).sum(1) - (plain * texts[nearest]).sum(1)
+    assert (closer > 0).all()
+    again = imagebind(image_weight=0, memory_size=4).eval()
+    again.load_state_dict({name: value for name, value in system.state_dict().items() if not name.startswith("queues.")})
+    assert torch.equal(again.embed_audio(data.audio), read)
+
+
 def test_capabilities_and_modalities() -> None:
     assert capabilities(clap()) == {"hears"}
     assert not isinstance(clap(), Embeds)
