@@ -6,9 +6,9 @@ its pictures (``text_weight: 0``, the paper), its texts, or both; a hub that is 
 
 Deviations: recordings may follow the directions of texts from the mean of all texts (``queue_size``), which is added again
 where recordings are compared with pictures and texts. A recording may be read by texts known by heart (``memory_size``): its
-vector is drawn towards those that are most like it, as DeCap (https://arxiv.org/abs/2303.03032) brings pictures to texts. A third
-objective may draw the vector of a recording towards that of its words (``likeness_weight``), which lets a small tower follow a
-trained text tower also where no batch tells two texts apart.
+vector is drawn towards those that are most like it, as DeCap (https://arxiv.org/abs/2303.03032) brings pictures to texts. A
+third objective may draw the vector of a recording towards that of its words (``likeness_weight``), which lets a small tower
+follow a trained text tower also where no batch tells two texts apart.
 """
 
 from collections.abc import Mapping
