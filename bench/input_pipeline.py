@@ -1,4 +1,4 @@
-"""Picture input in one thread: decode and transform against open_clip's, and reading samples against webdataset's reader.
+"""Picture input: decode and transform against open_clip's, reading samples against webdataset's reader, and both together.
 
 Pictures are 500 x 375 JPEG files made here (smooth noise of many scales, as photographs have), brought to 224 pixels by the
 evaluation transform. Both sides start from the bytes of the file. Ours ends in uint8, normalised later on the model's device;
@@ -13,19 +13,22 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import torch
 from harness import Case, arguments_parser, interleaved, report
 from PIL import Image
 from torch import Tensor
 
+from mm.data.loader import Loader
 from mm.data.shards import ShardSource
 from mm.data.write import write_shards
 from mm.media.image import ImageSpec, decode_image, fit_image
-from mm.types import Sample
+from mm.types import Batch, Sample
 
 PICTURES = 24
 SAMPLES = 2000
+LOADED, BATCH = 128, 32
 WIDTH, HEIGHT, SIZE = 500, 375, 224
 
 
@@ -99,13 +102,42 @@ def reading_case(repeats: int) -> Case:
     return Case(label, "webdataset", 1e6 * mine / SAMPLES, 1e6 * theirs / SAMPLES, "us")
 
 
+def loading_cases(repeats: int) -> Iterator[Case]:
+    """Whole batches from shards of pictures: read, decode, transform, collate; ours at random, webdataset's in file order."""
+    import webdataset
+
+    spec, files = ImageSpec(size=SIZE), make_jpegs(PICTURES)
+    theirs, _, _ = open_clip_transform()
+    made = [Sample(f"{i:06d}", {"image": files[i % PICTURES]}, (f"caption {i}",)) for i in range(LOADED)]
+
+    def prepare(sample: Sample, visit: int) -> Tensor:
+        return ours(sample.media["image"], spec)
+
+    def collate(items: list[Tensor], epoch: int) -> Batch:
+        return Batch(tuple(map(str, range(len(items)))), torch.stack(items))
+
+    with tempfile.TemporaryDirectory() as folder:
+        shard = str(write_shards(made, Path(folder))[0])
+        fsspec.filesystem("memory").pipe_file("/bench/0.tar", Path(shard).read_bytes())
+        sources = {"here": ShardSource(shard), "in object storage, cached": ShardSource("memory://bench")}
+        loaders = {place: Loader(source, prepare, collate, batch_size=BATCH, seed=0) for place, source in sources.items()}
+        peer = webdataset.WebDataset(shard, shardshuffle=False).to_tuple("jpg").map_tuple(theirs).batched(BATCH)
+        for place, loader in loaders.items():
+            mine, other = interleaved(
+                lambda of=loader: sum(len(batch) for batch in of.one_epoch()), lambda: sum(len(x) for (x,) in peer), repeats
+            )
+            label = f"whole batches of {BATCH} from shards {place}, no workers"
+            yield Case(label, "webdataset, open_clip", LOADED / mine, LOADED / other, "pictures/s", higher_is_better=True)
+
+
 def main() -> None:
     parser = arguments_parser(__doc__ or "")
     parser.set_defaults(repeats=15)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="webdataset")
-    report([*transform_cases(arguments.repeats), reading_case(arguments.repeats)], arguments.json)
+    cases = [*transform_cases(arguments.repeats), reading_case(arguments.repeats), *loading_cases(arguments.repeats)]
+    report(cases, arguments.json)
 
 
 if __name__ == "__main__":
