@@ -370,3 +370,5 @@ def upload_refused(url: str, data: bytes) -> bool:
     except urllib.error.HTTPError as error:
         with error:
             return error.code == 413
+    except urllib.error.URLError as error:  # the page hung up while it was still being sent to
+        return isinstance(error.reason, BrokenPipeError | ConnectionResetError)

@@ -139,9 +139,10 @@ def test_a_prefix_is_its_formula_whatever_the_mask(mask: str, kv_heads: int) -> 
 @pytest.mark.parametrize("method", METHODS)
 def test_step_by_step_with_a_cache_is_all_at_once(method: str) -> None:
     """Also with positions in tensors, as compiled decoding gives them, and with rotary positions and grouped queries."""
-    net, x = transformer(gated=True, kv_heads=2, rotary=True), sequence()
+    net, x = transformer(gated=True, kv_heads=2, rotary=True), sequence().double()
     tune(net, METHODS[method])
     spread(net)
+    net.double()  # spread weights make large numbers, whose rounding in fp32 is not what is asked about
     expected = net(x, mask=attention_mask(5, causal=True))
     with torch.no_grad():
         caches = net.caches(2, 5)
