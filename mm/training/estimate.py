@@ -41,9 +41,6 @@ MACHINE_SIZE = 8
 NETWORK = 50e9
 """Between machines, bytes/s an accelerator in one direction: 400 Gbit/s."""
 
-HOST_LINK = 25e9
-"""Between an accelerator and its host, bytes/s."""
-
 Data = Literal["ddp", "fsdp"]
 
 
@@ -57,8 +54,7 @@ class Sharing:
         tensor: Processes that compute each layer together.
         pipeline: Processes that each have some of the blocks.
         microbatches: Parts of a batch that follow each other through the pipeline.
-        checkpointing: Whether the backward pass recomputes the blocks.
-        offload_optimizer: Whether the optimizer's state lies in the host's memory.
+        recompute: Whether the backward pass recomputes the blocks.
     """
 
     data: Data = "ddp"
@@ -66,8 +62,7 @@ class Sharing:
     tensor: int = 1
     pipeline: int = 1
     microbatches: int = 1
-    checkpointing: Literal["none", "full"] = "none"
-    offload_optimizer: bool = False
+    recompute: Literal["none", "full"] = "none"
 
     @property
     def model_size(self) -> int:
@@ -77,8 +72,7 @@ class Sharing:
     @property
     def name(self) -> str:
         """What the field calls it."""
-        recompute = " ckpt" if self.checkpointing == "full" else ""
-        return self._axis + recompute + (" offload" if self.offload_optimizer else "")
+        return self._axis + (" ckpt" if self.recompute == "full" else "")
 
     @property
     def _axis(self) -> str:
@@ -200,9 +194,7 @@ def sharings(processes: int, batch_size: int, structure: Structure) -> list[Shar
         parts = max((n for n in range(1, 4 * stages + 1) if samples % n == 0), default=1)
         if stages > 1 and parts >= stages:
             found.append(Sharing(pipeline=stages, microbatches=parts))
-    found += [replace(sharing, checkpointing="full") for sharing in found]
-    if processes > 1:
-        found.append(Sharing(data="fsdp", checkpointing="full", offload_optimizer=True))
+    found += [replace(sharing, recompute="full") for sharing in found]
     return found
 
 
@@ -225,7 +217,7 @@ def recommended(estimates: list[Estimate]) -> Estimate | None:
 
 
 def _simulated(sharing: Sharing, setting: Setting) -> Simulated:
-    return setting.recomputed if sharing.checkpointing == "full" else setting.plain
+    return setting.recomputed if sharing.recompute == "full" else setting.plain
 
 
 def _memory(sharing: Sharing, setting: Setting) -> Memory:
@@ -253,7 +245,7 @@ def _memory(sharing: Sharing, setting: Setting) -> Memory:
     return Memory(
         weights=step.weights * share + gathered,
         averages=step.averages * share,
-        optimizer=0.0 if sharing.offload_optimizer else step.optimizer * share,
+        optimizer=step.optimizer * share,
         gradients=gradients,
         activations=peak - gradients,
     )
@@ -265,7 +257,6 @@ def _seconds(sharing: Sharing, setting: Setting) -> float:
     link = device.link if processes <= MACHINE_SIZE else min(device.link, NETWORK)
     copies = processes // sharing.model_size
     shards = processes // sharing.replicas if sharing.data == "fsdp" else 1
-    total = max(step.weights, 1)
     sent = 0.0
     if sharing.data == "fsdp":
         sent += 3 * _around(shards) * step.weights
@@ -279,8 +270,6 @@ def _seconds(sharing: Sharing, setting: Setting) -> float:
         seconds += 2 * _around(sharing.tensor) * exchanged / device.link
     if sharing.pipeline > 1:
         seconds *= (sharing.microbatches + sharing.pipeline - 1) / sharing.microbatches
-    if sharing.offload_optimizer:
-        seconds += 2 * (step.optimizer + total) / shards / HOST_LINK
     return seconds
 
 

@@ -169,7 +169,6 @@ def test_layouts_share_what_they_say(simulated: Simulated) -> None:
     assert fsdp.weights < ddp.weights
     assert ddp.weights / 4 < tensor.weights < ddp.weights / 3
     assert ddp.weights / 2 < pipeline.weights < ddp.weights
-    assert estimate(Sharing(data="fsdp", offload_optimizer=True), common).memory.optimizer == 0
     assert ddp.activations >= simulated.cost.activations - simulated.gradients
 
 
