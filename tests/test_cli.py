@@ -161,7 +161,7 @@ def test_pack_index_and_train_from_shards_agree(photos: Path, tmp_path: Path) ->
         (["search", "emoji-clip", "--index", "configs"], "exactly one query"),
         (["ground", "emoji-clip", "README.md", "x"], "cannot tell where words are"),
         (["data", "build", "emojis"], "no such embedded data"),
-        (["data", "check", "https://example.org/x.tar"], "needs the package aiohttp"),
+        (["data", "check", "zip::https://example.org/x.tar"], "shards are read from"),
         (["export", "emoji-clip", "--to", "coreml", "-o", "x"], "export to 'coreml'"),
         (["export", "emoji-clip", "--to", "hf", "-o", "x"], "export to huggingface"),
         (["convert", "absent.pt", "-o", "x"], "no such file"),

@@ -203,7 +203,7 @@ def test_quoted_csv_survives(tmp_path, rows):
         ("{}/picz", "not found; did you mean 'pics'"),
         ("{}/pics/0.jpg", "cannot read a '.jpg' file"),
         ("{}/nowhere/x", "its folder does not exist"),
-        ("s3://bucket/x.tar", "needs the package s3fs"),
+        ("ssh://host/x.tar", "shards are read from"),
         ("pipe:cat x", "data.stream"),
         ("emoji", "choose emoji:train"),
         ("{}/empty", "no pictures"),
