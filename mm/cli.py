@@ -1154,7 +1154,7 @@ def remember(
     from mm.run.memory import remembering
 
     out = check_folder(out)
-    typer.echo(save(remembering(load(model), data), out))
+    typer.echo(save(remembering(load(model, device="cpu", precision="fp32"), data), out))
 
 
 @app.command("export")
