@@ -1,8 +1,8 @@
 """Accelerators that trainings are planned for: peak rates, memory, power, and what an hour usually costs.
 
-Rates and memory are the makers' data sheets: dense, without sparsity. Matrix products of fp32 run on the ordinary units, as
-torch has them by default. Prices are what an hour on demand of one device usually cost in November 2025 at specialised clouds
-or, where said, at a large one; they differ twofold between providers and change every few months: give your own.
+Rates and memory are those that the makers give: dense, without sparsity. Matrix products of fp32 run on the ordinary units, as
+torch has them by default. Prices are rough figures for an hour on demand of one device at the providers named, in late 2025.
+They were not read off the providers' pages, differ twofold between them and change every few months: give your own.
 """
 
 import os
@@ -15,7 +15,7 @@ import torch
 
 from mm.errors import UserError
 
-PRICES_OF = "November 2025"
+PRICES_OF = "late 2025, rough and unchecked"
 
 
 @dataclass(frozen=True)
