@@ -85,6 +85,11 @@ class LogMelEncoderConfig(StrictConfig):
             raise ValueError(f"width {self.width} must be a multiple of 2 x heads {self.heads}")
         return self
 
+    @property
+    def wanted_rate(self) -> int:
+        """Samples a second that recordings must have."""
+        return self.rate
+
 
 class LogMel(nn.Module):
     """Log-mel spectrogram, about -1..1.5.
@@ -153,7 +158,7 @@ class LogMelEncoder(nn.Module):
         """Features of recordings; none depends on the others of the batch."""
         x, there = self.spectrogram(audio)
         if self.config.normalise:
-            x = _normalised(x, there)
+            x = normalise_bands(x, there)
         if self.training:
             x = self._masked(x, there.sum(1)) * there[:, None]
         x = x.to(next(self.stem.parameters()).dtype)
@@ -191,7 +196,7 @@ class LogMelEncoder(nn.Module):
         return torch.where(hidden, mean, x)
 
 
-def _normalised(x: Float[Tensor, "b m f"], there: Bool[Tensor, "b f"]) -> Float[Tensor, "b m f"]:
+def normalise_bands(x: Float[Tensor, "b m f"], there: Bool[Tensor, "b f"]) -> Float[Tensor, "b m f"]:
     """Each recording's bands with mean 0 and spread 1 over its frames, zero behind its end."""
     valid, frames = there[:, None], there.sum(1)[:, None, None]
     centred = (x - x.sum(2, keepdim=True) / frames) * valid  # the spectrogram is zero behind the end

@@ -62,7 +62,7 @@ class ClapConfig(SystemSettings):
 
     @property
     def audio_rate(self) -> int | None:
-        return self.audio.rate if isinstance(self.audio, LogMelEncoderConfig) else None
+        return self.audio.wanted_rate
 
     @property
     def text_limits(self) -> tuple[int, int]:

@@ -91,7 +91,7 @@ class ImagebindConfig(SystemSettings):
 
     @property
     def audio_rate(self) -> int | None:
-        return self.audio.rate if isinstance(self.audio, LogMelEncoderConfig) else None
+        return self.audio.wanted_rate
 
     @property
     def learns_pictures(self) -> bool:

@@ -102,6 +102,10 @@ class Wav2Vec2Config(SystemSettings):
     def hears(self) -> bool:
         return True
 
+    @property
+    def audio_rate(self) -> int | None:
+        return self.audio.wanted_rate
+
 
 class Wav2Vec2(System):
     """An encoder in pretraining.
@@ -122,6 +126,10 @@ class Wav2Vec2(System):
             )
             self.code_projection = nn.Linear(objective.code_width, objective.width)
             self.context_projection = nn.Linear(encoder.width, objective.width)
+
+    def cast_(self, dtype: torch.dtype) -> None:
+        """Hold the encoder in another floating type, for inference."""
+        self.encoder.cast_(dtype)
 
     def encode_audio(self, audio: AudioBatch) -> Encoded:
         """Features of recordings, frame by frame; they do not depend on the batch."""

@@ -64,6 +64,10 @@ class Wav2Vec2CtcConfig(SystemSettings):
     def hears(self) -> bool:
         return True
 
+    @property
+    def audio_rate(self) -> int | None:
+        return self.audio.wanted_rate
+
     def with_vocabulary(self, size: int) -> "Wav2Vec2CtcConfig":
         return self.model_copy(update={"vocab_size": size})
 
@@ -98,7 +102,7 @@ class Wav2Vec2Ctc(System):
 
     def cast_(self, dtype: torch.dtype) -> None:
         """Hold the encoder in another floating type, for inference."""
-        self.encoder.to(dtype)
+        self.encoder.cast_(dtype)
 
     def encode_audio(self, audio: AudioBatch) -> Encoded:
         """Features of recordings, frame by frame; they do not depend on the batch."""

@@ -5,7 +5,7 @@ import torch
 import torchaudio
 
 from mm.config import validate
-from mm.encoders.audio import LogMel, LogMelEncoder, LogMelEncoderConfig, _normalised, build_log_mel_encoder
+from mm.encoders.audio import LogMel, LogMelEncoder, LogMelEncoderConfig, build_log_mel_encoder, normalise_bands
 from mm.errors import ConfigError
 from mm.types import AudioBatch, Encoded
 
@@ -62,12 +62,12 @@ def test_features_do_not_depend_on_the_batch(options: dict[str, object], padding
         torch.testing.assert_close(together.tokens[row, :count], alone.tokens[0], atol=5e-6, rtol=1e-4)
 
 
-def test_normalised_bands_forget_loudness_and_how_bands_are_weighed() -> None:
+def testnormalise_bands_bands_forget_loudness_and_how_bands_are_weighed() -> None:
     network = encoder(normalise=True).eval()
     plain, there = network.spectrogram(sounds(16_000, 8_000))
     plain *= 10  # noise differs by less than speech, which the floor would show
-    levels = _normalised(plain + there[:, None] * torch.linspace(-1, 1, 16)[:, None], there)
-    torch.testing.assert_close(levels, _normalised(plain, there), atol=1e-4, rtol=0)
+    levels = normalise_bands(plain + there[:, None] * torch.linspace(-1, 1, 16)[:, None], there)
+    torch.testing.assert_close(levels, normalise_bands(plain, there), atol=1e-4, rtol=0)
     for row, frames in enumerate(there.sum(1).tolist()):
         torch.testing.assert_close(levels[row, :, :frames].mean(1), torch.zeros(16), atol=1e-5, rtol=0)
         assert (levels[row, :, :frames].std(1) - 1).abs().max() < 0.02
