@@ -709,14 +709,25 @@ def transcribe(
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
 ) -> None:
-    """Write down what is said in recordings; longer ones are cut to the beginning that the model takes."""
+    """Write down what is said in recordings of up to half an hour. Exit code 1 when one of several cannot be read."""
     from mm import show
     from mm.run.recognition import transcribe as run_transcribe
 
     show.check_outputs(json_file=json_file)
+    unusable: list[str] = []
     with show.progress_bar("listening") as progress:
-        written = run_transcribe(model, audios, beams=beams, device=device, precision=precision, progress=progress)
-    show.transcripts(written, json_file)
+        written = run_transcribe(
+            model,
+            audios,
+            beams=beams,
+            device=device,
+            precision=precision,
+            progress=progress,
+            on_unusable=unusable.append if len(audios) > 1 or Path(audios[0]).is_dir() else None,
+        )
+    show.transcripts(written, unusable, json_file)
+    if unusable:
+        raise typer.Exit(1)
 
 
 def _decoding(

@@ -135,10 +135,15 @@ class Processor:
         """Several pictures to uint8 ``(B, 3, S, S)``."""
         return torch.stack([self.image(raw) for raw in raws])
 
-    def audio(self, raw: Any) -> Tensor:
-        """One recording (path, bytes of a file, or an array at the model's rate) to a wave ``(T,)``, fp32, always the same."""
+    def audio(self, raw: Any, *, whole: bool = False) -> Tensor:
+        """One recording (path, bytes of a file, or an array at the model's rate) to a wave ``(T,)``, fp32, always the same.
+
+        Args:
+            raw: The recording.
+            whole: Take all of it in place of the beginning; one beyond the limit of half an hour is refused.
+        """
         spec = self.audio_spec
-        return fit_audio(open_audio(raw, spec.rate, max_seconds=spec.max_seconds), spec)
+        return fit_audio(open_audio(raw, spec.rate, max_seconds=None if whole else spec.max_seconds), spec, whole=whole)
 
     def audios(self, raws: Sequence[Any]) -> AudioBatch:
         """Several recordings, filled up with zeros behind their ends."""

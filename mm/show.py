@@ -130,15 +130,17 @@ def captions(written: Sequence[Caption], json_file: Path | None) -> None:
     _write_json(json_file, {"captions": [asdict(one) for one in written]})
 
 
-def transcripts(written: Sequence[Transcript], json_file: Path | None) -> None:
-    """What is said in each recording."""
+def transcripts(written: Sequence[Transcript], unusable: Sequence[str], json_file: Path | None) -> None:
+    """What is said in each recording, and which ones cannot be read, each with the reason."""
     table = Table()
     table.add_column("recording")
     table.add_column("text")
     for one in written:
         table.add_row(Text(one.audio), Text(one.text, style="bold"))
     Console().print(table)
-    _write_json(json_file, {"transcripts": [asdict(one) for one in written]})
+    for reason in unusable:
+        print(f"mm: left out: {reason}", file=sys.stderr)
+    _write_json(json_file, {"transcripts": [asdict(one) for one in written], "left_out": list(unusable)})
 
 
 def grounding(found: Grounding, image: str, view: Tensor, out: Path | None, json_file: Path | None) -> None:

@@ -409,8 +409,14 @@ class Hears(Protocol):
 class Transcribes(Protocol):
     """Systems that write down what is said."""
 
-    def transcribe(self, audio: AudioBatch, *, beams: int = 1) -> list[tuple[int, ...]]:
-        """Token ids of what recording i says, by the most likely path, or with ``beams`` the most likely words."""
+    def transcribe(self, audio: AudioBatch, *, beams: int = 1, window: int | None = None) -> list[tuple[int, ...]]:
+        """Token ids of what recording i says, by the most likely path, or with ``beams`` the most likely words.
+
+        Args:
+            audio: Recordings of any length.
+            beams: Texts that are kept from frame to frame; 1 takes the most likely path.
+            window: Samples that are heard at once of longer recordings, in windows that overlap; None hears all at once.
+        """
         ...
 
 

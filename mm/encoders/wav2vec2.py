@@ -20,7 +20,7 @@ from torchaudio.models import Wav2Vec2Model, wav2vec2_model
 
 from mm.config import StrictConfig
 from mm.draws import Draws
-from mm.encoders.audio import LogMel, normalise_bands
+from mm.encoders.audio import HOP_SECONDS, LogMel, normalise_bands
 from mm.types import AudioBatch, Encoded
 
 CONV_LAYERS = ((512, 10, 5), *[(512, 3, 2)] * 4, *[(512, 2, 2)] * 2)
@@ -89,6 +89,12 @@ class Wav2Vec2EncoderConfig(StrictConfig):
     def wanted_rate(self) -> int | None:
         """Samples a second that recordings must have; None where any will do."""
         return self.rate if self.extractor == "log_mel" else None
+
+    @property
+    def frame_step(self) -> int:
+        """Samples from the beginning of a frame to that of the next one."""
+        strides = math.prod(stride for _, _, stride in self.conv_layers)
+        return strides * round(HOP_SECONDS * self.rate) if self.extractor == "log_mel" else strides
 
     @property
     def receptive_field(self) -> int:

@@ -232,9 +232,9 @@ def without_silence(wave: Float[Tensor, " t"], rate: int) -> Float[Tensor, " u"]
     return wave[max(0, int(heard[0]) - FRAMES_KEPT) * step : (int(heard[-1]) + 1 + FRAMES_KEPT) * step]
 
 
-def fit_audio(wave: Float[Tensor, " t"], spec: AudioSpec) -> Float[Tensor, " t"]:
-    """Cut to the beginning, or repeat, and normalise as ``spec`` says."""
-    wave = wave[: spec.max_samples]
+def fit_audio(wave: Float[Tensor, " t"], spec: AudioSpec, *, whole: bool = False) -> Float[Tensor, " t"]:
+    """Cut to the beginning (unless ``whole``), or repeat, and normalise as ``spec`` says."""
+    wave = wave if whole else wave[: spec.max_samples]
     if spec.repeat and len(wave) < spec.max_samples:
         wave = wave.repeat(-(-spec.max_samples // len(wave)))[: spec.max_samples]
     if spec.normalise:

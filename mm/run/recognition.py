@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mm.data.emoji import MIN_SIZE
 from mm.data.files import is_recording
@@ -15,6 +16,7 @@ from mm.errors import UserError
 from mm.evaluation.metrics import Result
 from mm.evaluation.recognition import recognition
 from mm.hub import Model
+from mm.processor import padded
 from mm.run.evaluation import loaded, refuse_incomplete, stamp, subset_masks
 from mm.run.reading import BATCH_SIZE, evaluation_loader
 from mm.types import AudioBatch, Source, Transcribes
@@ -41,8 +43,9 @@ def transcribe(
     device: str = "auto",
     precision: str = "auto",
     progress: Progress | None = None,
+    on_unusable: Callable[[str], None] | None = None,
 ) -> list[Transcript]:
-    """Write down recordings: of each the beginning that the model takes (``processor.audio.max_seconds``).
+    """Write down recordings of up to half an hour, in windows of what the model takes (``processor.audio.max_seconds``).
 
     Args:
         model: A loaded model or a MODEL reference; it must recognise speech.
@@ -51,9 +54,11 @@ def transcribe(
         device: Where to compute; ``auto`` chooses.
         precision: See `mm.hub.load`.
         progress: Called with (recordings done, in all).
+        on_unusable: Called with what is wrong with a recording that cannot be read, which is left out; None raises instead.
 
     Raises:
-        UserError: The model does not recognise speech, there is no recording, or ``beams`` is below 1.
+        UserError: The model does not recognise speech, there is no recording or none that can be read, or ``beams`` is
+            below 1.
     """
     _checked_beams(beams)
     model = loaded(model, device, precision)
@@ -62,13 +67,35 @@ def transcribe(
     if not raws:
         raise UserError("no recordings to write down")
     found: list[Transcript] = []
-    for start in range(0, len(raws), BATCH_SIZE):
-        part = raws[start : start + BATCH_SIZE]
-        texts = _written(model, model.processor.audios(part), beams)
-        names = (str(raw) if isinstance(raw, str | Path) else f"recording {start + row}" for row, raw in enumerate(part))
-        found += [Transcript(*entry) for entry in zip(names, texts, strict=True)]
-        if progress:
-            progress(len(found), len(raws))
+    window = model.processor.audio_spec.max_samples
+    waiting: list[tuple[str, Tensor]] = []
+
+    def hear() -> None:
+        if waiting:
+            texts = _written(model, padded([wave for _, wave in waiting]), beams, window)
+            found.extend(Transcript(name, text) for (name, _), text in zip(waiting, texts, strict=True))
+        waiting.clear()
+
+    for number, raw in enumerate(raws):
+        name = str(raw) if isinstance(raw, str | Path) else f"recording {number}"
+        try:
+            wave = model.processor.audio(raw, whole=True)
+        except UserError as error:
+            if on_unusable is None:
+                raise
+            on_unusable(str(error))
+            continue
+        finally:
+            if progress:
+                progress(number + 1, len(raws))
+        if len(wave) > window or len(waiting) == BATCH_SIZE:  # a long one alone: the others would be filled up to its length
+            hear()
+        waiting.append((name, wave))
+        if len(wave) > window:
+            hear()
+    hear()
+    if not found:
+        raise UserError("none of the recordings can be read")
     return found
 
 
@@ -145,10 +172,10 @@ def evaluate_recognition(
     )
 
 
-def _written(model: Model, audio: AudioBatch, beams: int) -> list[str]:
+def _written(model: Model, audio: AudioBatch, beams: int, window: int | None = None) -> list[str]:
     system = _recogniser(model)
     with torch.no_grad():
-        found = system.transcribe(audio.to(model.device), beams=beams)
+        found = system.transcribe(audio.to(model.device), beams=beams, window=window)
     return [model.processor.tokenizer.decode(ids) for ids in found]
 
 

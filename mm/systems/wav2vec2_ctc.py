@@ -7,6 +7,7 @@ Deviation: the paper's code draws spans of hidden channels, too.
 """
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -14,12 +15,19 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from mm.encoders.wav2vec2 import Wav2Vec2Encoder, Wav2Vec2EncoderConfig, build_wav2vec2_encoder, span_mask
-from mm.generators.ctc import best_path, prefix_search
+from mm.errors import UserError
+from mm.generators.ctc import at_rests, best_path, prefix_search
 from mm.systems.settings import SystemSettings
 from mm.systems.wav2vec2 import Wav2Vec2
 from mm.types import AudioBatch, Batch, Encoded, Losses, System
+
+WINDOWS_AT_ONCE = 8
+"""Windows of a long recording that are heard as one batch."""
+
+MIN_WINDOW_FRAMES = 6
 
 
 class Wav2Vec2CtcConfig(SystemSettings):
@@ -134,13 +142,40 @@ class Wav2Vec2Ctc(System):
         return Losses(loss)
 
     @torch.no_grad()
-    def transcribe(self, audio: AudioBatch, *, beams: int = 1) -> list[tuple[int, ...]]:
-        """See `mm.types.Transcribes`."""
-        shares, mask = self.log_shares(audio)
-        rows = [row[:count].cpu() for row, count in zip(shares, mask.sum(1).tolist(), strict=True)]
+    def transcribe(self, audio: AudioBatch, *, beams: int = 1, window: int | None = None) -> list[tuple[int, ...]]:
+        """See `mm.types.Transcribes`. Raises `UserError` where a window is shorter than `MIN_WINDOW_FRAMES`."""
+        if window is None or audio.waves.shape[1] <= window:
+            rows = self._rows(audio)
+        else:
+            rows = [self._windowed(wave[:length], window) for wave, length in zip(audio.waves, audio.lengths, strict=True)]
         if beams == 1:
             return [best_path(row, self.config.blank) for row in rows]
-        return [prefix_search(row, beams, self.config.blank)[0][0] for row in rows]
+        parts = ([prefix_search(part, beams, self.config.blank)[0][0] for part in at_rests(r, self.config.blank)] for r in rows)
+        return [tuple(chain.from_iterable(part)) for part in parts]
+
+    def _rows(self, audio: AudioBatch) -> list[Float[Tensor, "n v"]]:
+        """Log-probabilities of each recording's frames."""
+        shares, mask = self.log_shares(audio)
+        return [row[:count].cpu() for row, count in zip(shares, mask.sum(1).tolist(), strict=True)]
+
+    def _windowed(self, wave: Float[Tensor, " t"], window: int) -> Float[Tensor, "n v"]:
+        """The same of a long recording. Of each window the outer sixths, which see little of what is beside them, are left to
+        its neighbours; frames are where they would be without windows."""
+        audio = self.encoder.config
+        frames = (window - audio.receptive_field) // audio.frame_step + 1
+        if frames < MIN_WINDOW_FRAMES:
+            raise UserError(f"a window of {window} samples has {frames} frames; long recordings need {MIN_WINDOW_FRAMES}")
+        margin = frames // 6
+        step = (frames - 2 * margin) * audio.frame_step
+        starts = range(0, max(1, len(wave) - 2 * margin * audio.frame_step), step)
+        windows = [wave[start : start + window] for start in starts]
+        rows: list[Tensor] = []
+        for first in range(0, len(windows), WINDOWS_AT_ONCE):
+            batch = windows[first : first + WINDOWS_AT_ONCE]
+            lengths = torch.tensor([len(part) for part in batch], device=wave.device)
+            rows += self._rows(AudioBatch(pad_sequence(batch, batch_first=True), lengths))
+        last = len(rows) - 1
+        return torch.cat([row[margin if n else 0 : None if n == last else frames - margin] for n, row in enumerate(rows)])
 
     def _shares(self, tokens: Tensor) -> Tensor:
         return self.head(tokens.to(self.head.weight.dtype)).float().log_softmax(-1)

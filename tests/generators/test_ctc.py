@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from mm.generators.ctc import best_path, prefix_search
+from mm.generators.ctc import at_rests, best_path, prefix_search
 
 
 def tokens_of(path: tuple[int, ...], blank: int) -> tuple[int, ...]:
@@ -55,3 +55,14 @@ def test_fewer_beams_keep_the_best_and_no_frame_gives_no_token() -> None:
     assert len(prefix_search(shares, 3, 0)) == 3
     assert prefix_search(shares[:0], 3, 0) == [((), 0.0)]
     assert best_path(shares[:0], 0) == ()
+
+
+def test_a_search_may_stop_where_surely_nothing_is_said() -> None:
+    shares = torch.randn(90, 4, generator=torch.Generator().manual_seed(3)).mul(8).log_softmax(-1)
+    shares[16::17] = torch.tensor([0.0, -50.0, -50.0, -50.0])
+    parts = at_rests(shares, 0, longest=34)
+    assert torch.equal(torch.cat(parts), shares)
+    assert all(len(part) <= 34 and part[-1, 0] == 0 for part in parts[:-1])
+    assert len(parts) > 2
+    found = [prefix_search(part, 200, 0)[0][0] for part in parts]
+    assert sum(found, ()) == prefix_search(shares, 200, 0)[0][0]

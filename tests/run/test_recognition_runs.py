@@ -131,6 +131,21 @@ def test_a_recogniser_begins_with_the_pretrained_encoder(speech: str, pretrained
     outcome = CliRunner().invoke(app, ["transcribe", str(tmp_path / "ctc"), str(clip), "--json", str(tmp_path / "t.json")])
     assert outcome.exit_code == 0, outcome.output
     assert json.loads((tmp_path / "t.json").read_text())["transcripts"][0].keys() == {"audio", "text"}
+    (tmp_path / "sounds" / "bad.wav").write_bytes(b"no sound")
+    outcome = CliRunner().invoke(
+        app, ["transcribe", str(tmp_path / "ctc"), str(tmp_path / "sounds"), "--json", str(tmp_path / "t.json")]
+    )
+    assert outcome.exit_code == 1
+    told = json.loads((tmp_path / "t.json").read_text())
+    assert [one["text"] for one in told["transcripts"]] == [same.text]
+    assert [reason.partition(": not a usable recording")[0] for reason in told["left_out"]] == [
+        str(tmp_path / "sounds" / "bad.wav")
+    ]
+    (tmp_path / "sounds" / "B.FLAC").unlink()
+    with pytest.raises(UserError, match="none of the recordings"):
+        transcribe(model, [tmp_path / "sounds"], on_unusable=lambda _: None)
+    with pytest.raises(UserError, match="unknown format"):
+        transcribe(model, [tmp_path / "sounds"])
     outcome = CliRunner().invoke(
         app, ["eval", "recognition", str(tmp_path / "ctc"), "--data", speech, "--json", str(tmp_path / "e.json")]
     )

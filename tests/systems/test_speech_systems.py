@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mm.errors import ConfigError
+from mm.errors import ConfigError, UserError
 from mm.hub import Model, load, save
 from mm.media.audio import AudioSpec
 from mm.nn.product_quantize import ProductQuantizer
@@ -167,6 +167,27 @@ def test_recognition_writes_down_its_own_batch_in_any_company() -> None:
         assert [tokenizer.decode(ids) for ids in system.transcribe(batch.audio, beams=beams)] == list(WORDS)
         alone = [system.transcribe(padded([spoken(words)]), beams=beams)[0] for words in WORDS]
         assert alone == system.transcribe(batch.audio, beams=beams)
+
+
+@pytest.mark.parametrize("length", [3_000, 3_001, 4_000, 5_555, 9_999])
+def test_windows_of_a_long_recording_meet_frame_by_frame(length: int) -> None:
+    """Without attention a frame sees only its neighbours, so that it is the same in any window that holds them."""
+    system, _, _ = recogniser()
+    system.eval()
+    for layer in system.encoder.trunk.encoder.transformer.layers:
+        for parameter in layer.attention.out_proj.parameters():
+            parameter.data.zero_()
+    wave = 0.3 * torch.randn(length, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        shares, _ = system.log_shares(padded([wave]))
+        torch.testing.assert_close(system._windowed(wave, 3_000), shares[0], atol=1e-5, rtol=1e-5)
+        both = padded([wave, wave[:1_000]])
+        for beams in (1, 4):
+            alone = [system.transcribe(padded([one]), beams=beams)[0] for one in (wave, wave[:1_000])]
+            assert system.transcribe(both, beams=beams, window=3_000) == alone
+            assert all(alone)
+    with pytest.raises(UserError, match="long recordings need 6"):
+        system.transcribe(both, window=300)
 
 
 def test_every_parameter_of_the_recogniser_learns_unless_it_is_held() -> None:
