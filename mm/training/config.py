@@ -18,6 +18,8 @@ class ParallelConfig(StrictConfig):
         tensor: Number of processes that compute each layer of a transformer together, by heads and hidden features.
         pipeline: Number of processes that hold consecutive layers of each transformer.
         microbatches: With a pipeline, parts of a process's batch that are on their way at once.
+        schedule: With a pipeline, whether a stage keeps the activations of all microbatches for the backward pass (``gpipe``), or
+            those of one at a time, computing them again, one forward pass and one backward pass in turn (``1f1b``).
         contrastive: Whether contrastive losses compare with the features of all processes ``gathered`` in each of them, or
             pass them around in a ``ring``, in memory that does not grow with their number; ``auto`` chooses by their size.
         recompute: What the backward pass computes again instead of keeping it: nothing (``none``), all but the results of
@@ -30,6 +32,7 @@ class ParallelConfig(StrictConfig):
     tensor: int = Field(default=1, ge=1)
     pipeline: int = Field(default=1, ge=1)
     microbatches: int = Field(default=1, ge=1)
+    schedule: Literal["gpipe", "1f1b"] = "gpipe"
     contrastive: Literal["auto", "gathered", "ring"] = "auto"
     recompute: Literal["none", "selective", "full"] = "none"
     timeout_seconds: float = Field(default=1800.0, gt=0)
@@ -61,6 +64,8 @@ class ParallelConfig(StrictConfig):
             raise ValueError("pipeline goes with data: ddp; its stages hold layers of their own already")
         if self.microbatches > 1 and self.pipeline == 1:
             raise ValueError("microbatches is for a pipeline; to fit a large batch into memory set train.accumulate")
+        if self.schedule == "1f1b" and self.microbatches == 1:
+            raise ValueError("schedule: 1f1b is for a pipeline of several microbatches; set microbatches, twice the stages or more")
         return self
 
 

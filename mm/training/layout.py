@@ -81,7 +81,7 @@ class Layout:
             if isinstance(part, Follows):
                 part.take_over()
         if self._divide is not None:
-            options = {"microbatches": self._config.microbatches, "recompute": self._config.recompute}
+            options = {name: getattr(self._config, name) for name in ("microbatches", "schedule", "recompute")}
             self._divide(system, stages=self._stages, slices=self._slices, **options)
         if self._mesh is not None:
             _shard(system, self._mesh, self._world.device)

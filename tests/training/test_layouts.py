@@ -34,8 +34,9 @@ LAYOUTS: Mapping[str, Mapping[str, Any]] = {
     "fsdp": {"data": "fsdp"},
     "tensor": {"tensor": 2},
     "pipeline": {"pipeline": 2, "microbatches": 3},
+    "1f1b": {"pipeline": 2, "microbatches": 3, "schedule": "1f1b"},
 }
-HELD = {"ddp": (1.0, 1.0), "fsdp": (0.5, 0.6), "tensor": (0.5, 0.95), "pipeline": (0.5, 0.95)}
+HELD = {"ddp": (1.0, 1.0), "fsdp": (0.5, 0.6), "tensor": (0.5, 0.95), "pipeline": (0.5, 0.95), "1f1b": (0.5, 0.95)}
 """Least and largest share of the trained numbers that one of two processes holds; embeddings and heads are whole with the last
 two."""
 
@@ -137,7 +138,7 @@ def check(cases: Sequence[Case], folder: Path, size: int = 2) -> None:
 
 def test_two_processes_train_like_one(tmp_path: Path) -> None:
     """One system of each kind in one layout of each kind; the others are slow tests."""
-    pairs = zip(("albef", "clip", "dalle", "flow"), LAYOUTS.values(), strict=True)
+    pairs = zip(("albef", "clip", "dalle", "flow", "albef"), LAYOUTS.values(), strict=True)
     check([Case(system, parallel) for system, parallel in pairs], tmp_path)
 
 
