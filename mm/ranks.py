@@ -60,7 +60,9 @@ def alone() -> Iterator[None]:
 
 def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The sum over processes, contiguous and without a graph; numbers of 16 bits are added in fp32 and rounded once."""
-    total = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
+    total = tensor.detach().to(
+        torch.promote_types(tensor.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format
+    )
     dist.all_reduce(total, group=group)
     return total.to(tensor.dtype)
 

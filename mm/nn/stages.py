@@ -224,20 +224,16 @@ class _Pass:
     device: torch.device
     precision: torch.dtype | None
 
-    def compute(
-        self, microbatch: int, rows: slice, arrived: Tensor, shared: Shared, learns: bool
-    ) -> tuple[list[Tensor | None], Tensor]:
+    def compute(self, microbatch: int, rows: slice, arrived: Tensor, shared: Shared, learns: bool) -> tuple[list[Any], Tensor]:
         """Inputs, and the output with a graph from them if any layer ``learns``.
 
         Autocast keeps casts of weights, and those made without a graph must not serve a pass that needs one.
         """
         inputs = (arrived, *(value if value is None else value[rows] for value in shared))
-        leaves = [None if value is None else value.detach().requires_grad_(learns) for value in inputs]
-        precision = torch.autocast(
-            self.device.type, self.precision, enabled=self.precision is not None, cache_enabled=learns
-        )
+        leaves: list[Any] = [None if value is None else value.detach().requires_grad_(learns) for value in inputs]
+        precision = torch.autocast(self.device.type, self.precision, enabled=self.precision is not None, cache_enabled=learns)
         with self.pipeline.draws(self.seed, microbatch, self.device), precision, torch.set_grad_enabled(learns):
-            output = self.run(rows, leaves[0], tuple(leaves[1:]))  # pyright: ignore[reportArgumentType]
+            output = self.run(rows, leaves[0], tuple(leaves[1:]))
             return leaves, output.to(arrived.dtype)
 
 

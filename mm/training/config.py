@@ -18,12 +18,13 @@ class ParallelConfig(StrictConfig):
         tensor: Number of processes that compute each layer of a transformer together, by heads and hidden features.
         pipeline: Number of processes that hold consecutive layers of each transformer.
         microbatches: With a pipeline, parts of a process's batch that are on their way at once.
-        schedule: With a pipeline, whether a stage keeps the activations of all microbatches for the backward pass (``gpipe``), or
-            those of one at a time, computing them again, one forward pass and one backward pass in turn (``1f1b``).
+        schedule: With a pipeline, whether a stage keeps the activations of all microbatches for the backward pass (``gpipe``),
+            or those of one at a time, computing them again, one forward pass and one backward pass in turn (``1f1b``).
         contrastive: Whether contrastive losses compare with the features of all processes ``gathered`` in each of them, or
             pass them around in a ``ring``, in memory that does not grow with their number; ``auto`` chooses by their size.
         recompute: What the backward pass computes again instead of keeping it: nothing (``none``), all but the results of
             matrix products and attention (``selective``), or whole blocks (``full``).
+        offload: Whether the optimizer's state waits on the CPU and comes to the accelerator part by part, when it is needed.
         timeout_seconds: How long a process waits for the others in a step, validation or save before it gives up.
     """
 
@@ -35,6 +36,7 @@ class ParallelConfig(StrictConfig):
     schedule: Literal["gpipe", "1f1b"] = "gpipe"
     contrastive: Literal["auto", "gathered", "ring"] = "auto"
     recompute: Literal["none", "selective", "full"] = "none"
+    offload: bool = False
     timeout_seconds: float = Field(default=1800.0, gt=0)
 
     @property
@@ -65,7 +67,9 @@ class ParallelConfig(StrictConfig):
         if self.microbatches > 1 and self.pipeline == 1:
             raise ValueError("microbatches is for a pipeline; to fit a large batch into memory set train.accumulate")
         if self.schedule == "1f1b" and self.microbatches == 1:
-            raise ValueError("schedule: 1f1b is for a pipeline of several microbatches; set microbatches, twice the stages or more")
+            raise ValueError(
+                "schedule: 1f1b is for a pipeline of several microbatches; set microbatches, twice the stages or more"
+            )
         return self
 
 

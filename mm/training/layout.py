@@ -74,6 +74,11 @@ class Layout:
         """Whether a process has less than the whole network."""
         return self._world.size > 1 and (self._mesh is not None or self._config.model_size > 1)
 
+    @property
+    def offloads(self) -> bool:
+        """Whether the optimizer's state waits on the CPU."""
+        return self._config.offload
+
     def begin(self, system: System) -> None:
         """Give every process the first one's weights, then leave each with its share. Parameters may be other objects then."""
         broadcast_module(system, self._world)
@@ -112,7 +117,8 @@ class Layout:
             return dict(tensors)
         complete = {}
         for name, tensor in tensors.items():
-            value = whole(tensor, like.get(name, tensor))
+            parameter = like.get(name, tensor)
+            value = whole(tensor.to(parameter.device), parameter)
             if self._world.rank < self._config.model_size and not value.is_meta:
                 complete[name] = value.cpu()
         return complete if self._stages.size == 1 else self._from_all_stages(complete, tensors, like)

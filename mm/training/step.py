@@ -20,6 +20,7 @@ from mm.training.devices import autocast, choose_dtype, seed_everything
 from mm.training.ema import Ema
 from mm.training.gradients import backward
 from mm.training.layout import Layout
+from mm.training.offload import step_by_parts
 from mm.training.optim import (
     align_strides,
     build_optimizer,
@@ -157,7 +158,8 @@ class Stepper:
             CheckpointError: When the checkpoint is of another network.
         """
         load_weights(self.system, checkpoint.tensors("model"), str(checkpoint.folder))
-        load_optimizer_tensors(self.optimizer, self.system, checkpoint.tensors("optimizer"))
+        state = checkpoint.tensors("optimizer")
+        load_optimizer_tensors(self.optimizer, self.system, state, offload=self._layout.offloads)
         if self.ema is not None:
             averaged = checkpoint.has("ema")  # the average may have been switched on since
             self.ema.load(checkpoint.tensors("ema" if averaged else "model"), int(checkpoint.state["ema_updates"]))
@@ -178,7 +180,10 @@ class Stepper:
         if not self._strides_checked:
             align_strides(self.optimizer)
             self._strides_checked = True
-        self.optimizer.step()
+        if self._layout.offloads:
+            step_by_parts(self.optimizer)
+        else:
+            self.optimizer.step()
         broadcast_tensors(self._statistics, self._world)
         self.system.after_step(step)
         if self.ema is not None:

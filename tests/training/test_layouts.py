@@ -2,8 +2,7 @@
 
 import functools
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from several import join, run_together
 from tiny_systems import OF_LIBRARIES, SYSTEMS, TinyStream, global_batch, share, tiny
 from torch import Tensor
 from toy_training import newest
@@ -94,19 +94,6 @@ def worker(rank: int, size: int, folder: Path, cases: Sequence[Case]) -> None:
     dist.destroy_process_group()
 
 
-def join(rank: int, size: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=size)
-
-
-def run_together(target: Callable[..., None], folder: Path, *args: Any, size: int = 2) -> None:
-    """Run a function on several processes, with its rank, their number, and a folder that they share."""
-    folder.mkdir(exist_ok=True)
-    torch.multiprocessing.spawn(target, (size, folder, *args), nprocs=size)
-    (folder / "store").unlink(missing_ok=True)
-
-
 def compare(case: Case, folder: Path) -> tuple[float, float, float]:
     """Largest difference to one process of the losses and norms, relative to those above 1, and of weights and averages; and
     the share of the numbers that the first process held."""
@@ -176,7 +163,7 @@ def test_four_processes_in_two_dimensions(tmp_path: Path) -> None:
         {"data": "fsdp", "replicas": 2},
         {"data": "fsdp", "tensor": 2},
         {"tensor": 2, "pipeline": 2},
-        {"pipeline": 2, "microbatches": 2},
+        {"pipeline": 2, "microbatches": 2, "schedule": "1f1b"},
     ]
     cases = [Case(system, parallel) for parallel in layouts for system in ("clip", "albef")]
     check([*cases, Case("clip", {"contrastive": "ring"})], tmp_path, size=4)
