@@ -58,11 +58,15 @@ def alone() -> Iterator[None]:
         set_data_peers(before)
 
 
+def single(tensor: Tensor) -> Tensor:
+    """In fp32 at least, which is what sums over processes are taken in: backends add in the type that is sent."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum over processes, contiguous and without a graph; numbers of 16 bits are added in fp32 and rounded once."""
-    total = tensor.detach().to(
-        torch.promote_types(tensor.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format
-    )
+    """A new tensor without a graph, the sum over processes; numbers of 16 bits are added in fp32 and rounded once."""
+    wide = single(tensor.detach())
+    total = wide.clone(memory_format=torch.contiguous_format) if wide.dtype == tensor.dtype else wide.contiguous()
     dist.all_reduce(total, group=group)
     return total.to(tensor.dtype)
 

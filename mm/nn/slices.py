@@ -6,6 +6,9 @@ part, and one of gradients begins its backward pass. Everything else is computed
 Source: Megatron-LM https://arxiv.org/abs/1909.08053, section 3. Parameters stay plain tensors, not DTensors: keys and values
 (with timm's towers queries, too) share a matrix that no placement of a DTensor cuts by heads, and all that works on plain
 tensors, optimizers and FSDP2 included, goes on to.
+
+What is summed here are activations, in the type that layers compute in: each process's part has been rounded to it already, and
+fp32 would double what is sent at every layer.
 """
 
 from collections.abc import Sequence

@@ -16,6 +16,7 @@ of all microbatches, computes the next one again while it waits for that one's g
 GPipe: https://arxiv.org/abs/1811.06965. Shapes: B samples of a process, M microbatches.
 """  # noqa: E501 - a table
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -38,7 +39,6 @@ Run = Callable[[slice, Tensor, Shared], Tensor]
 """Own layers: rows of the batch, their input, and their part of what all layers read, to the output."""
 
 Schedule = Literal["gpipe", "1f1b"]
-LARGEST_SEED = 1 << 62
 
 
 class Pipeline:
@@ -54,12 +54,20 @@ class Pipeline:
     def __init__(self, peers: Peers, microbatches: int, schedule: Schedule = "gpipe", name: str = "") -> None:
         self.peers, self.microbatches, self.schedule = peers, microbatches, schedule
         self._name = name
+        self._state, self._passes = b"", 0
+
+    def seed(self) -> int:
+        """For what a pass draws: of the generator's state, which stays as it is, and of the passes before in that state."""
+        state = torch.get_rng_state().numpy().tobytes()
+        self._passes = self._passes + 1 if state == self._state else 0
+        self._state = state
+        return derive_seed(zlib.crc32(state), self._name, self._passes)
 
     @contextmanager
     def draws(self, seed: int, microbatch: int, device: torch.device) -> Iterator[None]:
         """Random numbers of this stage's own, the same for the same arguments; afterwards generators are as they were."""
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(derive_seed(seed, self._name, microbatch, self.peers.rank))
+            torch.manual_seed(derive_seed(seed, microbatch, self.peers.rank))
             yield
 
     def layers(self, num_layers: int, stage: int) -> range:
@@ -245,8 +253,7 @@ class _Staged(torch.autograd.Function):
         rank, last, learns = pipeline.peers.rank, pipeline.peers.size - 1, anchor.requires_grad
         kind = x.device.type
         precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        seed = int(torch.randint(LARGEST_SEED, ()))
-        own = _Pass(pipeline, run, seed, x.device, precision)
+        own = _Pass(pipeline, run, pipeline.seed(), x.device, precision)
         ctx.own, ctx.arrived, ctx.graphs = own, [], []
         ctx.save_for_backward(x if rank == 0 else None, *shared)
         result, sent, cuts = torch.empty_like(x, memory_format=torch.contiguous_format), [], pipeline.rows(len(x))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 
 
 def join(rank: int, size: int, folder: Path) -> None:
@@ -18,5 +19,5 @@ def join(rank: int, size: int, folder: Path) -> None:
 def run_together(target: Callable[..., None], folder: Path, *args: Any, size: int = 2) -> None:
     """Run a function on several processes, with its rank, their number, and a folder that they share."""
     folder.mkdir(exist_ok=True)
-    torch.multiprocessing.spawn(target, (size, folder, *args), nprocs=size)
+    spawn(target, (size, folder, *args), nprocs=size)
     (folder / "store").unlink(missing_ok=True)

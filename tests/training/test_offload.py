@@ -78,13 +78,13 @@ def test_an_accelerator_holds_the_state_of_one_part(sharded: bool, small_parts: 
             tensors = [DTensor.from_local(tensor, mesh, [Shard(0)], run_check=False) for tensor in tensors]
         parameters = [nn.Parameter(tensor) for tensor in tensors]
         optimizer = torch.optim.AdamW(parameters, fused=True)
+        seen: list[list[str]] = []
         for step in range(2):
             gradients: list[Any] = [torch.zeros_like(parameter) for parameter in parameters]
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
-            seen: list[list[str]] = []
 
-            def look(*_: Any, step: int = step, seen: list[list[str]] = seen) -> None:
+            def look(*_: Any, step: int = step) -> None:
                 if step:  # the first one makes the state
                     seen.append(places(optimizer, parameters))
 

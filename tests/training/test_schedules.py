@@ -94,8 +94,12 @@ def draws_follow_the_generator(rank: int) -> None:
     x = torch.ones(4, LENGTH, WIDTH)
     state = torch.get_rng_state()
     first, second = (network(x, x) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(())
+    third = network(x, x)
     torch.set_rng_state(state)
     assert torch.equal(network(x, x), first)
+    assert not torch.equal(first, third)
     assert not torch.equal(first, second)
     assert not torch.equal(first[:2], first[2:]), "microbatches draw alike"
 
