@@ -122,15 +122,25 @@ def _cut(layer: nn.Module, names: Sequence[str], split: Split) -> None:
 
 def _share_inputs(peers: Peers, part: nn.Module, args: Any, options: Any) -> tuple[Any, Any]:
     def shared(value: Any) -> Any:
-        return _Shared.apply(value, peers) if isinstance(value, Tensor) and value.requires_grad else value
+        return _share(value, peers) if isinstance(value, Tensor) and value.requires_grad else value
 
     known = ("context",)
     return tuple(map(shared, args)), {name: shared(value) if name in known else value for name, value in options.items()}
 
 
 def _summed_linear(layer: nn.Linear, peers: Peers, input: Tensor) -> Tensor:
-    total = _Summed.apply(F.linear(input, layer.weight), peers)
+    total = _sum(F.linear(input, layer.weight), peers)
     return total if layer.bias is None else total + layer.bias.to(total.dtype)  # pyright: ignore[reportOptionalMemberAccess, reportOperatorIssue]
+
+
+@torch.compiler.disable  # which loses the sums of gradients
+def _share(x: Tensor, peers: Peers) -> Any:
+    return _Shared.apply(x, peers)
+
+
+@torch.compiler.disable
+def _sum(x: Tensor, peers: Peers) -> Any:
+    return _Summed.apply(x, peers)
 
 
 class _Shared(torch.autograd.Function):

@@ -44,6 +44,11 @@ class ParallelConfig(StrictConfig):
         """Processes that share one copy of the network and see the same samples."""
         return self.tensor * self.pipeline
 
+    @property
+    def by_block(self) -> bool:
+        """Whether blocks are gathered, shared out or computed again one by one, which cannot be compiled together."""
+        return self.data == "fsdp" or self.model_size > 1 or self.recompute != "none"
+
     def data_size(self, world_size: int) -> int:
         """Number of parts of the global batch. Raises `ConfigError` for a number of processes that cannot be shared out."""
         if world_size % self.model_size:
@@ -93,7 +98,8 @@ class TrainConfig(StrictConfig):
         clip_norm: Largest global gradient norm; 0 does not clip.
         ema_decay: Decay of the moving average of weights that evaluation uses; 0 keeps no average.
         precision: bf16 autocast or fp32; auto takes bf16 where the hardware computes it.
-        compile: Compile the encoders with torch.compile, with ``parallel.data: fsdp`` block by block.
+        compile: Compile the encoders with torch.compile, whole (true) or each block by itself (``blocks``), which compiles
+            those that are alike once. Where processes share out a network, or blocks are computed again, it is always by block.
         seed: Seed of data order, augmentation, dropout.
         device: Where to train; auto prefers CUDA, then MPS, then CPU.
         checkpoint_every_steps: Save every so many steps; 0 saves by minutes only.
@@ -123,7 +129,7 @@ class TrainConfig(StrictConfig):
     clip_norm: float = Field(default=1.0, ge=0)
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: bool = False
+    compile: bool | Literal["blocks"] = False
     seed: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     checkpoint_every_steps: int = Field(default=0, ge=0)

@@ -44,7 +44,7 @@ NETWORK = 50e9
 """Between machines, bytes/s an accelerator in one direction: 400 Gbit/s."""
 
 HOST = 12e9
-"""Between an accelerator and its machine's memory, bytes/s in one direction: what is left of PCIe where pages are not locked."""
+"""Between an accelerator and the CPU's memory, bytes/s in one direction: a rough share of PCIe's, as pages are not locked."""
 
 Data = Literal["ddp", "fsdp"]
 

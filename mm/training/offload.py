@@ -22,7 +22,7 @@ HOME = torch.device("cpu")
 def step_by_parts(optimizer: torch.optim.Optimizer) -> None:
     """Take an optimizer's step, a part of the parameters with gradients after the other.
 
-    Processes that share parameters may cut them into other parts; what they send each other keeps its order.
+    Processes with pieces of parameters of other sizes have other parts; what steps send keeps the order of parameters.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}

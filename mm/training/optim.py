@@ -53,12 +53,13 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, system: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as tensors named ``PARAMETER:KEY``."""
+    """The optimizer's state as tensors named ``PARAMETER:KEY``, in the order of its groups: all processes gather in one order."""
     names = {id(parameter): name for name, parameter in system.named_parameters()}
     return {
         f"{names[id(parameter)]}:{key}": value
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
 

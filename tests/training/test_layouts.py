@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from several import join, run_together
@@ -19,16 +20,17 @@ from toy_training import weights as checkpoint
 from mm.losses.gather import current_gather
 from mm.nn.parallel import divide
 from mm.systems.albef import Albef
-from mm.training import muon
+from mm.training import muon, offload
 from mm.training.config import ParallelConfig, TrainConfig
 from mm.training.layout import Layout
 from mm.training.loop import TrainResult
 from mm.training.loop import train as train_loop
 from mm.training.parallel import open_world
-from mm.training.step import Stepper
+from mm.training.step import Stepper, compile_parts
 from mm.types import Decoding, System
 
 STEPS = 6
+COMPILE = torch.compile
 LAYOUTS: Mapping[str, Mapping[str, Any]] = {
     "ddp": {},
     "fsdp": {"data": "fsdp"},
@@ -66,6 +68,8 @@ def trained(case: Case, parallel: ParallelConfig) -> tuple[list[dict[str, float]
     with open_world("cpu", parallel) as world:
         layout = Layout(world, parallel, divide)
         stepper = Stepper(tiny(case.system), config(**case.train), world, layout)
+        if world.size > 1 and case.train.get("compile"):
+            compile_parts(stepper.system, by_block=True)
         stepper.system.train()
         curve = []
         for step in range(STEPS):
@@ -78,7 +82,12 @@ def trained(case: Case, parallel: ParallelConfig) -> tuple[list[dict[str, float]
 
 
 def exactly(case: Case) -> None:
-    """Muon's products are in bf16 where the processor has it, which rounding decides about."""
+    """Muon's products are in bf16 where the processor has it, which rounding decides about. Compiled code is left to PyTorch to
+    run, parts of the optimizer's state are small enough for several."""
+    if case.train.get("compile"):
+        torch._dynamo.reset()
+        torch.compile = functools.partial(COMPILE, backend="aot_eager")
+    offload.PART_BYTES = 4096
     if case.train.get("optimizer") == "muon":
         muon.choose_dtype = lambda *_: torch.float32
 
@@ -155,6 +164,19 @@ def test_what_a_step_is_made_of(tmp_path: Path, train: dict[str, Any]) -> None:
 def test_what_is_computed_again(tmp_path: Path, recompute: str) -> None:
     """Gradients come from the same numbers in one process as well."""
     check([Case("albef", {**parallel, "recompute": recompute}) for parallel in LAYOUTS.values()], tmp_path)
+
+
+@pytest.mark.slow
+def test_blocks_are_compiled_in_every_layout(tmp_path: Path) -> None:
+    """Two processes with compiled blocks beside one without."""
+    layouts = [*LAYOUTS.values(), {"data": "fsdp", "recompute": "selective"}]
+    check([Case("dalle", parallel, {"compile": "blocks"}) for parallel in layouts], tmp_path)
+
+
+@pytest.mark.slow
+def test_state_that_waits_on_the_cpu(tmp_path: Path) -> None:
+    cases = [Case("clip", {**parallel, "offload": True}, {"optimizer": "muon"}) for parallel in LAYOUTS.values()]
+    check(cases, tmp_path)
 
 
 @pytest.mark.slow
