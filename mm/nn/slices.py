@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from mm.errors import ConfigError
 from mm.nn.attention import MultiHeadAttention
@@ -133,12 +134,12 @@ def _summed_linear(layer: nn.Linear, peers: Peers, input: Tensor) -> Tensor:
     return total if layer.bias is None else total + layer.bias.to(total.dtype)  # pyright: ignore[reportOptionalMemberAccess, reportOperatorIssue]
 
 
-@torch.compiler.disable  # which loses the sums of gradients
+@_disable_dynamo  # compiled, sums of gradients are lost; torch.compiler.disable would load the compiler at once
 def _share(x: Tensor, peers: Peers) -> Any:
     return _Shared.apply(x, peers)
 
 
-@torch.compiler.disable
+@_disable_dynamo
 def _sum(x: Tensor, peers: Peers) -> Any:
     return _Summed.apply(x, peers)
 

@@ -53,7 +53,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, system: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as tensors named ``PARAMETER:KEY``, in the order of its groups: all processes gather in one order."""
+    """The optimizer's state as tensors named ``PARAMETER:KEY``, in the order of its groups, on all processes alike."""
     names = {id(parameter): name for name, parameter in system.named_parameters()}
     return {
         f"{names[id(parameter)]}:{key}": value
