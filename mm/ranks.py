@@ -58,6 +58,19 @@ def alone() -> Iterator[None]:
         set_data_peers(before)
 
 
+def single(tensor: Tensor) -> Tensor:
+    """In fp32 at least, which is what sums over processes are taken in: backends add in the type that is sent."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """A new tensor without a graph, the sum over processes; numbers of 16 bits are added in fp32 and rounded once."""
+    wide = single(tensor.detach())
+    total = wide.clone(memory_format=torch.contiguous_format) if wide.dtype == tensor.dtype else wide.contiguous()
+    dist.all_reduce(total, group=group)
+    return total.to(tensor.dtype)
+
+
 @dataclass(frozen=True)
 class Split:
     """How a parameter is shared by processes that compute a layer together; a parameter carries it as its attribute ``sliced``.

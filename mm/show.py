@@ -450,7 +450,7 @@ def planned(found: "Plan", json_file: Path | None) -> None:
 def _plan_words(found: "Plan") -> Iterator[str]:
     device = found.device
     price = "no price" if found.price is None else f"about ${found.price:.2f} an hour"
-    yield "states: optimizer, averaged weights; ckpt: the backward pass recomputes blocks"
+    yield "states: optimizer, averaged weights; the backward pass recomputes blocks (ckpt), stages of one microbatch (1f1b)"
     yield (
         f"{device.name}: {device.memory / 1e9:.0f} GB, {device.peak(found.dtype) / 1e12:.3g} TFLOP/s, "
         f"{device.bandwidth / 1e12:.3g} TB/s, {price} ({device.source})"

@@ -3,7 +3,7 @@
 Every rank owns a loss ``L_r``; the global loss is their mean. The backward pass of the gather sums over ranks what each rank's
 loss says about a feature, so its owner receives ``W`` times the global gradient, and averaging the parameters' gradients over
 the ``W`` ranks divides by ``W`` again. Parameters that enter each rank's loss directly, such as ``logit_scale``, come out right
-by the averaging alone.
+by the averaging alone. Sums over ranks are taken in fp32, whatever the type of what is summed.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mm.ranks import data_peers
+from mm.ranks import data_peers, single, sum_over
 
 GATHER_LIMIT = 32 << 20
 """Most bytes of gathered features that the automatic choice holds; losses of more pass blocks around (`mm.losses.ring`)."""
@@ -137,12 +137,11 @@ class _GatherRows(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         num_rows = len(gradient) // gather.world_size
         if dist.get_backend(gather.group) == "nccl":
+            gradient = single(gradient)
             local = gradient.new_empty(num_rows, *gradient.shape[1:])
             dist.reduce_scatter_tensor(local, gradient, group=gather.group)
-            return local, None
-        total = gradient.clone()  # gloo has no reduce-scatter; autograd may still use the incoming tensor elsewhere
-        dist.all_reduce(total, group=gather.group)
-        return total[gather.own(num_rows)], None
+            return local.to(gradients[0].dtype), None
+        return sum_over(gradient, gather.group)[gather.own(num_rows)], None  # gloo has no reduce-scatter
 
 
 class _Exchange(torch.autograd.Function):
@@ -167,12 +166,8 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, gather: Gather) -> Tensor:
         ctx.gather = gather
-        total = local.clone()
-        dist.all_reduce(total, group=gather.group)
-        return total
+        return sum_over(local, gather.group)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        total = gradients[0].clone()
-        dist.all_reduce(total, group=ctx.gather.group)
-        return total, None
+        return sum_over(gradients[0], ctx.gather.group), None

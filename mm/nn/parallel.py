@@ -9,7 +9,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from mm.errors import ConfigError
 from mm.nn.slices import slice_layers
-from mm.nn.stages import stage_layers
+from mm.nn.stages import Schedule, stage_layers
 from mm.placement import blocks
 from mm.ranks import Peers
 from mm.types import Auxiliary
@@ -24,6 +24,7 @@ def divide(
     stages: Peers,
     slices: Peers,
     microbatches: int = 1,
+    schedule: Schedule = "gpipe",
     recompute: Literal["none", "selective", "full"] = "none",
 ) -> None:
     """Cut a network in place; it computes what it did before, together with the others.
@@ -33,6 +34,7 @@ def divide(
         stages: Processes among which layers are shared out.
         slices: Processes among which each layer is shared out.
         microbatches: See `mm.training.config.ParallelConfig`.
+        schedule: See there.
         recompute: See there.
 
     Raises:
@@ -45,7 +47,7 @@ def divide(
             raise ConfigError(
                 "parallel.pipeline: losses of experts do not reach the other stages; set it to 1, or experts to null"
             )
-        stage_layers(network, stages, microbatches)
+        stage_layers(network, stages, microbatches, schedule)
     if recompute != "none":
         recompute_blocks(network, selective=recompute == "selective")
 

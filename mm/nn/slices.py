@@ -6,6 +6,9 @@ part, and one of gradients begins its backward pass. Everything else is computed
 Source: Megatron-LM https://arxiv.org/abs/1909.08053, section 3. Parameters stay plain tensors, not DTensors: keys and values
 (with timm's towers queries, too) share a matrix that no placement of a DTensor cuts by heads, and all that works on plain
 tensors, optimizers and FSDP2 included, goes on to.
+
+What is summed here are activations, in the type that layers compute in: each process's part has been rounded to it already, and
+fp32 would double what is sent at every layer.
 """
 
 from collections.abc import Sequence
@@ -17,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from mm.errors import ConfigError
 from mm.nn.attention import MultiHeadAttention
@@ -119,15 +123,25 @@ def _cut(layer: nn.Module, names: Sequence[str], split: Split) -> None:
 
 def _share_inputs(peers: Peers, part: nn.Module, args: Any, options: Any) -> tuple[Any, Any]:
     def shared(value: Any) -> Any:
-        return _Shared.apply(value, peers) if isinstance(value, Tensor) and value.requires_grad else value
+        return _share(value, peers) if isinstance(value, Tensor) and value.requires_grad else value
 
     known = ("context",)
     return tuple(map(shared, args)), {name: shared(value) if name in known else value for name, value in options.items()}
 
 
 def _summed_linear(layer: nn.Linear, peers: Peers, input: Tensor) -> Tensor:
-    total = _Summed.apply(F.linear(input, layer.weight), peers)
+    total = _sum(F.linear(input, layer.weight), peers)
     return total if layer.bias is None else total + layer.bias.to(total.dtype)  # pyright: ignore[reportOptionalMemberAccess, reportOperatorIssue]
+
+
+@_disable_dynamo  # compiled, sums of gradients are lost; torch.compiler.disable would load the compiler at once
+def _share(x: Tensor, peers: Peers) -> Any:
+    return _Shared.apply(x, peers)
+
+
+@_disable_dynamo
+def _sum(x: Tensor, peers: Peers) -> Any:
+    return _Summed.apply(x, peers)
 
 
 class _Shared(torch.autograd.Function):

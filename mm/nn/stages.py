@@ -1,18 +1,27 @@
 """Pipeline parallelism: each process holds consecutive layers of every stack of layers, and all else like the others.
 
-Parts of the batch pass through the stages one behind the other, forwards and then backwards (GPipe
-https://arxiv.org/abs/1811.06965). Where a stack ends all stages are given its result, so whatever surrounds it, heads, losses
-that couple the whole batch, other stacks, is computed by all alike and needs to know nothing of stages. That is why the order
-is not 1F1B's, which begins backward passes before the forward ones are over: a contrastive loss has no gradient until then.
+Parts of the batch, microbatches, pass through the stages one behind the other. Where a stack ends all stages are given its
+result, so whatever surrounds it, heads, losses that couple the whole batch, other stacks, is computed by all alike and needs to
+know nothing of stages. A contrastive loss has no gradient before all microbatches are through. What a stage keeps until then:
 
-Shapes: B samples of a process, M microbatches.
-"""
+| Schedule | Forward pass keeps           | Backward pass            | Activations at once | Costs |
+|----------|------------------------------|--------------------------|---------------------|-------|
+| gpipe    | all activations              | one backward after the other | of M microbatches | -     |
+| 1f1b     | what arrived at the stage, and the activations of the last microbatch | one forward again, one backward, in turn | of 1 microbatch | M - 1 forward passes of M |
 
+PipeDream's 1F1B (https://arxiv.org/abs/1806.03377, section 3.2) keeps as many microbatches as there are stages behind this one,
+because a microbatch must pass them before its gradient comes back. Here they have been there already: each stage has the inputs
+of all microbatches, computes the next one again while it waits for that one's gradient, and never needs to be further ahead.
+
+GPipe: https://arxiv.org/abs/1811.06965. Shapes: B samples of a process, M microbatches.
+"""  # noqa: E501 - a table
+
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,12 +31,14 @@ from torch.nn.modules.batchnorm import _NormBase
 from mm.errors import ConfigError, UserError
 from mm.nn.masks import EVERYTHING, Mask
 from mm.nn.transformer import Transformer
-from mm.ranks import Peers
+from mm.ranks import Peers, sum_over
 from mm.seeding import derive_seed
 
 Shared = tuple[Tensor | None, ...]
 Run = Callable[[slice, Tensor, Shared], Tensor]
 """Own layers: rows of the batch, their input, and their part of what all layers read, to the output."""
+
+Schedule = Literal["gpipe", "1f1b"]
 
 
 class Pipeline:
@@ -36,22 +47,27 @@ class Pipeline:
     Args:
         peers: The processes, in the order of the layers.
         microbatches: M, fewer for batches of fewer samples.
+        schedule: What is kept for the backward pass, see above.
         name: Of the stack.
     """
 
-    def __init__(self, peers: Peers, microbatches: int, name: str = "") -> None:
-        self.peers, self.microbatches = peers, microbatches
+    def __init__(self, peers: Peers, microbatches: int, schedule: Schedule = "gpipe", name: str = "") -> None:
+        self.peers, self.microbatches, self.schedule = peers, microbatches, schedule
         self._name = name
-        self._drawn_for, self._passes = -1, 0
+        self._state, self._passes = b"", 0
+
+    def seed(self) -> int:
+        """For what a pass draws: of the generator's state, which stays as it is, and of the passes before in that state."""
+        state = torch.get_rng_state().numpy().tobytes()
+        self._passes = self._passes + 1 if state == self._state else 0
+        self._state = state
+        return derive_seed(zlib.crc32(state), self._name, self._passes)
 
     @contextmanager
-    def dropout(self, device: torch.device) -> Iterator[None]:
-        """Random numbers of this stage's own; afterwards generators are as they were, alike on all stages."""
-        seed = torch.initial_seed()
-        self._passes = self._passes + 1 if seed == self._drawn_for else 0
-        self._drawn_for = seed
+    def draws(self, seed: int, microbatch: int, device: torch.device) -> Iterator[None]:
+        """Random numbers of this stage's own, the same for the same arguments; afterwards generators are as they were."""
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(derive_seed(seed, self._name, self._passes, self.peers.rank))
+            torch.manual_seed(derive_seed(seed, microbatch, self.peers.rank))
             yield
 
     def layers(self, num_layers: int, stage: int) -> range:
@@ -97,7 +113,7 @@ class Pipeline:
         return value
 
 
-def stage_layers(network: nn.Module, peers: Peers, microbatches: int) -> None:
+def stage_layers(network: nn.Module, peers: Peers, microbatches: int, schedule: Schedule = "gpipe") -> None:
     """Leave this process its layers of every stack, in place; those of other stages are on the meta device from then on.
 
     Stacks are `Transformer` and the blocks of picture towers. What has fewer layers than there are stages stays whole, as do
@@ -108,7 +124,7 @@ def stage_layers(network: nn.Module, peers: Peers, microbatches: int) -> None:
     """
     found = False
     for name, part in list(network.named_modules()):
-        pipeline = Pipeline(peers, microbatches, name)
+        pipeline = Pipeline(peers, microbatches, schedule, name)
         transformer = isinstance(part, Transformer)
         stack: Any = part.blocks if transformer else part
         sequence = isinstance(part, nn.Sequential) and name.endswith("blocks")
@@ -198,40 +214,81 @@ def _rows(mask: Mask, rows: slice, size: int) -> Mask:
     return replace(mask, allowed=cut(mask.allowed), empty=cut(mask.empty))
 
 
+@dataclass
+class _Pass:
+    """Own layers with all that their results depend on, to compute a microbatch once, or again.
+
+    Args:
+        pipeline: The stages.
+        run: Own layers.
+        seed: Of random draws, alike on all stages.
+        device: Where layers compute.
+        precision: Of autocast; None without it.
+    """
+
+    pipeline: Pipeline
+    run: Run
+    seed: int
+    device: torch.device
+    precision: torch.dtype | None
+
+    def compute(self, microbatch: int, rows: slice, arrived: Tensor, shared: Shared, learns: bool) -> tuple[list[Any], Tensor]:
+        """Inputs, and the output with a graph from them if any layer ``learns``.
+
+        Autocast keeps casts of weights, and those made without a graph must not serve a pass that needs one.
+        """
+        inputs = (arrived, *(value if value is None else value[rows] for value in shared))
+        leaves: list[Any] = [None if value is None else value.detach().requires_grad_(learns) for value in inputs]
+        precision = torch.autocast(self.device.type, self.precision, enabled=self.precision is not None, cache_enabled=learns)
+        with self.pipeline.draws(self.seed, microbatch, self.device), precision, torch.set_grad_enabled(learns):
+            output = self.run(rows, leaves[0], tuple(leaves[1:]))
+            return leaves, output.to(arrived.dtype)
+
+
 class _Staged(torch.autograd.Function):
     """Passes through all stages; own layers have graphs of their own, which the backward pass goes through."""
 
     @staticmethod
     def forward(ctx: Any, pipeline: Pipeline, run: Run, anchor: Tensor, x: Tensor, *shared: Tensor | None) -> Tensor:
-        rank, last = pipeline.peers.rank, pipeline.peers.size - 1
-        ctx.pipeline, ctx.passes, ctx.shared = pipeline, [], shared
-        result, sent = torch.empty_like(x, memory_format=torch.contiguous_format), []
-        with pipeline.dropout(x.device):
-            for rows in pipeline.rows(len(x)):
-                arrived = x[rows] if rank == 0 else pipeline.receive(x[rows], -1)
-                inputs = (arrived, *(value if value is None else value[rows] for value in shared))
-                leaves = [None if value is None else value.detach().requires_grad_(anchor.requires_grad) for value in inputs]
-                with torch.set_grad_enabled(anchor.requires_grad):
-                    output = run(rows, leaves[0], tuple(leaves[1:])).to(x.dtype)  # pyright: ignore[reportArgumentType]
-                if anchor.requires_grad:
-                    ctx.passes.append((rows, leaves, output))
-                if rank < last:
-                    sent.append(pipeline.send(output.detach(), 1))
-                else:
-                    result[rows] = output.detach()
+        rank, last, learns = pipeline.peers.rank, pipeline.peers.size - 1, anchor.requires_grad
+        kind = x.device.type
+        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        own = _Pass(pipeline, run, pipeline.seed(), x.device, precision)
+        ctx.own, ctx.arrived, ctx.graphs = own, [], []
+        ctx.save_for_backward(x if rank == 0 else None, *shared)
+        result, sent, cuts = torch.empty_like(x, memory_format=torch.contiguous_format), [], pipeline.rows(len(x))
+        for microbatch, rows in enumerate(cuts):
+            keeps = learns and (pipeline.schedule == "gpipe" or microbatch == len(cuts) - 1)
+            arrived = x[rows] if rank == 0 else pipeline.receive(x[rows], -1)
+            leaves, output = own.compute(microbatch, rows, arrived, shared, keeps)
+            if keeps:
+                ctx.graphs.append((leaves, output))
+            elif learns and rank:
+                ctx.arrived.append(arrived)
+            if rank < last:
+                sent.append(pipeline.send(output.detach(), 1))
+            else:
+                result[rows] = output.detach()
         for work, _ in sent:
             work.wait()
         return pipeline.from_stage(result, last)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        pipeline: Pipeline = ctx.pipeline
+        own: _Pass = ctx.own
+        pipeline = own.pipeline
         rank, last = pipeline.peers.rank, pipeline.peers.size - 1
+        x, *shared = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         of_input = torch.zeros_like(gradient)
-        of_shared = [None if value is None else torch.zeros_like(value) for value in ctx.shared]
+        of_shared = [None if value is None else torch.zeros_like(value) for value in shared]
         sent = []
-        for rows, leaves, output in reversed(ctx.passes):
+        for microbatch, rows in reversed([*enumerate(pipeline.rows(len(gradient)))]):
+            if ctx.graphs:
+                leaves, output = ctx.graphs.pop()
+            else:
+                arrived = x[rows] if rank == 0 else ctx.arrived.pop()
+                leaves, output = own.compute(microbatch, rows, arrived, tuple(shared), True)
             arrived = gradient[rows] if rank == last else pipeline.receive(gradient[rows], 1)
             if output.requires_grad:
                 torch.autograd.backward(output, arrived)
@@ -245,7 +302,5 @@ class _Staged(torch.autograd.Function):
                     total[rows] = leaf.grad
         for work, _ in sent:
             work.wait()
-        for total in of_shared:
-            if total is not None:
-                dist.all_reduce(total, group=pipeline.peers.group)
+        of_shared = [None if total is None else sum_over(total, pipeline.peers.group) for total in of_shared]
         return None, None, None, pipeline.from_stage(of_input, 0), *of_shared

@@ -47,6 +47,4 @@ class RunConfig(StrictConfig):
         given, wanted = self.processor.audio.rate, self.system.audio_rate
         if wanted not in (None, given):
             raise ValueError(f"processor.audio.rate {given} and system.audio.rate {wanted} must be equal: bands follow from it")
-        if self.train.compile and self.parallel.model_size > 1:
-            raise ValueError("train.compile goes with data parallelism alone; set parallel.tensor and parallel.pipeline to 1")
         return self

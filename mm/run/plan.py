@@ -214,6 +214,7 @@ def plan(
         batch_size=train.batch_size,
         dtype=dtype,
         mfu=mfu,
+        offload=run.parallel.offload,
     )
     found = [estimate(sharing, setting) for sharing in sharings(processes, train.batch_size, parts)]
     return Plan(

@@ -18,10 +18,13 @@ class ParallelConfig(StrictConfig):
         tensor: Number of processes that compute each layer of a transformer together, by heads and hidden features.
         pipeline: Number of processes that hold consecutive layers of each transformer.
         microbatches: With a pipeline, parts of a process's batch that are on their way at once.
+        schedule: With a pipeline, whether a stage keeps the activations of all microbatches for the backward pass (``gpipe``),
+            or those of one at a time, computing them again, one forward pass and one backward pass in turn (``1f1b``).
         contrastive: Whether contrastive losses compare with the features of all processes ``gathered`` in each of them, or
             pass them around in a ``ring``, in memory that does not grow with their number; ``auto`` chooses by their size.
         recompute: What the backward pass computes again instead of keeping it: nothing (``none``), all but the results of
             matrix products and attention (``selective``), or whole blocks (``full``).
+        offload: Whether the optimizer's state waits on the CPU and comes to the accelerator part by part, when it is needed.
         timeout_seconds: How long a process waits for the others in a step, validation or save before it gives up.
     """
 
@@ -30,14 +33,21 @@ class ParallelConfig(StrictConfig):
     tensor: int = Field(default=1, ge=1)
     pipeline: int = Field(default=1, ge=1)
     microbatches: int = Field(default=1, ge=1)
+    schedule: Literal["gpipe", "1f1b"] = "gpipe"
     contrastive: Literal["auto", "gathered", "ring"] = "auto"
     recompute: Literal["none", "selective", "full"] = "none"
+    offload: bool = False
     timeout_seconds: float = Field(default=1800.0, gt=0)
 
     @property
     def model_size(self) -> int:
         """Processes that share one copy of the network and see the same samples."""
         return self.tensor * self.pipeline
+
+    @property
+    def by_block(self) -> bool:
+        """Whether blocks are gathered, shared out or computed again one by one, which cannot be compiled together."""
+        return self.data == "fsdp" or self.model_size > 1 or self.recompute != "none"
 
     def data_size(self, world_size: int) -> int:
         """Number of parts of the global batch. Raises `ConfigError` for a number of processes that cannot be shared out."""
@@ -61,6 +71,10 @@ class ParallelConfig(StrictConfig):
             raise ValueError("pipeline goes with data: ddp; its stages hold layers of their own already")
         if self.microbatches > 1 and self.pipeline == 1:
             raise ValueError("microbatches is for a pipeline; to fit a large batch into memory set train.accumulate")
+        if self.schedule == "1f1b" and self.microbatches == 1:
+            raise ValueError(
+                "schedule: 1f1b is for a pipeline of several microbatches; set microbatches, twice the stages or more"
+            )
         return self
 
 
@@ -84,7 +98,8 @@ class TrainConfig(StrictConfig):
         clip_norm: Largest global gradient norm; 0 does not clip.
         ema_decay: Decay of the moving average of weights that evaluation uses; 0 keeps no average.
         precision: bf16 autocast or fp32; auto takes bf16 where the hardware computes it.
-        compile: Compile the encoders with torch.compile, with ``parallel.data: fsdp`` block by block.
+        compile: Compile the encoders with torch.compile, whole (true) or each block by itself (``blocks``), which compiles
+            those that are alike once. Where processes share out a network, or blocks are computed again, it is always by block.
         seed: Seed of data order, augmentation, dropout.
         device: Where to train; auto prefers CUDA, then MPS, then CPU.
         checkpoint_every_steps: Save every so many steps; 0 saves by minutes only.
@@ -114,7 +129,7 @@ class TrainConfig(StrictConfig):
     clip_norm: float = Field(default=1.0, ge=0)
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: bool = False
+    compile: bool | Literal["blocks"] = False
     seed: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     checkpoint_every_steps: int = Field(default=0, ge=0)

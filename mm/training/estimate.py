@@ -6,13 +6,14 @@
 | fsdp     | a share; whole: one block and the next one, and what is in no block | of its samples | weights twice, gradients |
 | hsdp     | as fsdp, within each of the replicas            | of its samples | the same, and shares of gradients |
 | tensor   | of attention and feed-forward a share           | of these a share | what they give, each way |
-| pipeline | of blocks a share                               | of its blocks, of the microbatches under way | little |
+| pipeline | of blocks a share                               | of its blocks: of all microbatches, in 1f1b of one; and what is outside | little |
 
-Of ddp and fsdp the activations are those of the simulated step; those of tensor and pipeline are scaled from it.
+Of ddp and fsdp the activations are those of the simulated step; those of tensor and pipeline are scaled from it. How much of
+them blocks keep follows from a step that computes them again.
 
 The time is the sum over kernels of what binds each: arithmetic, memory or its launch (the roofline,
 https://doi.org/10.1145/1498765.1498785).
-"""
+"""  # noqa: E501 - a table
 
 import math
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from torch import nn
 from mm.placement import blocks
 from mm.training.hardware import Device
 from mm.training.meter import SPLIT_PARTS, Cost, Phase
+from mm.training.offload import PART_BYTES
 from mm.training.simulate import Simulated, storage_bytes
 
 REACHED_ARITHMETIC, REACHED_BANDWIDTH = 0.7, 0.8
@@ -41,6 +43,9 @@ MACHINE_SIZE = 8
 NETWORK = 50e9
 """Between machines, bytes/s an accelerator in one direction: 400 Gbit/s."""
 
+HOST = 12e9
+"""Between an accelerator and the CPU's memory, bytes/s in one direction: a rough share of PCIe's, as pages are not locked."""
+
 Data = Literal["ddp", "fsdp"]
 
 
@@ -54,6 +59,7 @@ class Sharing:
         tensor: Processes that compute each layer together.
         pipeline: Processes that each have some of the blocks.
         microbatches: Parts of a batch that follow each other through the pipeline.
+        schedule: Whether its stages keep the activations of all of them, or of one at a time, computing them again.
         recompute: Whether the backward pass recomputes the blocks.
     """
 
@@ -62,6 +68,7 @@ class Sharing:
     tensor: int = 1
     pipeline: int = 1
     microbatches: int = 1
+    schedule: Literal["gpipe", "1f1b"] = "gpipe"
     recompute: Literal["none", "full"] = "none"
 
     @property
@@ -79,7 +86,7 @@ class Sharing:
         if self.tensor > 1:
             return f"tensor {self.tensor}"
         if self.pipeline > 1:
-            return f"pipeline {self.pipeline}"
+            return f"pipeline {self.pipeline}" + (" 1f1b" if self.schedule == "1f1b" else "")
         if self.data == "fsdp":
             return "fsdp" if self.replicas == 1 else f"hsdp {self.replicas}"
         return self.data
@@ -95,6 +102,8 @@ class Structure:
 
     Args:
         num_blocks: Repeated parts.
+        num_stacks: Lists of them.
+        num_parts: Attention and feed-forward layers.
         blocks: Bytes of all of them.
         largest: Bytes of the largest one.
         split: Bytes of the attention and feed-forward layers.
@@ -102,6 +111,8 @@ class Structure:
     """
 
     num_blocks: int
+    num_stacks: int
+    num_parts: int
     blocks: int
     largest: int
     split: int
@@ -114,7 +125,15 @@ def structure(network: nn.Module) -> Structure:
     parts = [part for name, part in network.named_modules() if name.rpartition(".")[2] in SPLIT_PARTS]
     heads = [number for part in parts if isinstance(number := getattr(part, "num_heads", None), int)]
     split = storage_bytes(parameter for part in parts for parameter in part.parameters())
-    return Structure(len(sizes), sum(sizes), max(sizes, default=0), split, math.gcd(*heads))
+    return Structure(
+        num_blocks=len(sizes),
+        num_stacks=sum(name.endswith("blocks") for name, _ in network.named_modules()),
+        num_parts=len(parts),
+        blocks=sum(sizes),
+        largest=max(sizes, default=0),
+        split=split,
+        heads=math.gcd(*heads),
+    )
 
 
 @dataclass(frozen=True)
@@ -166,6 +185,7 @@ class Setting:
         batch_size: Samples of a step, over all processes.
         dtype: Of the computations.
         mfu: Share of the peak that is reached; None to estimate it kernel by kernel.
+        offload: Whether the optimizer's state waits on the CPU.
     """
 
     plain: Simulated
@@ -176,6 +196,7 @@ class Setting:
     batch_size: int
     dtype: torch.dtype
     mfu: float | None = None
+    offload: bool = False
 
 
 def sharings(processes: int, batch_size: int, structure: Structure) -> list[Sharing]:
@@ -193,8 +214,8 @@ def sharings(processes: int, batch_size: int, structure: Structure) -> list[Shar
         samples = batch_size * stages // processes
         parts = max((n for n in range(1, 4 * stages + 1) if samples % n == 0), default=1)
         if stages > 1 and parts >= stages:
-            found.append(Sharing(pipeline=stages, microbatches=parts))
-    found += [replace(sharing, recompute="full") for sharing in found]
+            found += [Sharing(pipeline=stages, microbatches=parts, schedule=schedule) for schedule in ("gpipe", "1f1b")]
+    found += [replace(sharing, recompute="full") for sharing in found if sharing.schedule == "gpipe"]
     return found
 
 
@@ -231,13 +252,11 @@ def _memory(sharing: Sharing, setting: Setting) -> Memory:
         share = 1 - parts.split / total * (1 - 1 / sharing.tensor)
     elif sharing.pipeline > 1:
         share = 1 - of_blocks * (1 - 1 / sharing.pipeline)
-    samples = float(sharing.model_size)  # of those that were simulated
-    if sharing.pipeline > 1:
-        under_way = min(sharing.pipeline, sharing.microbatches) / sharing.microbatches
-        samples *= under_way * (1 - of_blocks + of_blocks / sharing.pipeline)
-    gradients = step.gradients * share
-    passed = step.cost.peak("forward", "backward", gradients=share, activations=samples, split=samples / sharing.tensor)
-    updated = step.cost.peak("update", gradients=share, activations=share, split=share)
+    gradients, optimizer, brought = step.gradients * share, step.optimizer * share, 0.0
+    if setting.offload and setting.device.cuda:
+        optimizer, brought = 0.0, optimizer * min(1.0, PART_BYTES / max(1.0, gradients))
+    passed = _passing(sharing, setting, share)
+    updated = step.cost.peak("update", gradients=share, activations=share, split=share) + brought
     averaging = 2 * gradients if setting.processes > 1 else 0.0  # they are sent in one piece
     peak = max(passed, updated, averaging)
     if gathered:
@@ -245,10 +264,29 @@ def _memory(sharing: Sharing, setting: Setting) -> Memory:
     return Memory(
         weights=step.weights * share + gathered,
         averages=step.averages * share,
-        optimizer=step.optimizer * share,
+        optimizer=optimizer,
         gradients=gradients,
         activations=peak - gradients,
     )
+
+
+def _passing(sharing: Sharing, setting: Setting, share: float) -> float:
+    """Most bytes of activations and gradients in forward and backward pass, ``share`` of the gradients being here."""
+    samples = float(sharing.model_size)  # of those that were simulated
+
+    def peak(step: Simulated) -> float:
+        return step.cost.peak("forward", "backward", gradients=share, activations=samples, split=samples / sharing.tensor)
+
+    if sharing.pipeline == 1:
+        return peak(_simulated(sharing, setting))
+    parts, again = setting.structure, peak(setting.recomputed)
+    count, stacks = max(1, parts.num_blocks), parts.num_stacks
+    block = max(0.0, peak(setting.plain) - again) / max(1, count - 1)  # computing again holds one after the other
+    arrived = samples * setting.plain.cost.exchanged / max(1, parts.num_parts)  # at a block, as large as what a part hands on
+    graphs = 1 / sharing.microbatches if sharing.schedule == "1f1b" else 1.0
+    inputs = count * graphs / sharing.pipeline + (stacks if sharing.schedule == "1f1b" else 0) + 1  # and a stack's result
+    kept = 1 / sharing.microbatches if sharing.recompute == "full" else count * graphs / sharing.pipeline
+    return again + block * (kept - 1) + arrived * (min(inputs, count) - count)
 
 
 def _seconds(sharing: Sharing, setting: Setting) -> float:
@@ -264,12 +302,17 @@ def _seconds(sharing: Sharing, setting: Setting) -> float:
         sent += 2 * _around(copies // shards) * step.gradients / shards / sharing.model_size
     backward = _time(step.cost, setting, sharing, "backward")
     update = _time(step.cost, setting, sharing, "update", 1 / shards / sharing.model_size)
-    seconds = _time(step.cost, setting, sharing, "forward") + max(backward, sent / link) + update
+    forward = _time(step.cost, setting, sharing, "forward")
+    seconds = forward + max(backward, sent / link) + update
     if sharing.tensor > 1:
         exchanged = 2 * step.cost.exchanged * sharing.model_size
         seconds += 2 * _around(sharing.tensor) * exchanged / device.link
     if sharing.pipeline > 1:
         seconds *= (sharing.microbatches + sharing.pipeline - 1) / sharing.microbatches
+        if sharing.schedule == "1f1b":
+            seconds += forward * (sharing.microbatches - 1) / sharing.microbatches
+    if setting.offload and device.cuda:
+        seconds += 2 * step.optimizer / shards / sharing.model_size / HOST
     return seconds
 
 

@@ -47,6 +47,7 @@ def cached_backward(
     with _statistics_kept(system):
         for rows in cuts[:-1]:
             generators.append(GeneratorState(device))
+            torch.rand(())  # a state of its own for each slice: stages of a pipeline draw by it, and leave it as it is
             with torch.no_grad(), autocast():
                 represented.append(system.represent(batch[rows]))
     last, auxiliary = _represent(system, batch[cuts[-1]], autocast)

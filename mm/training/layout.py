@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from mm.placement import blocks, is_sharded, local, whole
-from mm.ranks import Peers, set_data_peers
+from mm.ranks import Peers, set_data_peers, single
 from mm.training.config import ParallelConfig
 from mm.training.parallel import World, average_gradients, broadcast_module, gather_json
 from mm.types import CachesGradients, Follows, Losses, System
@@ -74,6 +74,11 @@ class Layout:
         """Whether a process has less than the whole network."""
         return self._world.size > 1 and (self._mesh is not None or self._config.model_size > 1)
 
+    @property
+    def offloads(self) -> bool:
+        """Whether the optimizer's state waits on the CPU."""
+        return self._config.offload
+
     def begin(self, system: System) -> None:
         """Give every process the first one's weights, then leave each with its share. Parameters may be other objects then."""
         broadcast_module(system, self._world)
@@ -81,7 +86,7 @@ class Layout:
             if isinstance(part, Follows):
                 part.take_over()
         if self._divide is not None:
-            options = {"microbatches": self._config.microbatches, "recompute": self._config.recompute}
+            options = {name: getattr(self._config, name) for name in ("microbatches", "schedule", "recompute")}
             self._divide(system, stages=self._stages, slices=self._slices, **options)
         if self._mesh is not None:
             _shard(system, self._mesh, self._world.device)
@@ -112,7 +117,8 @@ class Layout:
             return dict(tensors)
         complete = {}
         for name, tensor in tensors.items():
-            value = whole(tensor, like.get(name, tensor))
+            parameter = like.get(name, tensor)
+            value = whole(tensor.to(parameter.device), parameter)
             if self._world.rank < self._config.model_size and not value.is_meta:
                 complete[name] = value.cpu()
         return complete if self._stages.size == 1 else self._from_all_stages(complete, tensors, like)
@@ -137,14 +143,14 @@ class Layout:
     def _norm(self, parameters: Sequence[Tensor]) -> Tensor:
         """Norm of the whole gradient: squares are added over the processes that hold other parts of a parameter."""
         if all(group.size == 1 for group in (self._shards, self._stages, self._slices)):
-            return get_total_norm(_gradients(parameters))
+            return _total_norm(parameters)
         kinds: dict[tuple[int, int, int], list[Tensor]] = {}
         for p in parameters:
             kind = int(is_sharded(p)), int(hasattr(p, "stage")), int(hasattr(p, "sliced"))  # booleans would be a mask
             kinds.setdefault(kind, []).append(p)
         squares = torch.zeros(2, 2, 2, device=self._world.device)
         for kind, members in kinds.items():
-            squares[kind] = get_total_norm(_gradients(members)).square()
+            squares[kind] = _total_norm(members).square()
         for axis, peers in enumerate((self._shards, self._stages, self._slices)):
             if peers.size > 1:
                 divided = squares.select(axis, 1).clone()
@@ -158,6 +164,11 @@ def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
     return [local(p.grad) for p in parameters if p.grad is not None]
 
 
+def _total_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Of the parts that lie here, in fp32."""
+    return get_total_norm(list(map(single, _gradients(parameters))))
+
+
 def _peers(mesh: Any) -> Peers:
     return Peers(mesh.get_local_rank(), mesh.size(), mesh.get_group())
 
@@ -165,14 +176,17 @@ def _peers(mesh: Any) -> Peers:
 def _shard(system: System, mesh: Any, device: torch.device) -> None:
     """FSDP2: each block a unit that is gathered for its passes, and all else one that stays whole from the first to the last.
 
-    Weights stay in fp32, and gradients are added in fp32: autocast makes what is computed bf16.
+    Weights are gathered as they are, in fp32 but for those that were loaded in 16 bits: autocast makes what is computed bf16.
+    Gradients are added in fp32.
     """
-    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     marks = {name: vars(parameter) for name, parameter in system.named_parameters()}
+    precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for block in blocks(system):
-        fully_shard(block, mesh=mesh)
-    fully_shard(system, mesh=mesh, ignored_params={p for p in system.parameters() if not p.ndim})
+        fully_shard(block, mesh=mesh, mp_policy=precision)
+    ignored = {p for p in system.parameters() if not p.ndim}
+    fully_shard(system, mesh=mesh, mp_policy=precision, ignored_params=ignored)
     for name, parameter in system.named_parameters():
         vars(parameter).update(marks[name])
     for part in system.modules():

@@ -172,7 +172,7 @@ class _Trainer:
         for line in parameter_lines(self.parameters):
             self.tracker.say(line)
         if self.config.compile:
-            compile_parts(self.stepper.system, by_block=self.parallel.data == "fsdp")
+            compile_parts(self.stepper.system, by_block=self.config.compile == "blocks" or self.parallel.by_block)
         self.stepper.system.train()
         stopped = False
         while self.step < self.config.steps and not stopped:

@@ -11,6 +11,7 @@ from mm.errors import CheckpointError
 from mm.placement import is_sharded, own, whole_shape
 from mm.training.config import TrainConfig
 from mm.training.muon import Muon, split_groups
+from mm.training.offload import move_state
 from mm.types import System
 
 
@@ -52,18 +53,27 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, system: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as tensors named ``PARAMETER:KEY``."""
+    """The optimizer's state as tensors named ``PARAMETER:KEY``, in the order of its groups, on all processes alike."""
     names = {id(parameter): name for name, parameter in system.named_parameters()}
     return {
         f"{names[id(parameter)]}:{key}": value
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, system: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, system: nn.Module, tensors: Mapping[str, Tensor], *, offload: bool = False
+) -> None:
     """Restore what `optimizer_tensors` gave. Averages take their parameter's device and strides, as fused kernels require.
+
+    Args:
+        optimizer: Its state is replaced.
+        system: Whose parameters it moves.
+        tensors: By name.
+        offload: Leave averages on the CPU, see `mm.training.offload`.
 
     Raises:
         CheckpointError: When a name or shape does not belong to ``system``.
@@ -81,6 +91,8 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, system: nn.Module, 
             optimizer.state[parameter][key] = torch.empty_like(parameter, dtype=value.dtype).copy_(own(value, parameter))
         else:
             optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
+        if offload:
+            move_state(optimizer, parameter)
 
 
 def align_strides(optimizer: torch.optim.Optimizer) -> None:
@@ -90,4 +102,4 @@ def align_strides(optimizer: torch.optim.Optimizer) -> None:
             continue
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
-                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                state[key] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)

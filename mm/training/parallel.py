@@ -19,7 +19,7 @@ from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.rendezvous import rendezvous
 
 from mm.placement import local
-from mm.ranks import Peers, set_data_peers
+from mm.ranks import Peers, set_data_peers, single
 from mm.training.config import ParallelConfig
 from mm.training.devices import choose_device
 
@@ -110,7 +110,7 @@ def broadcast_module(module: nn.Module, world: World) -> None:
 
 @torch.no_grad()
 def average_gradients(parameters: Sequence[Tensor], world: World, peers: Peers, *, alike: bool = False) -> None:
-    """Replace ``.grad`` by its mean over peers; it stays None where no process has a gradient.
+    """Replace ``.grad`` by its mean over peers, added up in fp32; it stays None where no process has a gradient.
 
     Args:
         parameters: As many on all processes, each cut in the same way among peers.
@@ -135,7 +135,7 @@ def average_gradients(parameters: Sequence[Tensor], world: World, peers: Peers, 
                 missing.append((gradients[-1], count))
     sent = []
     for bucket in _buckets(gradients):
-        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+        flat = single(torch.cat([gradient.reshape(-1) for gradient in bucket]))
         sent.append((bucket, flat, dist.all_reduce(flat, group=peers.group, async_op=True)))
     for bucket, flat, work in sent:
         if work is not None:

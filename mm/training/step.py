@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.draws import sample_seeds
-from mm.errors import CheckpointError
+from mm.errors import CheckpointError, ConfigError
 from mm.placement import blocks, own, whole_shape
 from mm.seeding import derive_seed
 from mm.training.checkpoint import Checkpoint
@@ -20,6 +20,7 @@ from mm.training.devices import autocast, choose_dtype, seed_everything
 from mm.training.ema import Ema
 from mm.training.gradients import backward
 from mm.training.layout import Layout
+from mm.training.offload import step_by_parts
 from mm.training.optim import (
     align_strides,
     build_optimizer,
@@ -36,6 +37,9 @@ from mm.training.parallel import (
 from mm.training.parameters import outermost_parts
 from mm.training.statistics import running_statistics
 from mm.types import Batch, Losses, System
+
+BLOCK_VERSIONS = 64
+"""Of the code of a block that the compiler keeps: blocks of several stacks, each with and without gradients, share it."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,8 @@ class Stepper:
             CheckpointError: When the checkpoint is of another network.
         """
         load_weights(self.system, checkpoint.tensors("model"), str(checkpoint.folder))
-        load_optimizer_tensors(self.optimizer, self.system, checkpoint.tensors("optimizer"))
+        state = checkpoint.tensors("optimizer")
+        load_optimizer_tensors(self.optimizer, self.system, state, offload=self._layout.offloads)
         if self.ema is not None:
             averaged = checkpoint.has("ema")  # the average may have been switched on since
             self.ema.load(checkpoint.tensors("ema" if averaged else "model"), int(checkpoint.state["ema_updates"]))
@@ -178,7 +183,10 @@ class Stepper:
         if not self._strides_checked:
             align_strides(self.optimizer)
             self._strides_checked = True
-        self.optimizer.step()
+        if self._layout.offloads:
+            step_by_parts(self.optimizer)
+        else:
+            self.optimizer.step()
         broadcast_tensors(self._statistics, self._world)
         self.system.after_step(step)
         if self.ema is not None:
@@ -223,11 +231,20 @@ def compile_parts(system: nn.Module, *, by_block: bool = False) -> None:
 
     Args:
         system: In place.
-        by_block: Compile each block by itself instead, for weights that are gathered block by block.
+        by_block: Compile each block by itself instead.
+
+    Raises:
+        ConfigError: There are no blocks.
     """
-    if by_block:
-        for block in blocks(system):
-            block.forward = torch.compile(block.forward)
+    if not by_block:
+        for _, part in outermost_parts(system):
+            part.compile()
         return
-    for _, part in outermost_parts(system):
-        part.compile()
+    found = list(blocks(system))
+    if not found:
+        raise ConfigError("train.compile: this system has no blocks that could be compiled one by one; set it to false")
+    import torch._dynamo  # slow
+
+    torch._dynamo.config.recompile_limit = BLOCK_VERSIONS
+    for block in found:
+        block.forward = torch.compile(block.forward)

@@ -17,7 +17,11 @@ from mm.training.parallel import open_world
 from mm.training.step import Stepper
 
 SAMPLES_APART: Mapping[str, Mapping[str, Any]] = {"ddp": {}, "fsdp": {"data": "fsdp"}}
-NETWORK_APART: Mapping[str, Mapping[str, Any]] = {"tensor": {"tensor": 2}, "pipeline": {"pipeline": 2, "microbatches": 2}}
+NETWORK_APART: Mapping[str, Mapping[str, Any]] = {
+    "tensor": {"tensor": 2},
+    "pipeline": {"pipeline": 2, "microbatches": 2},
+    "1f1b": {"pipeline": 2, "microbatches": 2, "schedule": "1f1b"},
+}
 
 Outcome = tuple[list[float], dict[str, torch.Tensor]]
 

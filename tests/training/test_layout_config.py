@@ -15,6 +15,8 @@ from mm.training.config import ParallelConfig
         ({"replicas": 2}, "replicas is for data: fsdp"),
         ({"microbatches": 4}, "microbatches is for a pipeline"),
         ({"pipeline": 2, "data": "fsdp"}, "pipeline goes with data: ddp"),
+        ({"pipeline": 2, "schedule": "1f1b"}, "1f1b is for a pipeline of several microbatches"),
+        ({"pipeline": 2, "microbatches": 2, "schedule": "interleaved"}, "schedule"),
         ({"tensors": 2}, "tensors"),
         ({"recompute": "some"}, "recompute"),
     ],

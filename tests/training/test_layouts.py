@@ -2,15 +2,16 @@
 
 import functools
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from several import join, run_together
 from tiny_systems import OF_LIBRARIES, SYSTEMS, TinyStream, global_batch, share, tiny
 from torch import Tensor
 from toy_training import newest
@@ -19,23 +20,25 @@ from toy_training import weights as checkpoint
 from mm.losses.gather import current_gather
 from mm.nn.parallel import divide
 from mm.systems.albef import Albef
-from mm.training import muon
+from mm.training import muon, offload
 from mm.training.config import ParallelConfig, TrainConfig
 from mm.training.layout import Layout
 from mm.training.loop import TrainResult
 from mm.training.loop import train as train_loop
 from mm.training.parallel import open_world
-from mm.training.step import Stepper
+from mm.training.step import Stepper, compile_parts
 from mm.types import Decoding, System
 
 STEPS = 6
+COMPILE = torch.compile
 LAYOUTS: Mapping[str, Mapping[str, Any]] = {
     "ddp": {},
     "fsdp": {"data": "fsdp"},
     "tensor": {"tensor": 2},
     "pipeline": {"pipeline": 2, "microbatches": 3},
+    "1f1b": {"pipeline": 2, "microbatches": 3, "schedule": "1f1b"},
 }
-HELD = {"ddp": (1.0, 1.0), "fsdp": (0.5, 0.6), "tensor": (0.5, 0.95), "pipeline": (0.5, 0.95)}
+HELD = {"ddp": (1.0, 1.0), "fsdp": (0.5, 0.6), "tensor": (0.5, 0.95), "pipeline": (0.5, 0.95), "1f1b": (0.5, 0.95)}
 """Least and largest share of the trained numbers that one of two processes holds; embeddings and heads are whole with the last
 two."""
 
@@ -65,6 +68,8 @@ def trained(case: Case, parallel: ParallelConfig) -> tuple[list[dict[str, float]
     with open_world("cpu", parallel) as world:
         layout = Layout(world, parallel, divide)
         stepper = Stepper(tiny(case.system), config(**case.train), world, layout)
+        if world.size > 1 and case.train.get("compile"):
+            compile_parts(stepper.system, by_block=True)
         stepper.system.train()
         curve = []
         for step in range(STEPS):
@@ -77,7 +82,12 @@ def trained(case: Case, parallel: ParallelConfig) -> tuple[list[dict[str, float]
 
 
 def exactly(case: Case) -> None:
-    """Muon's products are in bf16 where the processor has it, which rounding decides about."""
+    """Muon's products are in bf16 where the processor has it, which rounding decides about. Compiled code is left to PyTorch to
+    run, parts of the optimizer's state are small enough for several."""
+    if case.train.get("compile"):
+        torch._dynamo.reset()
+        torch.compile = functools.partial(COMPILE, backend="aot_eager")
+    offload.PART_BYTES = 4096
     if case.train.get("optimizer") == "muon":
         muon.choose_dtype = lambda *_: torch.float32
 
@@ -91,19 +101,6 @@ def worker(rank: int, size: int, folder: Path, cases: Sequence[Case]) -> None:
             (folder / f"{case_name(case)}.json").write_text(json.dumps({"curve": curve, "held": held}))
             save_file(tensors, folder / f"{case_name(case)}.safetensors")
     dist.destroy_process_group()
-
-
-def join(rank: int, size: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=size)
-
-
-def run_together(target: Callable[..., None], folder: Path, *args: Any, size: int = 2) -> None:
-    """Run a function on several processes, with its rank, their number, and a folder that they share."""
-    folder.mkdir(exist_ok=True)
-    torch.multiprocessing.spawn(target, (size, folder, *args), nprocs=size)
-    (folder / "store").unlink(missing_ok=True)
 
 
 def compare(case: Case, folder: Path) -> tuple[float, float, float]:
@@ -137,7 +134,7 @@ def check(cases: Sequence[Case], folder: Path, size: int = 2) -> None:
 
 def test_two_processes_train_like_one(tmp_path: Path) -> None:
     """One system of each kind in one layout of each kind; the others are slow tests."""
-    pairs = zip(("albef", "clip", "dalle", "flow"), LAYOUTS.values(), strict=True)
+    pairs = zip(("albef", "clip", "dalle", "flow", "albef"), LAYOUTS.values(), strict=True)
     check([Case(system, parallel) for system, parallel in pairs], tmp_path)
 
 
@@ -170,12 +167,25 @@ def test_what_is_computed_again(tmp_path: Path, recompute: str) -> None:
 
 
 @pytest.mark.slow
+def test_blocks_are_compiled_in_every_layout(tmp_path: Path) -> None:
+    """Two processes with compiled blocks beside one without."""
+    layouts = [*LAYOUTS.values(), {"data": "fsdp", "recompute": "selective"}]
+    check([Case("dalle", parallel, {"compile": "blocks"}) for parallel in layouts], tmp_path)
+
+
+@pytest.mark.slow
+def test_state_that_waits_on_the_cpu(tmp_path: Path) -> None:
+    cases = [Case("clip", {**parallel, "offload": True}, {"optimizer": "muon"}) for parallel in LAYOUTS.values()]
+    check(cases, tmp_path)
+
+
+@pytest.mark.slow
 def test_four_processes_in_two_dimensions(tmp_path: Path) -> None:
     layouts = [
         {"data": "fsdp", "replicas": 2},
         {"data": "fsdp", "tensor": 2},
         {"tensor": 2, "pipeline": 2},
-        {"pipeline": 2, "microbatches": 2},
+        {"pipeline": 2, "microbatches": 2, "schedule": "1f1b"},
     ]
     cases = [Case(system, parallel) for parallel in layouts for system in ("clip", "albef")]
     check([*cases, Case("clip", {"contrastive": "ring"})], tmp_path, size=4)

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from toy_training import ToyClip, ToyStream, make, toy_config
 
 from mm.training.devices import autocast
 from mm.training.energy import Estimate, Rapl, Sum, energy_meter
+from mm.training.estimate import Estimate as Planned
 from mm.training.estimate import Setting, Sharing, estimate, recommended, sharings, structure
 from mm.training.gradients import backward
 from mm.training.hardware import DEVICES, Device
@@ -172,12 +174,33 @@ def test_layouts_share_what_they_say(simulated: Simulated) -> None:
     assert ddp.activations >= simulated.cost.activations - simulated.gradients
 
 
+def test_stages_of_a_pipeline_hold_what_their_schedule_says(simulated: Simulated, batch: Batch) -> None:
+    common = setting(simulated, 4, recomputed=simulate(Deep(), batch, toy_config(), torch.float32, recompute=True))
+
+    def held(**changes: Any) -> Planned:
+        return estimate(Sharing(pipeline=4, **changes), common)
+
+    gpipe, more = held(microbatches=4), held(microbatches=8)
+    alternating, finer = (held(microbatches=count, schedule="1f1b") for count in (4, 8))
+    assert gpipe.memory.activations == more.memory.activations > 2 * alternating.memory.activations
+    assert alternating.memory.activations > finer.memory.activations
+    assert gpipe.seconds < alternating.seconds < 1.5 * gpipe.seconds
+
+
+def test_offloaded_state_costs_time_not_memory(simulated: Simulated) -> None:
+    here, there = (estimate(Sharing(), setting(simulated, 4, offload=offload)) for offload in (False, True))
+    assert there.memory.optimizer == 0 < here.memory.optimizer
+    assert there.memory.total < here.memory.total
+    assert there.seconds == pytest.approx(here.seconds + 2 * simulated.optimizer / 12e9)
+
+
 def test_layouts_that_exist(simulated: Simulated) -> None:
     parts = structure(Deep())
     assert (parts.num_blocks, parts.heads) == (6, 4)
     assert [one.name for one in sharings(1, ROWS, parts)] == ["ddp", "ddp ckpt"]
     names = [one.name for one in sharings(4, 64, parts)]
-    assert names[:5] == ["ddp", "fsdp", "hsdp 2", "tensor 4", "pipeline 4"]
+    assert names[:6] == ["ddp", "fsdp", "hsdp 2", "tensor 4", "pipeline 4", "pipeline 4 1f1b"]
+    assert len(names) == 11, "1f1b computes again already"
     assert all(one.settings() == {} or "data" in one.settings() or one.model_size > 1 for one in sharings(4, 64, parts)[:5])
 
 

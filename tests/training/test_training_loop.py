@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from toy_training import ToyClip, ToyRegression, ToyStream, assert_same_run, lines, make, newest, toy_config, weights
 
-from mm.errors import CheckpointError, DataError, UserError
+from mm.errors import CheckpointError, ConfigError, DataError, UserError
 from mm.training.loop import TrainResult, train
 from mm.training.tracking import Event
 from mm.types import Batch, Losses, System
@@ -259,6 +259,11 @@ def test_compiled_training_learns_the_same(tmp_path: Path) -> None:
     run_toy(tmp_path / "compiled", steps=5, compile=True)
     for name, tensor in weights(tmp_path / "eager")["model"].items():
         assert torch.allclose(tensor, weights(tmp_path / "compiled")["model"][name], rtol=1e-3, atol=1e-4), name
+
+
+def test_what_has_no_blocks_is_not_compiled_by_block(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.compile: this system has no blocks"):
+        run_toy(tmp_path, compile="blocks")
 
 
 def test_a_validation_that_fails_costs_a_warning_not_the_run(tmp_path: Path) -> None:
