@@ -25,10 +25,10 @@ from mm.run.training import assemble, load_run_config
 from mm.systems import build
 from mm.training.config import TrainConfig
 from mm.training.devices import choose_dtype
-from mm.training.estimate import Estimate, Setting, estimate, recommended, sharings, structure
+from mm.training.estimate import Estimate, Setting, estimate, reasons, recommended, sharings, structure
 from mm.training.hardware import PRICES_OF, Device, find_device
 from mm.training.parameters import count_parameters
-from mm.training.simulate import Simulated, simulate
+from mm.training.simulate import Recompute, Simulated, simulate
 from mm.types import AudioBatch, Batch, System, TextBatch
 
 MAX_PROCESSES = 65_536
@@ -71,6 +71,7 @@ class Plan:
         optimizer_flops: Of a step.
         estimates: All layouts, the simplest first.
         recommended: One that fits, or None.
+        reasons: Why that one.
         input: What it takes to feed it.
         price: Dollars an hour of one device; None where nobody knows.
         notes: What was assumed.
@@ -88,6 +89,7 @@ class Plan:
     optimizer_flops: float
     estimates: tuple[Estimate, ...]
     recommended: Estimate | None
+    reasons: tuple[str, ...]
     input: InputPipeline
     price: float | None
     notes: tuple[str, ...]
@@ -127,6 +129,7 @@ class Plan:
             },
             "layouts": [self._layout(one) for one in self.estimates],
             "recommended": None if self.recommended is None else self.recommended.sharing.settings(),
+            "reasons": list(self.reasons),
             "input": asdict(self.input)
             | {
                 "samples_per_second": self.best.samples_per_second,
@@ -151,6 +154,7 @@ class Plan:
             "step_seconds": one.seconds,
             "samples_per_second": one.samples_per_second,
             "mfu": one.mfu,
+            "time": dict(one.shares),
             "hours": self.hours(one),
             "dollars": self.dollars(one),
             "kilowatt_hours": self.kilowatt_hours(one),
@@ -201,13 +205,15 @@ def plan(
     ready = prepared(run, read_data, notes)
     batch = resized(ready.batch, train.batch_size // processes)
 
-    def step(recompute: bool) -> Simulated:
+    def step(recompute: Recompute) -> Simulated:
         return simulate(ready.system, batch, train, dtype, like_cuda=kind.cuda, recompute=recompute, remembers=remembers(run))
 
-    parts, plain = structure(ready.system), step(False)
+    parts = structure(ready.system, processes)
+    layouts = sharings(processes, train.batch_size, parts)
+    steps = {way: step(way) for way in dict.fromkeys(sharing.recompute for sharing in layouts)}
+    plain = steps["none"]
     setting = Setting(
-        plain=plain,
-        recomputed=step(True) if parts.num_blocks else plain,
+        steps=steps,
         structure=parts,
         device=kind,
         processes=processes,
@@ -215,7 +221,7 @@ def plan(
         dtype=dtype,
         mfu=mfu,
     )
-    found = [estimate(sharing, setting) for sharing in sharings(processes, train.batch_size, parts)]
+    found = [estimate(sharing, setting) for sharing in layouts]
     return Plan(
         name=Path(config).stem,
         system=run.system.name,
@@ -229,6 +235,7 @@ def plan(
         optimizer_flops=plain.cost.flops("update"),
         estimates=tuple(found),
         recommended=recommended(found),
+        reasons=tuple(reasons(found, kind)),
         input=ready.input,
         price=kind.price if price is None else price,
         notes=tuple(notes),

@@ -6,19 +6,19 @@ the network's own output gets some value that is possible: every condition holds
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import checkpoint
 
+from mm.nn.parallel import recompute_blocks
 from mm.placement import blocks
 from mm.training.config import ParallelConfig, TrainConfig
 from mm.training.devices import autocast
@@ -32,6 +32,7 @@ from mm.training.parallel import World
 from mm.types import Batch, System
 
 CPU = torch.device("cpu")
+Recompute = Literal["none", "selective", "full"]
 
 _aten = torch.ops.aten
 _INDEXING = (
@@ -58,6 +59,10 @@ class Simulation(Meter):
         packet = func._overloadpacket
         if packet in _INDEXING:
             args = (args[0], _numbered(args[1]), *args[2:])
+        elif packet is _aten.bincount and len(args) > 2 and args[2]:
+            args = (args[0] % args[2], *args[1:])
+        elif packet is _aten._ctc_loss:
+            return _ctc(*args[:4])
         elif packet is _aten._local_scalar_dense and isinstance(args[0], FakeTensor):
             return 1.0
         result = super().call(func, args, kwargs)
@@ -77,6 +82,12 @@ class CudaAutocast(TorchFunctionMode):
         if getattr(func, "__name__", "") in CUDA_SINGLE and torch.is_autocast_enabled("cpu"):
             args, options = tuple(map(_single, args)), {name: _single(value) for name, value in options.items()}
         return func(*args, **options)
+
+
+def _as_on_cuda(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What is computed again in a backward pass is outside of all function modes."""
+    with CudaAutocast():
+        return forward(*args, **kwargs)
 
 
 def without_data(system: System) -> System:
@@ -124,7 +135,7 @@ def simulate(
     dtype: torch.dtype,
     *,
     like_cuda: bool = False,
-    recompute: bool = False,
+    recompute: Recompute = "none",
     remembers: bool = False,
 ) -> Simulated:
     """Let a copy of ``system`` train on ``batch``, with the optimizer's state in place, as in any step but the first.
@@ -135,14 +146,15 @@ def simulate(
         config: Optimizer, accumulation, averages.
         dtype: Of the computations; weights are in fp32.
         like_cuda: Let autocast choose precisions as on CUDA.
-        recompute: Recompute the blocks in the backward pass instead of keeping their activations.
+        recompute: What of the blocks the backward pass computes again, see `mm.training.config.ParallelConfig`.
         remembers: The system keeps what it made of each picture; it has seen this batch before.
     """
     network = without_data(system)
     network.train()
-    if recompute:
-        for block in blocks(network):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    if recompute != "none":
+        for block in blocks(network) if like_cuda else ():
+            block.forward = partial(_as_on_cuda, block.forward)
+        recompute_blocks(network, selective=recompute == "selective")
     optimizer, layout = build_optimizer(network, config, CPU), Layout(World(0, 1, CPU), ParallelConfig())
     averages = Ema(network, config.ema_decay) if config.ema_decay else None
     own = [*network.parameters(), *network.buffers()]
@@ -185,6 +197,12 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the memory behind tensors; what several share is counted once."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
+
+
+def _ctc(log_probs: Tensor, targets: Tensor, input_lengths: Any, target_lengths: Any) -> tuple[Tensor, Tensor]:
+    """What torch's CTC loss gives: its value of each sample ``(B,)``, and ``(B, T, 2 S + 1)`` for the backward pass."""
+    num_steps, size, _ = log_probs.shape
+    return log_probs.new_empty(size), log_probs.new_empty(size, num_steps, 2 * int(max(target_lengths)) + 1)
 
 
 def _numbered(indices: Any) -> list[Tensor | None]:
