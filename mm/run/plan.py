@@ -210,7 +210,7 @@ def plan(
 
     parts = structure(ready.system, processes)
     layouts = sharings(processes, train.batch_size, parts)
-    steps = {way: step(way) for way in dict.fromkeys(sharing.recompute for sharing in layouts)}
+    steps: dict[Recompute, Simulated] = {way: step(way) for way in dict.fromkeys(sharing.recompute for sharing in layouts)}
     plain = steps["none"]
     setting = Setting(
         steps=steps,

@@ -230,7 +230,7 @@ def estimate(sharing: Sharing, setting: Setting) -> Estimate:
     speed = setting.batch_size / seconds
     useful = step.cost.flops("forward", "backward") / step.samples
     reached = speed * useful / (setting.processes * setting.device.peak(setting.dtype))
-    shares = {bound: value / seconds for bound, value in times.items() if value}
+    shares: dict[Bound, float] = {bound: value / seconds for bound, value in times.items() if value}
     return Estimate(sharing, memory, memory.total <= usable(setting.device), seconds, speed, reached, shares)
 
 
@@ -302,7 +302,7 @@ def _seconds(sharing: Sharing, setting: Setting) -> dict[Bound, float]:
         _time(step.cost, setting, sharing, "backward", "recompute"),
         _time(step.cost, setting, sharing, "update", share=1 / shards / sharing.model_size),
     )
-    times = {bound: forward[bound] + backward[bound] + update[bound] for bound in forward}
+    times: dict[Bound, float] = {bound: forward[bound] + backward[bound] + update[bound] for bound in forward}
     times["sending"] = max(0.0, sent / link - sum(backward.values()))
     if sharing.tensor > 1:
         exchanged = 2 * step.cost.exchanged * sharing.model_size

@@ -59,8 +59,8 @@ class Simulation(Meter):
         packet = func._overloadpacket
         if packet in _INDEXING:
             args = (args[0], _numbered(args[1]), *args[2:])
-        elif packet is _aten.bincount and len(args) > 2 and args[2]:
-            args = (args[0] % args[2], *args[1:])
+        elif packet is _aten.bincount:
+            args = _counted(*args)
         elif packet is _aten._ctc_loss:
             return _ctc(*args[:4])
         elif packet is _aten._local_scalar_dense and isinstance(args[0], FakeTensor):
@@ -197,6 +197,11 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the memory behind tensors; what several share is counted once."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
+
+
+def _counted(ids: Tensor, weights: Tensor | None = None, fewest: int = 0) -> tuple[Tensor, Tensor | None, int]:
+    """Arguments of ``bincount`` with ids that stand in the place of any others below the number of counts that is asked for."""
+    return (ids % fewest if fewest else ids), weights, fewest
 
 
 def _ctc(log_probs: Tensor, targets: Tensor, input_lengths: Any, target_lengths: Any) -> tuple[Tensor, Tensor]:
