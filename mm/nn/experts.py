@@ -170,7 +170,7 @@ class Experts(Auxiliary):
         return (results[order.argsort()].view(*choices.T.shape, -1) * weights.T[..., None]).sum(0)
 
     def _dense(self, tokens: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
-        """The same where no shape may depend on the numbers: every expert computes all tokens, most of which count for nothing."""
+        """The same where no shape may depend on the numbers: each expert computes all tokens, most of them for nothing."""
         shares = weights.new_zeros(weights.shape[0], self.config.count).scatter(1, choices, weights)
         results = torch.stack([expert(tokens) for expert in self.experts], dim=1)
         return (results * shares[..., None]).sum(1)
