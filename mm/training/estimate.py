@@ -135,7 +135,8 @@ def _cut_share(system: System, *, stages: int = 1, slices: int = 1) -> float:
         divide(network, stages=Peers(stages - 1, stages), slices=Peers(slices - 1, slices))
     except ConfigError:
         return 1.0
-    return storage_bytes(parameter for parameter in network.parameters() if parameter.device.type != "meta") / max(total, 1)
+    kept = (one for one in network.parameters() if getattr(one, "stage", stages - 1) == stages - 1)
+    return storage_bytes(kept) / max(total, 1)
 
 
 @dataclass(frozen=True)
