@@ -1,4 +1,4 @@
-"""A mixture over thousands of shards: the time to index them, to open them again, to the first batch, and the memory that takes.
+"""A mixture over thousands of shards: the time to index them, to open them, to the first batch, and the memory that takes.
 
 Pictures are 8 x 8 and shards small, so that what is measured is the number of shards and samples, not decoding. Each figure is
 of a process of its own, with the indexes and the page cache warm but for the first.
@@ -94,7 +94,7 @@ def index_seconds(patterns: list[str], jobs: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="A mixture over thousands of shards.")
     parser.add_argument("--shards", type=int, default=2400)
     parser.add_argument("--samples", type=int, default=50)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)

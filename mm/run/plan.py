@@ -19,6 +19,7 @@ from mm.data.stream import StreamLoader
 from mm.errors import ConfigError, UserError
 from mm.hub import embed_parts, load_parts, shipped, with_parts
 from mm.media.audio import AudioSpec
+from mm.nn.parallel import divide
 from mm.nn.tuning import tune
 from mm.run.config import RunConfig
 from mm.run.training import assemble, load_run_config
@@ -206,11 +207,13 @@ def plan(
     batch = resized(ready.batch, train.batch_size // processes)
 
     def step(recompute: Recompute) -> Simulated:
-        return simulate(ready.system, batch, train, dtype, like_cuda=kind.cuda, recompute=recompute, remembers=remembers(run))
+        options = {"like_cuda": kind.cuda, "remembers": remembers(run)}
+        return simulate(ready.system, batch, train, dtype, recompute=recompute, divide=divide, **options)
 
-    parts = structure(ready.system, processes)
+    parts = structure(ready.system, processes, divide)
     layouts = sharings(processes, train.batch_size, parts)
-    steps: dict[Recompute, Simulated] = {way: step(way) for way in dict.fromkeys(sharing.recompute for sharing in layouts)}
+    ways: list[Recompute] = list(dict.fromkeys(sharing.recompute for sharing in layouts))
+    steps: dict[Recompute, Simulated] = {way: step(way) for way in ways}
     plain = steps["none"]
     setting = Setting(
         steps=steps,

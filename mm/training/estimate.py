@@ -22,10 +22,10 @@ from typing import Any, Literal
 import torch
 
 from mm.errors import ConfigError
-from mm.nn.parallel import divide
 from mm.placement import blocks
 from mm.ranks import Peers
 from mm.training.hardware import Device
+from mm.training.layout import Divide
 from mm.training.meter import PASSES, Cost, Phase
 from mm.training.simulate import Recompute, Simulated, storage_bytes, without_data
 from mm.types import System
@@ -118,16 +118,16 @@ class Structure:
     pipeline_share: float = 1.0
 
 
-def structure(system: System, processes: int = 1) -> Structure:
-    """Look at a network, and try how so many processes could cut it."""
+def structure(system: System, processes: int, divide: Divide) -> Structure:
+    """Look at a network, and try how so many processes could cut it by ``divide``, see `mm.training.layout.Layout`."""
     sizes = [storage_bytes(block.parameters()) for block in blocks(system)]
     counts = [n for n in range(min(MACHINE_SIZE, processes), 1, -1) if processes % n == 0]
-    tensor = next(((n, share) for n in counts if (share := _cut_share(system, slices=n)) < 1), (1, 1.0))
-    pipeline = next(((n, share) for n in counts if (share := _cut_share(system, stages=n)) < 1), (1, 1.0))
+    tensor = next(((n, share) for n in counts if (share := _cut_share(system, divide, slices=n)) < 1), (1, 1.0))
+    pipeline = next(((n, share) for n in counts if (share := _cut_share(system, divide, stages=n)) < 1), (1, 1.0))
     return Structure(len(sizes), sum(sizes), max(sizes, default=0), *tensor, *pipeline)
 
 
-def _cut_share(system: System, *, stages: int = 1, slices: int = 1) -> float:
+def _cut_share(system: System, divide: Divide, *, stages: int = 1, slices: int = 1) -> float:
     """Share of the weights that the last of so many processes keeps; 1 where a training would refuse."""
     network = without_data(system)
     total = storage_bytes(network.parameters())

@@ -18,14 +18,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from mm.nn.parallel import recompute_blocks
 from mm.placement import blocks
+from mm.ranks import Peers
 from mm.training.config import ParallelConfig, TrainConfig
 from mm.training.devices import autocast
 from mm.training.ema import Ema
 from mm.training.gradcache import GeneratorState
 from mm.training.gradients import backward
-from mm.training.layout import Layout
+from mm.training.layout import Divide, Layout
 from mm.training.meter import Cost, Meter, tensors_in
 from mm.training.optim import build_optimizer
 from mm.training.parallel import World
@@ -136,6 +136,7 @@ def simulate(
     *,
     like_cuda: bool = False,
     recompute: Recompute = "none",
+    divide: Divide | None = None,
     remembers: bool = False,
 ) -> Simulated:
     """Let a copy of ``system`` train on ``batch``, with the optimizer's state in place, as in any step but the first.
@@ -147,6 +148,7 @@ def simulate(
         dtype: Of the computations; weights are in fp32.
         like_cuda: Let autocast choose precisions as on CUDA.
         recompute: What of the blocks the backward pass computes again, see `mm.training.config.ParallelConfig`.
+        divide: Changes networks so; needed for recomputation, see `mm.training.layout.Layout`.
         remembers: The system keeps what it made of each picture; it has seen this batch before.
     """
     network = without_data(system)
@@ -154,7 +156,8 @@ def simulate(
     if recompute != "none":
         for block in blocks(network) if like_cuda else ():
             block.forward = partial(_as_on_cuda, block.forward)
-        recompute_blocks(network, selective=recompute == "selective")
+        assert divide is not None
+        divide(network, stages=Peers(), slices=Peers(), recompute=recompute)
     optimizer, layout = build_optimizer(network, config, CPU), Layout(World(0, 1, CPU), ParallelConfig())
     averages = Ema(network, config.ema_decay) if config.ema_decay else None
     own = [*network.parameters(), *network.buffers()]

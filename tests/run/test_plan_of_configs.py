@@ -13,7 +13,7 @@ STARTS = {
 }
 """What stands in for a run that is not here; None where the configuration begins with weights of others."""
 
-NEED_DATA = {"albef_vqa", "frozen", "vilt_vqa"}
+NEED_DATA = {"albef_vqa", "flamingo", "frozen", "vilt_vqa"}
 """What these learn, answers and examples, only their data can tell."""
 
 

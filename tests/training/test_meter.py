@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy_training import ToyClip, ToyStream, make, toy_config
 
 from mm.errors import UserError
-from mm.nn.parallel import recompute_blocks
+from mm.nn.parallel import divide, recompute_blocks
 from mm.systems import build, read_system
 from mm.training.devices import autocast
 from mm.training.energy import Estimate, Rapl, Sum, energy_meter
@@ -151,7 +151,9 @@ def test_shared_weights_stay_shared_without_data() -> None:
 
 def test_recomputation_costs_less_than_a_forward_pass_and_saves_activations(batch: Batch, simulated: Simulated) -> None:
     """Of each block, the last product need not be computed again."""
-    selective, full = (simulate(Deep(), batch, toy_config(), torch.float32, recompute=way) for way in ("selective", "full"))
+    selective, full = (
+        simulate(Deep(), batch, toy_config(), torch.float32, recompute=way, divide=divide) for way in ("selective", "full")
+    )
     assert full.cost.activations < 0.5 * simulated.cost.activations
     assert full.cost.activations < selective.cost.activations < simulated.cost.activations
     assert 0.6 < full.cost.flops("recompute") / simulated.cost.flops("forward") < 1
@@ -164,7 +166,8 @@ def test_recomputation_costs_less_than_a_forward_pass_and_saves_activations(batc
 def test_what_is_recomputed_has_the_precisions_of_cuda_too(batch: Batch) -> None:
     """Else the normalised activations would be in bf16 the second time, and torch would refuse."""
     plain, full = (
-        simulate(Deep(), batch, toy_config(), torch.bfloat16, like_cuda=True, recompute=way) for way in ("none", "full")
+        simulate(Deep(), batch, toy_config(), torch.bfloat16, like_cuda=True, recompute=way, divide=divide)
+        for way in ("none", "full")
     )
     assert full.cost.flops("recompute") > 0 == plain.cost.flops("recompute")
     singles = [
@@ -254,13 +257,15 @@ def test_layouts_that_exist() -> None:
 def test_networks_are_cut_as_a_training_cuts_them() -> None:
     """As far as their heads and layers go; experts stand in no pipeline."""
     system = build(read_system(SYSTEMS["dalle"], "test"))
-    parts = structure(system, 8)
+    parts = structure(system, 8, divide)
     assert (parts.tensor, parts.pipeline) == (2, 2)
     assert 0.5 < parts.tensor_share < 1
     assert 0.5 < parts.pipeline_share < 1
     experts = build(read_system({**SYSTEMS["dalle"], "experts": {"count": 2, "top_k": 1}}, "test"))
-    assert structure(experts, 8).pipeline == 1
-    assert structure(system, 3) == structure(system, 1) == Structure(parts.num_blocks, parts.blocks, parts.largest)
+    assert structure(experts, 8, divide).pipeline == 1
+    assert (
+        structure(system, 3, divide) == structure(system, 1, divide) == Structure(parts.num_blocks, parts.blocks, parts.largest)
+    )
 
 
 def test_the_fastest_that_fits_is_recommended(simulated: Simulated) -> None:
