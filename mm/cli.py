@@ -150,7 +150,7 @@ def plan(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="E.g. train.batch_size=4096")] = None,
     gpus: Annotated[int, typer.Option("--gpus", metavar="N", help="Accelerators to share the training.")] = 1,
     device: Annotated[
-        str, typer.Option("--device", help="h100, h200, a100-80, a10g, l4, rtx-4090, mi300x, or cpu: this machine.")
+        str, typer.Option("--device", help="b200, h200, h100, a100-80, l40s, l4, rtx-4090, mi300x ..., or cpu: this machine.")
     ] = "h100",
     mfu: Annotated[
         float | None,

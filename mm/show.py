@@ -437,7 +437,7 @@ def planned(found: "Plan", json_file: Path | None) -> None:
             *(f"{size / unit:,.1f}" for size in sizes),
             Text(f"{memory.total / unit:,.1f}", style="green" if one.fits else "red"),
             f"{one.samples_per_second:,.0f}" if one.fits else "too big",
-            f"{one.mfu:.0%}" if one.fits else "",
+            f"{one.mfu:.1%}" if one.fits else "",
             f"{price:,.2f}" if one.fits and price is not None else "",
             style="bold" if one is found.recommended else "",
         )
@@ -450,11 +450,29 @@ def planned(found: "Plan", json_file: Path | None) -> None:
 def _plan_words(found: "Plan") -> Iterator[str]:
     device = found.device
     price = "no price" if found.price is None else f"about ${found.price:.2f} an hour"
-    yield "states: optimizer, averaged weights; the backward pass recomputes blocks (ckpt), stages of one microbatch (1f1b)"
+    yield "states: optimizer, averaged weights; sel., full: what the backward pass recomputes (parallel.recompute);"
+    yield "1f1b: stages that hold one microbatch (parallel.schedule)"
     yield (
         f"{device.name}: {device.memory / 1e9:.0f} GB, {device.peak(found.dtype) / 1e12:.3g} TFLOP/s, "
-        f"{device.bandwidth / 1e12:.3g} TB/s, {price} ({device.source})"
+        f"{device.bandwidth / 1e12:.3g} TB/s, {device.form}; {price}"
     )
+
+
+_BOUNDS = {
+    "arithmetic": "products",
+    "memory": "memory traffic",
+    "launches": "launching kernels, which train.compile and larger batches make less of",
+    "sending": "sending",
+    "waiting": "stages that wait",
+}
+
+
+def _duration(seconds: float) -> str:
+    """For people."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _plan_advice(found: "Plan") -> Iterator[str]:
@@ -464,8 +482,11 @@ def _plan_advice(found: "Plan") -> Iterator[str]:
     else:
         told = ", ".join(f"{key}: {str(value).lower()}" for key, value in best.sharing.settings().items())
         section = f" (parallel: {{{told}}})" if told else ""
-        run = f"{found.hours(best):.3g} h and at most {found.kilowatt_hours(best):.3g} kWh for {found.train.steps:,} steps"
-        yield f"recommended: {best.sharing.name}{section}: {run}"
+        run = f"{_duration(3600 * found.hours(best))} and at most {found.kilowatt_hours(best):.3g} kWh"
+        yield f"recommended: {best.sharing.name}{section}: {run} for {found.train.steps:,} steps"
+        shares = sorted(best.shares.items(), key=lambda item: -item[1])
+        yield "its time: " + ", ".join(f"{share:.0%} {_BOUNDS[bound]}" for bound, share in shares if share >= 0.005)
+    yield f"why: {'; '.join(found.reasons)}"
     speed, pipeline = found.best.samples_per_second, found.input
     if pipeline.core_samples_per_second is None or pipeline.bytes_per_sample is None or found.cores is None:
         yield f"input: {speed:,.0f} samples/s are needed; decoding was not measured"

@@ -66,17 +66,24 @@ class TextBatch:
         lengths: Number of real tokens of each row, ``(B,)`` int64.
         words: Where it was asked for: number of the word of its row that a token is part of, ``(B, T)`` int64, from 0; means
             nothing for what is no word.
+        seeds: Of what an encoder draws at random for each text in training, ``(B,)`` int64, see `Batch.seeded`.
     """
 
     ids: Tensor
     lengths: Tensor
     words: Tensor | None = None
+    seeds: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, rows: slice | Tensor) -> "TextBatch":
-        return TextBatch(self.ids[rows], self.lengths[rows], None if self.words is None else self.words[rows])
+        words, seeds = (None if value is None else value[rows] for value in (self.words, self.seeds))
+        return TextBatch(self.ids[rows], self.lengths[rows], words, seeds)
+
+    def draws(self) -> Draws:
+        """Random numbers for each text, from the start of its stream; from torch's generators where there are no seeds."""
+        return Draws(self.seeds, len(self), self.ids.device)
 
     def valid(self) -> Tensor:
         """True for real tokens, False for padding, ``(B, T)``."""
@@ -88,8 +95,8 @@ class TextBatch:
         return (positions > 0) & (positions < self.lengths[:, None] - 1)
 
     def to(self, device: torch.device) -> "TextBatch":
-        words = None if self.words is None else self.words.to(device, non_blocking=True)
-        return TextBatch(self.ids.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True), words)
+        words, seeds = (None if value is None else value.to(device, non_blocking=True) for value in (self.words, self.seeds))
+        return TextBatch(self.ids.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True), words, seeds)
 
 
 @dataclass(frozen=True)
@@ -99,23 +106,30 @@ class AudioBatch:
     Args:
         waves: fp32 about -1..1, ``(B, T)``, zeros behind the end.
         lengths: Number of real samples of each row, ``(B,)`` int64.
+        seeds: Of what an encoder draws at random for each recording in training, ``(B,)`` int64, see `Batch.seeded`.
     """
 
     waves: Tensor
     lengths: Tensor
+    seeds: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.waves)
 
     def __getitem__(self, rows: slice | Tensor) -> "AudioBatch":
-        return AudioBatch(self.waves[rows], self.lengths[rows])
+        return AudioBatch(self.waves[rows], self.lengths[rows], None if self.seeds is None else self.seeds[rows])
+
+    def draws(self) -> Draws:
+        """Random numbers for each recording, from the start of its stream; from torch's generators where there are no seeds."""
+        return Draws(self.seeds, len(self), self.waves.device)
 
     def valid(self) -> Tensor:
         """True for real samples, False behind the end, ``(B, T)``."""
         return torch.arange(self.waves.shape[1], device=self.waves.device) < self.lengths[:, None]
 
     def to(self, device: torch.device) -> "AudioBatch":
-        return AudioBatch(self.waves.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True))
+        seeds = None if self.seeds is None else self.seeds.to(device, non_blocking=True)
+        return AudioBatch(self.waves.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True), seeds)
 
 
 MEDIUM = -1
@@ -185,6 +199,15 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def seeded(self, seeds: Tensor) -> "Batch":
+        """The same with seeds; those of texts and recordings are others, so that what is drawn for them is independent."""
+        return replace(
+            self,
+            seeds=seeds,
+            text=None if self.text is None else replace(self.text, seeds=seeds + 1),
+            audio=None if self.audio is None else replace(self.audio, seeds=seeds + 2),
+        )
 
     def draws(self, device: torch.device) -> Draws:
         """Random numbers for each sample, from the start of its stream; from torch's generators where there are no seeds."""

@@ -88,7 +88,8 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         indexed = accounts[0].indexed
         for account in accounts[1:]:
             accounts[0].add(account)
-        accounts[0].indexed = indexed
+        if not merged.get("inexact"):  # a stream only knows what each rank has met
+            accounts[0].indexed = indexed
         merged[name] = accounts[0].to_dict()
     for rank, state in enumerate(states):
         if any(state[name] != merged[name] for name in merged if name not in ("accounting", "finished")):

@@ -132,6 +132,11 @@ class Loader:
         Raises:
             UserError: The state belongs to other data, another seed, batch size or sampling policy.
         """
+        if state.get("inexact"):
+            raise UserError(
+                f"{self.source.name}: the checkpoint was made by reading a stream, which has no position; keep data.stream, or "
+                "start a new run folder"
+            )
         expected = {"seed": self.seed, "batch_size": self.batch_size, "fingerprint": self.source.fingerprint}
         names = {"seed": "seed", "batch_size": "batch size", "fingerprint": "data fingerprint"}
         for key, value in expected.items():

@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mm.config import StrictConfig
+from mm.draws import Draws
 from mm.nn.attention import MultiHeadAttention
 from mm.nn.embeddings import Rotary
 from mm.nn.experts import ExpertsConfig, feed_forward, refuse_hash
@@ -160,7 +161,7 @@ class LogMelEncoder(nn.Module):
         if self.config.normalise:
             x = normalise_bands(x, there)
         if self.training:
-            x = self._masked(x, there.sum(1)) * there[:, None]
+            x = self._masked(x, there.sum(1), audio.draws()) * there[:, None]
         x = x.to(next(self.stem.parameters()).dtype)
         for layer in self.stem:
             x = F.gelu(layer(x))
@@ -182,7 +183,7 @@ class LogMelEncoder(nn.Module):
         weights = scores.float().masked_fill(~there, -torch.inf).softmax(1).to(x.dtype)
         return (weights[:, None] @ x)[:, 0]
 
-    def _masked(self, x: Float[Tensor, "b m f"], frames: Int64[Tensor, " b"]) -> Float[Tensor, "b m f"]:
+    def _masked(self, x: Float[Tensor, "b m f"], frames: Int64[Tensor, " b"], draws: Draws) -> Float[Tensor, "b m f"]:
         """Two runs of frames and two of bands of each recording become its mean (SpecAugment)."""
         if not (self.config.mask_time or self.config.mask_bands):
             return x
@@ -191,8 +192,8 @@ class LogMelEncoder(nn.Module):
         longest = torch.minimum(frames / 2, frames.new_tensor(self.config.mask_time / HOP_SECONDS))
         bands = frames.new_full(frames.shape, x.shape[1])
         for _ in range(2):
-            hidden |= _run(frames, longest, x.shape[2])[:, None]
-            hidden |= _run(bands, self.config.mask_bands * bands, x.shape[1])[:, :, None]
+            hidden |= _run(frames, longest, x.shape[2], draws)[:, None]
+            hidden |= _run(bands, self.config.mask_bands * bands, x.shape[1], draws)[:, :, None]
         return torch.where(hidden, mean, x)
 
 
@@ -203,10 +204,10 @@ def normalise_bands(x: Float[Tensor, "b m f"], there: Bool[Tensor, "b f"]) -> Fl
     return centred / (centred.square().sum(2, keepdim=True) / frames + NORMALISING_FLOOR).sqrt()
 
 
-def _run(lengths: Tensor, longest: Tensor, size: int) -> Bool[Tensor, "b n"]:
+def _run(lengths: Tensor, longest: Tensor, size: int, draws: Draws) -> Bool[Tensor, "b n"]:
     """True in one run, no longer than ``longest``, within the first ``lengths`` of ``size`` places."""
-    run = torch.rand(len(lengths), device=lengths.device) * longest
-    first = torch.rand(len(lengths), device=lengths.device) * (lengths - run)
+    run = draws.uniform() * longest
+    first = draws.uniform() * (lengths - run)
     places = torch.arange(size, device=lengths.device)
     return (places >= first[:, None].floor()) & (places < (first + run)[:, None].floor())
 

@@ -149,16 +149,17 @@ class TextEncoder(nn.Module):
         if not buckets.pays(text.ids.shape[0], text.ids.device):
             return self._encode(text)
 
-        def encode(longest: int, ids: Tensor, lengths: Tensor) -> Encoded:
-            return self._encode(TextBatch(ids[:, :longest], lengths))
+        def encode(longest: int, ids: Tensor, lengths: Tensor, seeds: Tensor | None = None) -> Encoded:
+            return self._encode(TextBatch(ids[:, :longest], lengths, seeds=seeds))
 
-        return buckets.by_length(length, text.lengths, (text.ids, text.lengths), encode)
+        seeds = () if text.seeds is None else (text.seeds,)
+        return buckets.by_length(length, text.lengths, (text.ids, text.lengths, *seeds), encode)
 
     def _encode_padded(self, text: TextBatch, pad_id: int) -> Encoded:
         """Padding takes part as if it were words: the whole context is computed for every text."""
         inside = torch.arange(text.ids.shape[1], device=text.ids.device) < text.lengths[:, None]
         ids = F.pad(text.ids.where(inside, pad_id), (0, self.context_length - text.ids.shape[1]), value=pad_id)
-        x = self.embedding(ids, keep=self._kept(TextBatch(ids, text.lengths)))
+        x = self.embedding(ids, keep=self._kept(TextBatch(ids, text.lengths, seeds=text.seeds)))
         everything = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
         mask = attention_mask(self.context_length, causal=self.causal, device=x.device)
         tokens = self.transformer(x, mask=mask, token_ids=ids)
@@ -187,10 +188,8 @@ class TextEncoder(nn.Module):
         """0 for the words hidden in this training step, 1 for the others; start and end stay."""
         if not self.training or self.token_dropout == 0:
             return None
-        hidden = torch.rand(text.ids.shape, device=text.ids.device) < self.token_dropout
-        positions = torch.arange(text.ids.shape[1], device=text.ids.device)
-        inner = (positions > 0) & (positions < text.lengths[:, None] - 1)
-        return (~(hidden & inner)).to(self.embedding.tokens.weight.dtype)[..., None]
+        hidden = text.draws().uniform(text.ids.shape[1]) < self.token_dropout
+        return (~(hidden & text.inner())).to(self.embedding.tokens.weight.dtype)[..., None]
 
 
 def pool(tokens: Float[Tensor, "b t d"], lengths: Tensor, valid: Bool[Tensor, "b t"], pooling: Pooling) -> Float[Tensor, "b d"]:

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 from mm.errors import UserError
 from mm.export.towers import Towers, towers_of
 from mm.hub import Model, load
+from mm.nn.experts import Experts
 
 Format = Literal["onnx", "torch", "open_clip", "huggingface", "diffusers"]
 GRAPHS: tuple[Format, ...] = ("onnx", "torch")
@@ -51,6 +52,8 @@ def export(model: str | Path | Model, folder: str | Path, to: Format) -> Path:
                     f"{loaded.name}: {to} has no place for the parts of 'tune: {loaded.tune.method}'; export it to "
                     f"{' or '.join(GRAPHS)}, or tune with 'lora', which is folded into the weights"
                 )
+            if to not in GRAPHS and any(isinstance(part, Experts) for part in loaded.system.modules()):
+                raise UserError(f"{loaded.name}: {to} has no place for experts; export it to {' or '.join(GRAPHS)}")
             staging = Path(place) / "export"
             staging.mkdir()
             _write(loaded, staging, to)

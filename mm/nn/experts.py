@@ -106,10 +106,9 @@ class Experts(Auxiliary):
         if self.training and self.config.capacity is not None:
             even = len(tokens) * self.config.top_k / self.config.count
             mixed, dropped = self._within(math.ceil(self.config.capacity * even), tokens, choices, weights, there)
-        elif torch.compiler.is_compiling() or tokens.is_meta:  # where no shape may depend on the numbers
-            mixed, dropped = self._within(len(tokens), tokens, choices, weights, there)
         else:
-            mixed, dropped = self._all(tokens, choices, weights), tokens.new_zeros(())
+            fixed = torch.compiler.is_compiling() or torch.compiler.is_exporting() or tokens.is_meta
+            mixed, dropped = (self._dense if fixed else self._all)(tokens, choices, weights), tokens.new_zeros(())
         if self.training and torch.is_grad_enabled():  # also where a checkpoint is computed again, which must do the same work
             load = self._load(probabilities, choices, there, dropped)
             if self.records is not None:
@@ -169,6 +168,12 @@ class Experts(Auxiliary):
         parts = tokens[order % len(tokens)].split(torch.bincount(chosen, minlength=self.config.count).tolist())
         results = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True) if len(part)])
         return (results[order.argsort()].view(*choices.T.shape, -1) * weights.T[..., None]).sum(0)
+
+    def _dense(self, tokens: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
+        """The same where no shape may depend on the numbers: each expert computes all tokens, most of them for nothing."""
+        shares = weights.new_zeros(weights.shape[0], self.config.count).scatter(1, choices, weights)
+        results = torch.stack([expert(tokens) for expert in self.experts], dim=1)
+        return (results * shares[..., None]).sum(1)
 
     def _load(self, probabilities: Tensor | None, choices: Tensor, there: Tensor | None, dropped: Tensor) -> Load:
         counted = torch.ones(len(choices), 1, device=choices.device) if there is None else there.float()[:, None]

@@ -27,6 +27,7 @@ def write_card(run: Path, checkpoint: Path) -> dict[str, Any]:
         "system": config["system"]["name"],
         "data": config["data"],
         "data_fingerprint": stream.get("fingerprint"),
+        "exact": not stream.get("inexact", False),
         "samples": {"this_epoch": stream.get("accounting"), "earlier_epochs": stream.get("finished")},
         **{key: state[key] for key in KEPT if key in state},
         "train": state["train"],
@@ -46,7 +47,7 @@ def _page(name: str, card: Mapping[str, Any]) -> str:
 
 System `{card["system"]}`, {parameters["total"]:,} parameters, {parameters["trained"]:,} of them trained.
 
-- Data: `{trained_on}`, fingerprint `{str(card["data_fingerprint"])[:16]}`
+- Data: `{trained_on}`, {_known(card)}
 - {card["step"]:,} of {card["train"]["steps"]:,} steps of {card["train"]["batch_size"]} samples, seed {card["train"]["seed"]},
   {timedelta(seconds=round(card["seconds"]))} in all
 - mm {versions["mm"]}, torch {versions["torch"]}, Python {versions["python"]}
@@ -57,6 +58,14 @@ System `{card["system"]}`, {parameters["total"]:,} parameters, {parameters["trai
 |---|---|
 {rows}
 {measured}"""
+
+
+def _known(card: Mapping[str, Any]) -> str:
+    """What identifies the data, and how many of them could be used."""
+    epochs = [counts for counts in card["samples"].values() if counts]
+    delivered, skipped = (sum(counts[name] for counts in epochs) for name in ("delivered", "skipped"))
+    told = f"fingerprint `{str(card['data_fingerprint'])[:16]}`" if card["exact"] else "read as a stream: not exact"
+    return f"{told}; {delivered:,} samples learned from, {skipped:,} that could not be used"
 
 
 def efficiency_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -19,16 +19,17 @@ from mm.data.stream import StreamLoader
 from mm.errors import ConfigError, UserError
 from mm.hub import embed_parts, load_parts, shipped, with_parts
 from mm.media.audio import AudioSpec
+from mm.nn.parallel import divide
 from mm.nn.tuning import tune
 from mm.run.config import RunConfig
 from mm.run.training import assemble, load_run_config
 from mm.systems import build
 from mm.training.config import TrainConfig
 from mm.training.devices import choose_dtype
-from mm.training.estimate import Estimate, Setting, estimate, recommended, sharings, structure
+from mm.training.estimate import Estimate, Setting, estimate, reasons, recommended, sharings, structure
 from mm.training.hardware import PRICES_OF, Device, find_device
 from mm.training.parameters import count_parameters
-from mm.training.simulate import Simulated, simulate
+from mm.training.simulate import Recompute, Simulated, simulate
 from mm.types import AudioBatch, Batch, System, TextBatch
 
 MAX_PROCESSES = 65_536
@@ -71,6 +72,7 @@ class Plan:
         optimizer_flops: Of a step.
         estimates: All layouts, the simplest first.
         recommended: One that fits, or None.
+        reasons: Why that one.
         input: What it takes to feed it.
         price: Dollars an hour of one device; None where nobody knows.
         notes: What was assumed.
@@ -88,6 +90,7 @@ class Plan:
     optimizer_flops: float
     estimates: tuple[Estimate, ...]
     recommended: Estimate | None
+    reasons: tuple[str, ...]
     input: InputPipeline
     price: float | None
     notes: tuple[str, ...]
@@ -127,6 +130,7 @@ class Plan:
             },
             "layouts": [self._layout(one) for one in self.estimates],
             "recommended": None if self.recommended is None else self.recommended.sharing.settings(),
+            "reasons": list(self.reasons),
             "input": asdict(self.input)
             | {
                 "samples_per_second": self.best.samples_per_second,
@@ -151,6 +155,7 @@ class Plan:
             "step_seconds": one.seconds,
             "samples_per_second": one.samples_per_second,
             "mfu": one.mfu,
+            "time": dict(one.shares),
             "hours": self.hours(one),
             "dollars": self.dollars(one),
             "kilowatt_hours": self.kilowatt_hours(one),
@@ -201,13 +206,17 @@ def plan(
     ready = prepared(run, read_data, notes)
     batch = resized(ready.batch, train.batch_size // processes)
 
-    def step(recompute: bool) -> Simulated:
-        return simulate(ready.system, batch, train, dtype, like_cuda=kind.cuda, recompute=recompute, remembers=remembers(run))
+    def step(recompute: Recompute) -> Simulated:
+        options = {"like_cuda": kind.cuda, "remembers": remembers(run)}
+        return simulate(ready.system, batch, train, dtype, recompute=recompute, divide=divide, **options)
 
-    parts, plain = structure(ready.system), step(False)
+    parts = structure(ready.system, processes, divide)
+    layouts = sharings(processes, train.batch_size, parts)
+    ways: list[Recompute] = list(dict.fromkeys(sharing.recompute for sharing in layouts))
+    steps: dict[Recompute, Simulated] = {way: step(way) for way in ways}
+    plain = steps["none"]
     setting = Setting(
-        plain=plain,
-        recomputed=step(True) if parts.num_blocks else plain,
+        steps=steps,
         structure=parts,
         device=kind,
         processes=processes,
@@ -216,7 +225,7 @@ def plan(
         mfu=mfu,
         offload=run.parallel.offload,
     )
-    found = [estimate(sharing, setting) for sharing in sharings(processes, train.batch_size, parts)]
+    found = [estimate(sharing, setting) for sharing in layouts]
     return Plan(
         name=Path(config).stem,
         system=run.system.name,
@@ -230,6 +239,7 @@ def plan(
         optimizer_flops=plain.cost.flops("update"),
         estimates=tuple(found),
         recommended=recommended(found),
+        reasons=tuple(reasons(found, kind)),
         input=ready.input,
         price=kind.price if price is None else price,
         notes=tuple(notes),

@@ -347,6 +347,7 @@ def _with_answers(config: RunConfig, source: Source, resume: Path | None) -> Run
 
 def _system(config: RunConfig, start: Model | None, parts: Mapping[str, Any]) -> System:
     seed_everything(config.train.seed, torch.device("cpu"))
+    config.system.check_start(None if start is None else start.config)
     system = build(config.system, parts)
     carried = None if start is None else start.tune
     if carried is not None:
@@ -359,7 +360,6 @@ def _system(config: RunConfig, start: Model | None, parts: Mapping[str, Any]) ->
     if start is not None:
         same_answers = config.system.known_answers == start.config.known_answers
         fresh = () if same_answers else {*config.system.fresh_parts, *start.config.fresh_parts}
-        config.system.check_start(start.config)
         _adopt(system, start.system, config.init_from or start.name, tuple(fresh))
     if config.tune is not None and carried is None:
         tune(system, config.tune)

@@ -110,7 +110,7 @@ class AlbefSizes(SystemSettings):
     def with_vocabulary(self, size: int) -> Self:
         return self.model_copy(update={"vocab_size": size})
 
-    def check_start(self, start: SystemSettings) -> None:
+    def check_start(self, start: SystemSettings | None) -> None:
         """Towers that are followed have to be of the same kind, not only of the same sizes."""
         if not isinstance(start, ClipConfig) or not isinstance(start.text, TextEncoderConfig):
             return

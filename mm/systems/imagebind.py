@@ -80,6 +80,14 @@ class ImagebindConfig(SystemSettings):
     memory_size: int = Field(default=0, ge=0)
     chunk_size: int | None = Field(default=None, ge=0)
 
+    def check_start(self, start: SystemSettings | None) -> None:
+        """What is known by heart is no parameter: a training keeps it, and cannot make it."""
+        if self.memory_size and getattr(start, "memory_size", 0) != self.memory_size:
+            raise ConfigError(
+                f"system.memory_size {self.memory_size}: would be a memory of zeros; leave it out, and after the training "
+                "`mm remember RUN --data DATA -o MODEL` learns the captions of DATA by heart"
+            )
+
     @property
     def picture_side(self) -> int:
         assert not isinstance(self.hub, str), "known once the model is loaded"

@@ -73,8 +73,9 @@ class SystemSettings(StrictConfig):
         """Fields of the network that may be in one network only when it takes over the weights of another; they start fresh."""
         return ()
 
-    def check_start(self, start: "SystemSettings") -> None:
-        """Raises `ConfigError` where the weights of a network of another kind fit by shape but would compute something else."""
+    def check_start(self, start: "SystemSettings | None") -> None:
+        """Raises `ConfigError` for a training that cannot begin like this: with weights of a network of another kind, which fit
+        by shape but would compute something else, or, where ``start`` is None, with none where some are needed."""
 
     def for_inference(self) -> Self:
         """The configuration of the network without what training alone needs, `mm.types.System.only_for_training`."""

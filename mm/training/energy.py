@@ -133,7 +133,11 @@ class Sum:
 
 
 class CodeCarbon:
-    """The library of that name (https://github.com/mlco2/codecarbon), offline."""
+    """The library of that name (https://github.com/mlco2/codecarbon), offline; it hands its figures to outputs, such as this.
+
+    Raises:
+        UserError: It is not installed, or measures nothing on this machine.
+    """
 
     method = "codecarbon"
 
@@ -141,15 +145,39 @@ class CodeCarbon:
         try:
             from codecarbon import OfflineEmissionsTracker  # pyright: ignore[reportMissingImports]
         except ImportError:
-            raise UserError("train.energy codecarbon: is not installed; pip install codecarbon, or take auto") from None
+            raise UserError(
+                'train.energy: codecarbon is not installed; pip install "mm-suite[energy]", or take train.energy=auto'
+            ) from None
+        self._kilowatt_hours: float | None = None
         self._tracker: Any = OfflineEmissionsTracker(
-            country_iso_code="USA", save_to_file=False, log_level="error", allow_multiple_runs=True
+            country_iso_code="USA",  # it wants one; its CO2 is not asked for
+            save_to_file=False,
+            log_level="error",
+            allow_multiple_runs=True,
+            output_handlers=[self],
         )
         self._tracker.start()
+        self._tracker.flush()
+        if self._kilowatt_hours is None:  # what goes wrong inside it only logs
+            self._tracker.stop()
+            raise UserError("train.energy: codecarbon measures nothing on this machine; take train.energy=auto")
 
     def joules(self, seconds: float) -> float:
         self._tracker.flush()
-        return float(self._tracker.final_emissions_data.energy_consumed) * JOULES_PER_KWH
+        assert self._kilowatt_hours is not None
+        return self._kilowatt_hours * JOULES_PER_KWH
 
     def close(self) -> None:
         self._tracker.stop()
+
+    def out(self, total: Any, delta: Any) -> None:
+        """Called by the tracker, see `codecarbon.output_methods.base_output.BaseOutput`."""
+        self._kilowatt_hours = float(total.energy_consumed)
+
+    live_out = out
+
+    def task_out(self, data: Any, experiment_name: Any) -> None:
+        """Tasks are not used."""
+
+    def exit(self) -> None:
+        """Nothing is open."""

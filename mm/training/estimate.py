@@ -9,24 +9,28 @@
 | pipeline | of blocks a share                               | of its blocks: of all microbatches, in 1f1b of one; and what is outside | little |
 
 Of ddp and fsdp the activations are those of the simulated step; those of tensor and pipeline are scaled from it. How much of
-them blocks keep follows from a step that computes them again.
+them blocks keep follows from a step that computes them again. Shares of weights are those of a network that is cut as a training
+would cut it, and what a training refuses is not among the layouts.
 
 The time is the sum over kernels of what binds each: arithmetic, memory or its launch (the roofline,
 https://doi.org/10.1145/1498765.1498785).
 """  # noqa: E501 - a table
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
+from mm.errors import ConfigError
 from mm.placement import blocks
+from mm.ranks import Peers
 from mm.training.hardware import Device
-from mm.training.meter import SPLIT_PARTS, Cost, Phase
+from mm.training.layout import Divide
+from mm.training.meter import PASSES, SPLIT_PARTS, Cost, Phase
 from mm.training.offload import PART_BYTES
-from mm.training.simulate import Simulated, storage_bytes
+from mm.training.simulate import Recompute, Simulated, storage_bytes, without_data
+from mm.types import System
 
 REACHED_ARITHMETIC, REACHED_BANDWIDTH = 0.7, 0.8
 """Of the peaks, by kernels that one of them binds."""
@@ -47,6 +51,8 @@ HOST = 12e9
 """Between an accelerator and the CPU's memory, bytes/s in one direction: a rough share of PCIe's, as pages are not locked."""
 
 Data = Literal["ddp", "fsdp"]
+Bound = Literal["arithmetic", "memory", "launches", "sending", "waiting"]
+"""What takes the time: products, memory traffic, launches of kernels, what is sent and not hidden, stages that wait."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Sharing:
         pipeline: Processes that each have some of the blocks.
         microbatches: Parts of a batch that follow each other through the pipeline.
         schedule: Whether its stages keep the activations of all of them, or of one at a time, computing them again.
-        recompute: Whether the backward pass recomputes the blocks.
+        recompute: What of the blocks the backward pass computes again.
     """
 
     data: Data = "ddp"
@@ -69,7 +75,7 @@ class Sharing:
     pipeline: int = 1
     microbatches: int = 1
     schedule: Literal["gpipe", "1f1b"] = "gpipe"
-    recompute: Literal["none", "full"] = "none"
+    recompute: Recompute = "none"
 
     @property
     def model_size(self) -> int:
@@ -79,7 +85,7 @@ class Sharing:
     @property
     def name(self) -> str:
         """What the field calls it."""
-        return self._axis + (" ckpt" if self.recompute == "full" else "")
+        return self._axis + {"none": "", "selective": " sel.", "full": " full"}[self.recompute]
 
     @property
     def _axis(self) -> str:
@@ -102,38 +108,57 @@ class Structure:
 
     Args:
         num_blocks: Repeated parts.
-        num_stacks: Lists of them.
-        num_parts: Attention and feed-forward layers.
         blocks: Bytes of all of them.
         largest: Bytes of the largest one.
-        split: Bytes of the attention and feed-forward layers.
-        heads: Largest number that divides the heads of all attention layers; 0 without any.
+        num_stacks: Lists of them.
+        num_parts: Attention and feed-forward layers.
+        tensor: Largest number of processes that can compute its layers together; 1 where none can.
+        tensor_share: Of the weights, on each of them.
+        pipeline: Largest number of stages that its layers can be cut into; 1 where none can.
+        pipeline_share: Of the weights, on the stage that has most of them.
     """
 
     num_blocks: int
-    num_stacks: int
-    num_parts: int
     blocks: int
     largest: int
-    split: int
-    heads: int
+    num_stacks: int = 0
+    num_parts: int = 0
+    tensor: int = 1
+    tensor_share: float = 1.0
+    pipeline: int = 1
+    pipeline_share: float = 1.0
 
 
-def structure(network: nn.Module) -> Structure:
-    """Look at a network."""
-    sizes = [storage_bytes(block.parameters()) for block in blocks(network)]
-    parts = [part for name, part in network.named_modules() if name.rpartition(".")[2] in SPLIT_PARTS]
-    heads = [number for part in parts if isinstance(number := getattr(part, "num_heads", None), int)]
-    split = storage_bytes(parameter for part in parts for parameter in part.parameters())
+def structure(system: System, processes: int, divide: Divide) -> Structure:
+    """Look at a network, and try how so many processes could cut it by ``divide``, see `mm.training.layout.Layout`."""
+    sizes = [storage_bytes(block.parameters()) for block in blocks(system)]
+    counts = [n for n in range(min(MACHINE_SIZE, processes), 1, -1) if processes % n == 0]
+    tensor = next(((n, share) for n in counts if (share := _cut_share(system, divide, slices=n)) < 1), (1, 1.0))
+    pipeline = next(((n, share) for n in counts if (share := _cut_share(system, divide, stages=n)) < 1), (1, 1.0))
+    names = [name for name, _ in system.named_modules()]
     return Structure(
         num_blocks=len(sizes),
-        num_stacks=sum(name.endswith("blocks") for name, _ in network.named_modules()),
-        num_parts=len(parts),
         blocks=sum(sizes),
         largest=max(sizes, default=0),
-        split=split,
-        heads=math.gcd(*heads),
+        num_stacks=sum(name.endswith("blocks") for name in names),
+        num_parts=sum(name.rpartition(".")[2] in SPLIT_PARTS for name in names),
+        tensor=tensor[0],
+        tensor_share=tensor[1],
+        pipeline=pipeline[0],
+        pipeline_share=pipeline[1],
     )
+
+
+def _cut_share(system: System, divide: Divide, *, stages: int = 1, slices: int = 1) -> float:
+    """Share of the weights that the last of so many processes keeps; 1 where a training would refuse."""
+    network = without_data(system)
+    total = storage_bytes(network.parameters())
+    try:
+        divide(network, stages=Peers(stages - 1, stages), slices=Peers(slices - 1, slices))
+    except ConfigError:
+        return 1.0
+    kept = (one for one in network.parameters() if getattr(one, "stage", stages - 1) == stages - 1)
+    return storage_bytes(kept) / max(total, 1)
 
 
 @dataclass(frozen=True)
@@ -162,6 +187,7 @@ class Estimate:
         seconds: Of a step.
         samples_per_second: Of all processes.
         mfu: FLOPs of the network without recomputation, over what the devices could do in that time.
+        shares: Of the time, by what takes it.
     """
 
     sharing: Sharing
@@ -170,6 +196,7 @@ class Estimate:
     seconds: float
     samples_per_second: float
     mfu: float
+    shares: Mapping[Bound, float]
 
 
 @dataclass(frozen=True)
@@ -177,8 +204,7 @@ class Setting:
     """What all layouts of a plan have in common.
 
     Args:
-        plain: A step on the samples that a process has under data parallelism.
-        recomputed: The same with the blocks recomputed.
+        steps: A step on the samples that a process has under data parallelism, for each way to recompute blocks that there is.
         structure: Of the network.
         device: Where.
         processes: How many.
@@ -188,8 +214,7 @@ class Setting:
         offload: Whether the optimizer's state waits on the CPU.
     """
 
-    plain: Simulated
-    recomputed: Simulated
+    steps: Mapping[Recompute, Simulated]
     structure: Structure
     device: Device
     processes: int
@@ -197,6 +222,11 @@ class Setting:
     dtype: torch.dtype
     mfu: float | None = None
     offload: bool = False
+
+
+def usable(device: Device) -> float:
+    """Bytes of a device that a training may fill."""
+    return USABLE_MEMORY * device.memory - (RESERVED_BYTES if device.cuda else 0)
 
 
 def sharings(processes: int, batch_size: int, structure: Structure) -> list[Sharing]:
@@ -207,27 +237,31 @@ def sharings(processes: int, batch_size: int, structure: Structure) -> list[Shar
         replicas = processes // MACHINE_SIZE if processes > MACHINE_SIZE else 2
         if processes >= 4 and processes % replicas == 0:
             found.append(Sharing(data="fsdp", replicas=replicas))
-        shared = max((n for n in range(2, MACHINE_SIZE + 1) if not (processes % n or structure.heads % n)), default=1)
-        if shared > 1 and structure.heads:
-            found.append(Sharing(tensor=shared))
-        stages = max((n for n in range(2, MACHINE_SIZE + 1) if processes % n == 0 and n <= structure.num_blocks), default=1)
+        if structure.tensor > 1:
+            found.append(Sharing(tensor=structure.tensor))
+        stages = structure.pipeline
         samples = batch_size * stages // processes
         parts = max((n for n in range(1, 4 * stages + 1) if samples % n == 0), default=1)
         if stages > 1 and parts >= stages:
             found += [Sharing(pipeline=stages, microbatches=parts, schedule=schedule) for schedule in ("gpipe", "1f1b")]
-    found += [replace(sharing, recompute="full") for sharing in found if sharing.schedule == "gpipe"]
-    return found
+    ways: tuple[Recompute, ...] = ("none", "selective", "full") if structure.num_blocks else ("none",)
+    return [
+        replace(sharing, recompute=way)
+        for way in ways
+        for sharing in found
+        if way == "none" or sharing.schedule == "gpipe"  # 1f1b computes again already
+    ]
 
 
 def estimate(sharing: Sharing, setting: Setting) -> Estimate:
     """Memory and time of a layout."""
-    memory, seconds = _memory(sharing, setting), _seconds(sharing, setting)
-    device = setting.device
-    usable = USABLE_MEMORY * device.memory - (RESERVED_BYTES if device.cuda else 0)
+    memory, times, step = _memory(sharing, setting), _seconds(sharing, setting), setting.steps[sharing.recompute]
+    seconds = sum(times.values())
     speed = setting.batch_size / seconds
-    useful = setting.plain.cost.flops("forward", "backward") / setting.plain.samples
-    reached = speed * useful / (setting.processes * device.peak(setting.dtype))
-    return Estimate(sharing, memory, memory.total <= usable, seconds, speed, reached)
+    useful = step.cost.flops("forward", "backward") / step.samples
+    reached = speed * useful / (setting.processes * setting.device.peak(setting.dtype))
+    shares: dict[Bound, float] = {bound: value / seconds for bound, value in times.items() if value}
+    return Estimate(sharing, memory, memory.total <= usable(setting.device), seconds, speed, reached, shares)
 
 
 def recommended(estimates: list[Estimate]) -> Estimate | None:
@@ -237,21 +271,34 @@ def recommended(estimates: list[Estimate]) -> Estimate | None:
     return next((one for one in fitting if one.samples_per_second >= 0.98 * best), None)
 
 
-def _simulated(sharing: Sharing, setting: Setting) -> Simulated:
-    return setting.recomputed if sharing.recompute == "full" else setting.plain
+def reasons(estimates: list[Estimate], device: Device) -> list[str]:
+    """Why `recommended` chose as it did: what is against the simpler layouts, the fastest ones first."""
+    best, room = recommended(estimates), usable(device) / 1e9
+    if best is None:
+        least = min(estimates, key=lambda one: one.memory.total)
+        return [f"the smallest, {least.sharing.name}, needs {least.memory.total / 1e9:,.1f} of {room:,.1f} GB"]
+    simpler = estimates[: estimates.index(best)]
+    if not simpler:
+        return ["the simplest fits, and no other is more than 2 % faster"]
+    return [
+        f"{one.sharing.name} has {one.samples_per_second / best.samples_per_second:.2f} times its speed"
+        if one.fits
+        else f"{one.sharing.name} needs {one.memory.total / 1e9:,.1f} of {room:,.1f} GB"
+        for one in simpler
+    ]
 
 
 def _memory(sharing: Sharing, setting: Setting) -> Memory:
-    step, parts = _simulated(sharing, setting), setting.structure
+    step, parts = setting.steps[sharing.recompute], setting.structure
     total = max(step.weights, 1)
-    share, gathered, of_blocks = 1.0, 0.0, parts.blocks / total
+    share, gathered = 1.0, 0.0
     if sharing.data == "fsdp" and setting.processes > sharing.replicas:
         share = sharing.replicas / setting.processes
         gathered = step.weights - parts.blocks + 2 * parts.largest
     elif sharing.tensor > 1:
-        share = 1 - parts.split / total * (1 - 1 / sharing.tensor)
+        share = parts.tensor_share
     elif sharing.pipeline > 1:
-        share = 1 - of_blocks * (1 - 1 / sharing.pipeline)
+        share = parts.pipeline_share
     gradients, optimizer, brought = step.gradients * share, step.optimizer * share, 0.0
     if setting.offload and setting.device.cuda:
         optimizer, brought = 0.0, optimizer * min(1.0, PART_BYTES / max(1.0, gradients))
@@ -274,24 +321,24 @@ def _passing(sharing: Sharing, setting: Setting, share: float) -> float:
     """Most bytes of activations and gradients in forward and backward pass, ``share`` of the gradients being here."""
     samples = float(sharing.model_size)  # of those that were simulated
 
-    def peak(step: Simulated) -> float:
-        return step.cost.peak("forward", "backward", gradients=share, activations=samples, split=samples / sharing.tensor)
+    def peak(recompute: Recompute) -> float:
+        return setting.steps[recompute].cost.peak(*PASSES, gradients=share, activations=samples, split=samples / sharing.tensor)
 
     if sharing.pipeline == 1:
-        return peak(_simulated(sharing, setting))
-    parts, again = setting.structure, peak(setting.recomputed)
-    count, stacks = max(1, parts.num_blocks), parts.num_stacks
-    block = max(0.0, peak(setting.plain) - again) / max(1, count - 1)  # computing again holds one after the other
-    arrived = samples * setting.plain.cost.exchanged / max(1, parts.num_parts)  # at a block, as large as what a part hands on
+        return peak(sharing.recompute)
+    parts, again = setting.structure, peak("full")
+    count, stacks, full = max(1, parts.num_blocks), parts.num_stacks, sharing.recompute == "full"
+    block = max(0.0, peak("none" if full else sharing.recompute) - again) / max(1, count - 1)  # again: one after the other
+    arrived = samples * setting.steps["none"].cost.exchanged / max(1, parts.num_parts)  # at a block: what a part hands on
     graphs = 1 / sharing.microbatches if sharing.schedule == "1f1b" else 1.0
     inputs = count * graphs / sharing.pipeline + (stacks if sharing.schedule == "1f1b" else 0) + 1  # and a stack's result
-    kept = 1 / sharing.microbatches if sharing.recompute == "full" else count * graphs / sharing.pipeline
+    kept = 1 / sharing.microbatches if full else count * graphs / sharing.pipeline
     return again + block * (kept - 1) + arrived * (min(inputs, count) - count)
 
 
-def _seconds(sharing: Sharing, setting: Setting) -> float:
+def _seconds(sharing: Sharing, setting: Setting) -> dict[Bound, float]:
     """Of a step: computing, what is sent and not hidden behind it, and where a pipeline waits."""
-    step, device, processes = _simulated(sharing, setting), setting.device, setting.processes
+    step, device, processes = setting.steps[sharing.recompute], setting.device, setting.processes
     link = device.link if processes <= MACHINE_SIZE else min(device.link, NETWORK)
     copies = processes // sharing.model_size
     shards = processes // sharing.replicas if sharing.data == "fsdp" else 1
@@ -300,20 +347,23 @@ def _seconds(sharing: Sharing, setting: Setting) -> float:
         sent += 3 * _around(shards) * step.weights
     if copies > shards:
         sent += 2 * _around(copies // shards) * step.gradients / shards / sharing.model_size
-    backward = _time(step.cost, setting, sharing, "backward")
-    update = _time(step.cost, setting, sharing, "update", 1 / shards / sharing.model_size)
-    forward = _time(step.cost, setting, sharing, "forward")
-    seconds = forward + max(backward, sent / link) + update
+    forward, backward, update = (
+        _time(step.cost, setting, sharing, "forward"),
+        _time(step.cost, setting, sharing, "backward", "recompute"),
+        _time(step.cost, setting, sharing, "update", share=1 / shards / sharing.model_size),
+    )
+    times: dict[Bound, float] = {bound: forward[bound] + backward[bound] + update[bound] for bound in forward}
+    times["sending"] = max(0.0, sent / link - sum(backward.values()))
     if sharing.tensor > 1:
         exchanged = 2 * step.cost.exchanged * sharing.model_size
-        seconds += 2 * _around(sharing.tensor) * exchanged / device.link
-    if sharing.pipeline > 1:
-        seconds *= (sharing.microbatches + sharing.pipeline - 1) / sharing.microbatches
-        if sharing.schedule == "1f1b":
-            seconds += forward * (sharing.microbatches - 1) / sharing.microbatches
+        times["sending"] += 2 * _around(sharing.tensor) * exchanged / device.link
+    times["waiting"] = sum(times.values()) * (sharing.pipeline - 1) / sharing.microbatches
+    if sharing.schedule == "1f1b":
+        for bound, seconds in forward.items():
+            times[bound] += seconds * (sharing.microbatches - 1) / sharing.microbatches
     if setting.offload and device.cuda:
-        seconds += 2 * step.optimizer / shards / sharing.model_size / HOST
-    return seconds
+        times["sending"] += 2 * step.optimizer / shards / sharing.model_size / HOST
+    return times
 
 
 def _around(processes: int) -> float:
@@ -321,18 +371,24 @@ def _around(processes: int) -> float:
     return (processes - 1) / processes
 
 
-def _time(cost: Cost, setting: Setting, sharing: Sharing, phase: Phase, share: float | None = None) -> float:
-    """Of the kernels of a phase on this process's part of the work: ``share``, or what the layout leaves of it."""
-    device, seconds = setting.device, 0.0
+def _time(cost: Cost, setting: Setting, sharing: Sharing, *phases: Phase, share: float | None = None) -> dict[Bound, float]:
+    """Of the kernels of some phases on this process's part of the work: ``share``, or what the layout leaves of it."""
+    device = setting.device
+    times: dict[Bound, float] = {"arithmetic": 0.0, "memory": 0.0, "launches": 0.0}
+    launches = LAUNCH_SECONDS * (sharing.microbatches / sharing.pipeline if share is None else 1)
     peaks = {low: device.peak(torch.bfloat16 if low else torch.float32) for low in (True, False)}
     for operation in cost.operations:
-        if operation.phase != phase:
+        if operation.phase not in phases:
             continue
         work = sharing.tensor / (sharing.tensor if operation.split else 1) if share is None else share
-        if setting.mfu is not None and phase != "update":
-            seconds += work * operation.flops / (device.peak(setting.dtype) * setting.mfu)
+        if setting.mfu is not None and operation.phase != "update":
+            times["arithmetic"] += work * operation.flops / (device.peak(setting.dtype) * setting.mfu)
             continue
-        arithmetic = operation.flops / (peaks[operation.low_precision] * REACHED_ARITHMETIC)
-        moved = operation.num_bytes / (device.bandwidth * REACHED_BANDWIDTH)
-        seconds += max(work * arithmetic, work * moved, LAUNCH_SECONDS)
-    return seconds
+        needed: dict[Bound, float] = {
+            "arithmetic": work * operation.flops / (peaks[operation.low_precision] * REACHED_ARITHMETIC),
+            "memory": work * operation.num_bytes / (device.bandwidth * REACHED_BANDWIDTH),
+            "launches": launches,
+        }
+        bound = max(needed, key=needed.__getitem__)
+        times[bound] += needed[bound]
+    return times

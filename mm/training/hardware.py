@@ -1,11 +1,24 @@
 """Accelerators that trainings are planned for: peak rates, memory, power, and what an hour usually costs.
 
-Rates and memory are those that the makers give: dense, without sparsity. Matrix products of fp32 run on the ordinary units, as
-torch has them by default. Prices are rough figures for an hour on demand of one device at the providers named, in late 2025.
-They were not read off the providers' pages, differ twofold between them and change every few months: give your own.
+Rates are the makers', dense: where a data sheet gives the rate with sparsity, half of that. Matrix products of fp32 run on the
+ordinary units, as torch has them by default. Products in bf16 add up in fp32, which halves the rate of consumer cards. `link`
+without NVLink or Infinity Fabric is PCIe by way of the host's memory: half of its rate. Compared with:
+
+- H100 (SXM, PCIe), H200, A100, B200, MI300X, L40S: https://github.com/pytorch/torchtitan/blob/main/torchtitan/tools/utils.py,
+  which links the data sheets
+- A100 and B200, memory, links and power, too: https://glennklockwood.com/garden/processors/A100, .../B200
+- A10G, whose tensor units are slower than an A10's: https://www.baseten.co/blog/nvidia-a10-vs-a10g-for-ml-model-inference/
+- L4 (242 TFLOP/s with sparsity): https://grokipedia.com/page/NVIDIA_L4_vs_L40S
+- RTX 4090: https://waredb.com/processor/nvidia-geforce-rtx-4090
+- MI300X, memory and links: https://www.emergentmind.com/topics/amd-mi300x-gpu
+
+Prices are rough figures for an hour on demand of one device, in the middle of what smaller providers ask. Providers differ
+two- to fourfold, and prices change every few months
+(https://www.mercatus-ai.com/blog/cloud-gpu-pricing, https://aimultiple.com/gpu-index, May 2026): give your own.
 """
 
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +28,7 @@ import torch
 
 from mm.errors import UserError
 
-PRICES_OF = "late 2025, rough and unchecked"
+PRICES_OF = "2025 and 2026, rough: providers differ two- to fourfold"
 
 
 @dataclass(frozen=True)
@@ -24,7 +37,7 @@ class Device:
 
     Args:
         name: What users call it.
-        matches: What torch's name of the device contains, lower case.
+        matches: A regular expression of what torch calls the device after its maker, lower case and with spaces.
         bf16: Peak of dense matrix products in bf16, FLOP/s.
         fp32: The same in fp32.
         memory: Bytes.
@@ -32,7 +45,7 @@ class Device:
         link: To its neighbours in one machine, bytes/s in one direction.
         watts: Power under full load.
         price: Dollars an hour; None where there is no usual one.
-        source: Whose price that is.
+        form: How it is built in, or where its figures come from.
         cuda: Whether autocast and memory are those of CUDA (or ROCm).
     """
 
@@ -45,7 +58,7 @@ class Device:
     link: float
     watts: float
     price: float | None
-    source: str
+    form: str
     cuda: bool = True
 
     def peak(self, dtype: torch.dtype) -> float:
@@ -53,16 +66,23 @@ class Device:
         return self.fp32 if dtype == torch.float32 else self.bf16
 
 
+PCIE_4, PCIE_5 = 16e9, 32e9
+"""Bytes/s in one direction by way of the host."""
+
 DEVICES = {
     device.name: device
     for device in (
-        Device("h100", "h100", 989e12, 67e12, 80e9, 3.35e12, 450e9, 700, 2.99, "Lambda, Nebius: SXM5, 8 a machine"),
-        Device("h200", "h200", 989e12, 67e12, 141e9, 4.8e12, 450e9, 700, 3.50, "Nebius: SXM5, 8 a machine"),
-        Device("a100-80", "a100", 312e12, 19.5e12, 80e9, 2.04e12, 300e9, 400, 1.79, "Lambda: SXM4, 8 a machine"),
-        Device("a10g", "a10g", 70e12, 31.5e12, 24e9, 0.6e12, 16e9, 300, 1.01, "AWS g5.xlarge"),
-        Device("l4", "l4", 121e12, 30.3e12, 24e9, 0.3e12, 16e9, 72, 0.71, "Google Cloud g2-standard-4"),
-        Device("rtx-4090", "4090", 165.2e12, 82.6e12, 24e9, 1.01e12, 16e9, 450, 0.44, "RunPod, Vast.ai"),
-        Device("mi300x", "mi300x", 1307e12, 163.4e12, 192e9, 5.3e12, 448e9, 750, 1.99, "RunPod, TensorWave: 8 a machine"),
+        Device("b200", "b200", 2250e12, 80e12, 180e9, 8e12, 900e9, 1000, 4.50, "HGX, 8 a machine"),
+        Device("h200", "h200", 989e12, 67e12, 141e9, 4.8e12, 450e9, 700, 3.50, "SXM5, 8 a machine"),
+        Device("h100", "h100 80gb hbm3", 989e12, 67e12, 80e9, 3.35e12, 450e9, 700, 2.99, "SXM5, 8 a machine"),
+        Device("h100-pcie", "h100 pcie", 756e12, 51e12, 80e9, 2e12, PCIE_5, 350, 2.40, "PCIe"),
+        Device("a100-80", "a100 sxm4? 80gb", 312e12, 19.5e12, 80e9, 2.04e12, 300e9, 400, 1.50, "SXM4, 8 a machine"),
+        Device("a100-40", "a100 sxm4? 40gb", 312e12, 19.5e12, 40e9, 1.56e12, 300e9, 400, 1.29, "SXM4, 8 a machine"),
+        Device("l40s", "l40s", 362e12, 91.6e12, 48e9, 0.864e12, PCIE_4, 350, 1.00, "PCIe"),
+        Device("a10g", "a10g", 70e12, 31.5e12, 24e9, 0.6e12, PCIE_4, 300, 1.01, "AWS g5"),
+        Device("l4", "l4", 121e12, 30.3e12, 24e9, 0.3e12, PCIE_4, 72, 0.70, "PCIe"),
+        Device("rtx-4090", "rtx 4090", 165e12, 82.6e12, 24e9, 1.01e12, PCIE_4, 450, 0.44, "PCIe"),
+        Device("mi300x", "mi300x( oam| vf)?", 1307e12, 163.4e12, 192e9, 5.3e12, 448e9, 750, 1.99, "OAM, 8 a machine"),
     )
 }
 CPU_WATTS = 10.0
@@ -91,8 +111,16 @@ def recognise(device: torch.device) -> Device | None:
         return this_cpu()
     if device.type != "cuda":
         return None
-    told = torch.cuda.get_device_name(device).lower().replace("-", " ").split()
-    return next((known for known in DEVICES.values() if any(known.matches == word for word in told)), None)
+    return named(torch.cuda.get_device_name(device))
+
+
+def named(name: str) -> Device | None:
+    """The device that torch calls so; None for what is not in the table, slices (MIG) and laptops' variants among it."""
+    told = " ".join(name.lower().replace("-", " ").split())
+    return next(
+        (known for known in DEVICES.values() if re.fullmatch(rf"((nvidia|geforce|amd|instinct) )*({known.matches})", told)),
+        None,
+    )
 
 
 @cache
@@ -116,7 +144,7 @@ def this_cpu() -> Device:
         link=LINK_OF_PROCESSES,
         watts=CPU_WATTS * cores,
         price=None,
-        source="measured on this machine",
+        form="measured on this machine",
         cuda=False,
     )
 

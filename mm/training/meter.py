@@ -15,13 +15,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-Phase = Literal["forward", "backward", "update"]
+Phase = Literal["forward", "backward", "recompute", "update"]
+"""Of a step; ``recompute`` is what the backward pass computes again instead of having kept it."""
+
 Kind = Literal["kept", "gradients", "split", "activations"]
 """Of memory: what outlives a step (weights, averages, optimizer state), gradients, activations of modules that tensor
 parallelism splits, all other tensors."""
 
 SPLIT_PARTS = frozenset({"attention", "cross_attention", "feed_forward", "attn", "mlp"})
 """Names, here and in timm, of the parts of a transformer block whose weights and activations tensor parallelism splits."""
+
+PASSES: tuple[Phase, ...] = ("forward", "backward", "recompute")
+"""All but the optimizer's work."""
 
 LOW_PRECISION_BYTES = 2
 
@@ -86,7 +91,7 @@ class Cost:
         """Most bytes at any moment of some phases (of all where none is named), beside what outlives the step.
 
         Args:
-            phases: Forward, backward, update.
+            phases: Some of `Phase`.
             gradients: Factor of the bytes of gradients.
             activations: Of the activations that tensor parallelism leaves whole.
             split: Of those that it splits.
@@ -97,7 +102,7 @@ class Cost:
     @property
     def activations(self) -> int:
         """Most bytes of activations at any moment of forward and backward pass."""
-        return round(self.peak("forward", "backward", gradients=0.0))
+        return round(self.peak(*PASSES, gradients=0.0))
 
 
 class Meter(TorchDispatchMode):
@@ -192,7 +197,9 @@ class Meter(TorchDispatchMode):
     def _phase(self) -> Phase:
         if self._updating:
             return "update"
-        return "backward" if torch._C._current_graph_task_id() >= 0 else "forward"
+        if torch._C._current_graph_task_id() < 0:
+            return "forward"
+        return "recompute" if torch.is_grad_enabled() else "backward"
 
     def _hold(self, tensor: Tensor, kind: Kind, *, known: bool = False) -> None:
         """Count a tensor's storage until it is freed; with ``known`` one that is counted already stays what it is."""

@@ -6,32 +6,33 @@ the network's own output gets some value that is possible: every condition holds
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import checkpoint
 
 from mm.placement import blocks
+from mm.ranks import Peers
 from mm.training.config import ParallelConfig, TrainConfig
 from mm.training.devices import autocast
 from mm.training.ema import Ema
 from mm.training.gradcache import GeneratorState
 from mm.training.gradients import backward
-from mm.training.layout import Layout
+from mm.training.layout import Divide, Layout
 from mm.training.meter import Cost, Meter, tensors_in
 from mm.training.optim import build_optimizer
 from mm.training.parallel import World
 from mm.types import Batch, System
 
 CPU = torch.device("cpu")
+Recompute = Literal["none", "selective", "full"]
 
 _aten = torch.ops.aten
 _INDEXING = (
@@ -58,6 +59,10 @@ class Simulation(Meter):
         packet = func._overloadpacket
         if packet in _INDEXING:
             args = (args[0], _numbered(args[1]), *args[2:])
+        elif packet is _aten.bincount:
+            args = _counted(*args)
+        elif packet is _aten._ctc_loss:
+            return _ctc(*args[:4])
         elif packet is _aten._local_scalar_dense and isinstance(args[0], FakeTensor):
             return 1.0
         result = super().call(func, args, kwargs)
@@ -77,6 +82,12 @@ class CudaAutocast(TorchFunctionMode):
         if getattr(func, "__name__", "") in CUDA_SINGLE and torch.is_autocast_enabled("cpu"):
             args, options = tuple(map(_single, args)), {name: _single(value) for name, value in options.items()}
         return func(*args, **options)
+
+
+def _as_on_cuda(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What is computed again in a backward pass is outside of all function modes."""
+    with CudaAutocast():
+        return forward(*args, **kwargs)
 
 
 def without_data(system: System) -> System:
@@ -124,7 +135,8 @@ def simulate(
     dtype: torch.dtype,
     *,
     like_cuda: bool = False,
-    recompute: bool = False,
+    recompute: Recompute = "none",
+    divide: Divide | None = None,
     remembers: bool = False,
 ) -> Simulated:
     """Let a copy of ``system`` train on ``batch``, with the optimizer's state in place, as in any step but the first.
@@ -135,14 +147,17 @@ def simulate(
         config: Optimizer, accumulation, averages.
         dtype: Of the computations; weights are in fp32.
         like_cuda: Let autocast choose precisions as on CUDA.
-        recompute: Recompute the blocks in the backward pass instead of keeping their activations.
+        recompute: What of the blocks the backward pass computes again, see `mm.training.config.ParallelConfig`.
+        divide: Changes networks so; needed for recomputation, see `mm.training.layout.Layout`.
         remembers: The system keeps what it made of each picture; it has seen this batch before.
     """
     network = without_data(system)
     network.train()
-    if recompute:
-        for block in blocks(network):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    if recompute != "none":
+        for block in blocks(network) if like_cuda else ():
+            block.forward = partial(_as_on_cuda, block.forward)
+        assert divide is not None
+        divide(network, stages=Peers(), slices=Peers(), recompute=recompute)
     optimizer, layout = build_optimizer(network, config, CPU), Layout(World(0, 1, CPU), ParallelConfig())
     averages = Ema(network, config.ema_decay) if config.ema_decay else None
     own = [*network.parameters(), *network.buffers()]
@@ -185,6 +200,17 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the memory behind tensors; what several share is counted once."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
+
+
+def _counted(ids: Tensor, weights: Tensor | None = None, fewest: int = 0) -> tuple[Tensor, Tensor | None, int]:
+    """Arguments of ``bincount`` with ids that stand in the place of any others below the number of counts that is asked for."""
+    return (ids % fewest if fewest else ids), weights, fewest
+
+
+def _ctc(log_probs: Tensor, targets: Tensor, input_lengths: Any, target_lengths: Any) -> tuple[Tensor, Tensor]:
+    """What torch's CTC loss gives: its value of each sample ``(B,)``, and ``(B, T, 2 S + 1)`` for the backward pass."""
+    num_steps, size, _ = log_probs.shape
+    return log_probs.new_empty(size), log_probs.new_empty(size, num_steps, 2 * int(max(target_lengths)) + 1)
 
 
 def _numbered(indices: Any) -> list[Tensor | None]:

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -110,7 +110,7 @@ class Stepper:
         """
         seed_everything(derive_seed(self._config.seed, "step", step, self._world.data_rank), self._world.device)
         seeds = sample_seeds(batch.ids, self._config.seed, "step", step).to(self._world.device)
-        batch = replace(batch, seeds=seeds)
+        batch = batch.seeded(seeds)
         set_lr(self.optimizer, self.lr(step))
         _copy(self._statistics, self._statistics_before)
         self.optimizer.zero_grad(set_to_none=True)

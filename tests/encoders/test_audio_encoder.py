@@ -1,10 +1,13 @@
 """The log-mel encoder: the spectrogram is Whisper's, nothing depends on the batch, masks hide what they say."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torchaudio
 
 from mm.config import validate
+from mm.draws import Draws
 from mm.encoders.audio import LogMel, LogMelEncoder, LogMelEncoderConfig, build_log_mel_encoder, normalise_bands
 from mm.errors import ConfigError
 from mm.types import AudioBatch, Encoded
@@ -101,7 +104,7 @@ def test_masks_hide_no_more_than_asked_and_only_in_training() -> None:
     changed = torch.zeros(16, 101, dtype=torch.bool)
     for seed in range(20):
         torch.manual_seed(seed)
-        masked = network._masked(plain, there.sum(1))
+        masked = network._masked(plain, there.sum(1), Draws(None, 2, plain.device))
         hidden = (masked != plain)[1]
         columns, rows = hidden.float().mean(0) > 0.9, hidden.float().mean(1) > 0.9
         assert columns[:51].sum() <= 20
@@ -110,6 +113,18 @@ def test_masks_hide_no_more_than_asked_and_only_in_training() -> None:
     assert changed[:, :51].float().mean() > 0.5
     network.eval()
     assert torch.equal(network(sounds(4_000)).pooled, network(sounds(4_000)).pooled)
+
+
+def test_what_is_masked_belongs_to_a_recording() -> None:
+    """Whatever its batch and its padding; another seed hides something else."""
+    network, audio = encoder(mask_time=0.1, mask_bands=0.25).train(), sounds(16_000, 8_000, 12_000)
+    seeded = replace(audio, seeds=torch.tensor([3, 4, 5]))
+    torch.manual_seed(0)
+    together = network(seeded).pooled
+    torch.manual_seed(1)
+    torch.testing.assert_close(network(seeded[1:]).pooled, together[1:])
+    others = network(replace(audio, seeds=torch.tensor([6, 7, 8]))).pooled
+    assert not any(torch.allclose(a, b) for a, b in zip(others, together, strict=True))
 
 
 def test_one_recording_always_gives_one_vector_also_on_two_threads() -> None:

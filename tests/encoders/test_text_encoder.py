@@ -1,5 +1,8 @@
 """Text encoder: trimming is exact, no padding leaks, every parameter learns, hidden words are hidden."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -93,6 +96,19 @@ def test_token_dropout_hides_inner_words_in_training_only() -> None:
     other_ends = TextBatch(torch.tensor([[3, 5, 6, 7, 4]]), TEXT.lengths[:1])
     torch.manual_seed(1)
     assert not torch.allclose(hidden, model(other_ends).pooled)
+
+
+@pytest.mark.parametrize("options", [{}, {"attend_padding": True}])
+def test_what_is_hidden_belongs_to_a_text(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its batch, be it computed in groups of like length or at once; another seed hides something else."""
+    model = encoder(token_dropout=0.5, **options).train()
+    count, length = 2 * MIN_ROWS, 12
+    lengths = torch.arange(count) % 7 + 6
+    ids = torch.arange(1, count * length + 1).view(count, length) % 8 + 3
+    text = TextBatch(ids.masked_fill(torch.arange(length) >= lengths[:, None], 0), lengths, seeds=torch.arange(count))
+    together = model(text).pooled
+    torch.testing.assert_close(model(text[3:5]).pooled, together[3:5])
+    assert not torch.allclose(model(replace(text, seeds=torch.arange(count) + count)).pooled, together)
 
 
 def test_texts_beyond_the_context_are_refused() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from tiny_dual_towers import PYRAMID, SIGLIP_TEXT, SIGLIP_VISION, TEXTS, pictures, run_onnx, tiny, tokenized
+from tiny_dual_towers import PYRAMID, SIGLIP_TEXT, SIGLIP_VISION, TEXTS, VISION, pictures, run_onnx, tiny, tokenized
 
 from mm.export import export
 from mm.hub import Model
@@ -36,6 +36,12 @@ def test_texts_of_any_length(causal: tuple[Model, Path]) -> None:
     assert_same_vectors(model, folder)
     longest = [model.processor.text([text]).ids.shape[1] for text in TEXTS]
     assert tokenized(folder, TEXTS)["ids"].shape[1] == max(longest) < model.processor.context_length
+
+
+def test_experts_are_in_the_graph(tmp_path: Path) -> None:
+    experts = {"count": 2, "every": 1}
+    model = tiny(VISION | {"experts": experts}, {"experts": experts})
+    assert_same_vectors(model, export(model, tmp_path / "out", to="onnx"))
 
 
 def test_texts_filled_up_to_the_context(tmp_path: Path) -> None:

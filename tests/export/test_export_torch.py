@@ -1,6 +1,7 @@
 """torch.export files equal the model; an export that fails says why in one line and leaves nothing behind."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,27 @@ def test_torch_programs_load_and_equal_the_model(tmp_path: Path) -> None:
     pixels, batch = pictures(model, 3), model.processor.text(TEXTS)
     torch.testing.assert_close(programs["image"].module()(pixels), model.embed_pixels(pixels))
     torch.testing.assert_close(programs["text"].module()(batch.ids, batch.lengths), model.embed_texts(TEXTS))
+
+
+EXPERTS = {"count": 3, "top_k": 2, "every": 1}
+
+
+@pytest.mark.parametrize("text", [{"experts": EXPERTS}, {"experts": {"count": 3, "routing": "hash"}, "causal": False}])
+def test_experts_are_exported_with_all_of_them(text: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny(VISION | {"experts": EXPERTS}, text)
+    folder = export(model, tmp_path / "out", to="torch")
+    programs = {name: torch.export.load(folder / f"{name}.pt2") for name in ("image", "text")}
+    pixels, batch = pictures(model, 5), model.processor.text(TEXTS)
+    torch.testing.assert_close(programs["image"].module()(pixels), model.embed_pixels(pixels))
+    torch.testing.assert_close(programs["text"].module()(batch.ids, batch.lengths), model.embed_texts(TEXTS))
+
+
+@pytest.mark.parametrize("to", ["open_clip", "huggingface"])
+@pytest.mark.parametrize(("image", "text"), [(VISION, {"experts": EXPERTS}), (VISION | {"experts": EXPERTS}, {})])
+def test_experts_have_no_place_in_formats_of_weights(image: Any, text: Any, to: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no place for experts; export it to onnx or torch"):
+        export(tiny(image, text), tmp_path / "out", to=to)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_wrong_result_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import mm
 from mm.cli import app
-from mm.errors import UserError
+from mm.errors import ConfigError, UserError
 from mm.run.memory import remembering
 
 
@@ -34,6 +34,17 @@ def test_the_command_keeps_each_caption_once_and_the_weights_as_they_are(caption
         name for name, value in after.system.state_dict().items() if not torch.equal(value, before.system.state_dict()[name])
     }
     assert changed == {"memory"}
+
+
+def test_a_training_does_not_begin_with_an_empty_memory() -> None:
+    """Its directions would be towards zeros; one that begins with a memory keeps it."""
+    own = mm.load("emoji-audio", device="cpu").config
+    with pytest.raises(ConfigError, match=r"system\.memory_size 1287: would be .*mm remember"):
+        own.check_start(None)
+    with pytest.raises(ConfigError, match="memory_size"):
+        own.check_start(own.model_copy(update={"memory_size": 2}))
+    own.check_start(own)
+    own.model_copy(update={"memory_size": 0}).check_start(None)
 
 
 def test_models_that_do_not_hear_and_sources_without_captions_are_refused(captioned: Path) -> None:

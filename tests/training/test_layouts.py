@@ -139,8 +139,9 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
 
 
 def test_two_processes_hide_and_count_frames_like_one(tmp_path: Path) -> None:
-    """Recordings have different numbers of hidden frames, so that a mean of each process's mean would be another."""
-    check([Case("wav2vec2", {})], tmp_path)
+    """Recordings have different numbers of hidden frames, so that a mean of each process's mean would be another; bands and
+    words are hidden, too."""
+    check([Case("wav2vec2", {}), Case("clap", {})], tmp_path)
 
 
 @pytest.mark.slow

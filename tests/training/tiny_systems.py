@@ -17,7 +17,8 @@ VIT = {
     "patch_size": 8,
     "options": {"embed_dim": 16, "depth": 2, "num_heads": 2},
 }
-TEXT = {"width": 16, "layers": 2, "heads": 2, "vocab_size": WORDS, "context_length": LENGTH}
+TEXT = {"width": 16, "layers": 2, "heads": 2, "vocab_size": WORDS, "context_length": LENGTH, "token_dropout": 0.3}
+MASKED = {"mels": 8, "width": 16, "layers": 2, "heads": 2, "stride": 2, "mask_time": 0.03, "mask_bands": 0.5}
 VQ = {"name": "vq", "tokenizer": {"image_size": SIDE, "patch": 2, "widths": [8, 16]}}
 
 SYSTEMS: Mapping[str, Mapping[str, Any]] = {
@@ -51,6 +52,7 @@ SYSTEMS: Mapping[str, Mapping[str, Any]] = {
         "denoiser": {"width": 16, "layers": 2, "heads": 2},
         "caption_dropout": 0.5,
     },
+    "clap": {"name": "clap", "audio": MASKED, "text": TEXT, "embed_dim": 12},
     "wav2vec2": {
         "name": "wav2vec2",
         "audio": {
