@@ -1,6 +1,7 @@
 """Loads the batches that a loader asks for, here or in workers, and puts substitutes into the slots of bad samples."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -192,8 +193,10 @@ def _in_workers(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+        before = {child.pid for child in multiprocessing.active_children()}
         with _signals_held():
             stream = iter(loader)
+        own = {child.pid for child in multiprocessing.active_children()} - before
     _report_deaths_clearly()
     try:
         while True:
@@ -202,6 +205,9 @@ def _in_workers(
             except StopIteration:
                 return
             except RuntimeError as error:
+                for worker in multiprocessing.active_children():
+                    if worker.pid in own:  # a stopped one would keep this process from ending
+                        worker.kill()
                 raise _explained(error) from error
             yield fetched
     finally:
@@ -245,7 +251,8 @@ def _explained(error: RuntimeError) -> Exception:
     message = str(error).splitlines()[0] if str(error) else ""
     if message.startswith("DataLoader timed out"):
         return DataError(
-            f"no data worker answered in time ({message}); is the storage reachable? data.workers=0 loads without workers"
+            f"no data worker answered in time ({message}); is the storage reachable? data.timeout_seconds gives it longer, "
+            "data.workers=0 loads without workers"
         )
     if message.startswith("DataLoader worker"):
         return DataError(
