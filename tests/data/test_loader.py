@@ -70,6 +70,7 @@ POLICIES = [
 ]
 
 
+@pytest.mark.fault(4)
 @pytest.mark.parametrize("options", POLICIES)
 def test_batches_do_not_depend_on_the_number_of_workers(options):
     streams = [loader(Numbers(103, bad=(3, 50, 77)), workers=workers, **options) for workers in (0, 1, 2)]
@@ -84,6 +85,7 @@ def test_loading_leaves_the_global_random_state_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.fault(13)
 @pytest.mark.parametrize("options", [*POLICIES, {"workers": 2}])
 def test_resume_at_any_batch(options):
     source = Numbers(40, bad=(3, 4))
@@ -129,6 +131,7 @@ def test_prefetched_batches_do_not_count():
     assert stream.accounting.delivered == 8
 
 
+@pytest.mark.fault(9)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_share_the_global_batch_and_their_counts_add_up(world_size):
     source = Numbers(103, bad=(3, 4, 5, 50, 101))
@@ -152,6 +155,7 @@ def test_ranks_share_the_global_batch_and_their_counts_add_up(world_size):
     )
 
 
+@pytest.mark.fault(3)
 def test_another_number_of_ranks_continues_the_same_batches_and_counts():
     source = Numbers(60, bad=(3, 4))
     single = loader(source)
