@@ -112,8 +112,8 @@ def test_in_a_shard(tmp_path: Path, canary: Path) -> None:
     picture = io.BytesIO()
     Image.new("RGB", (8, 8)).save(picture, "PNG")
     members = [("a.png", picture.getvalue()), ("a.txt", b"a caption"), ("a.npy", array.getvalue()), ("a.npz", array.getvalue())]
-    members += [(f"a.{extension}", evil) for extension in ("pyd", "pkl", "pickle", "pth", "pt", "ten", "cls", "index")]
-    members += [("b.json", evil), ("c.pyd", evil)]
+    members += [(f"a.{extension}", evil) for extension in ("pyd", "pkl", "pickle", "pth", "pt", "ten", "index")]
+    members += [("b.json", evil), ("c.cls", evil), ("d.pyd", evil)]
     with tarfile.open(tmp_path / "0.tar", "w") as archive:
         for name, data in members:
             info = tarfile.TarInfo(name)

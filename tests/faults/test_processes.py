@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -18,6 +19,7 @@ from mm.training.lock import run_lock
 
 HERE = Path(__file__).parent
 STEPS = 12
+LONGEST = 240  # seconds; nothing here may wait for ever
 CONSTANT = {"schedule": "constant", "checkpoint_every_steps": 0, "log_every": 1}
 
 Ended = list[dict[str, Any]]
@@ -28,9 +30,15 @@ def run(*plans: dict[str, Any], within: tuple[str, ...] = ()) -> list[Any]:
     paths = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [*within, sys.executable, str(HERE / "several_processes.py"), json.dumps(plans)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+        try:
+            told, problems = process.communicate(timeout=LONGEST)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, problems
+    return json.loads(told)
 
 
 def plan(folder: Path, name: str = "run", *, size: int = 2, system: str = "clip", **more: Any) -> dict[str, Any]:

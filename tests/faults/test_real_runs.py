@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from mm.cli import main
 from mm.data.loader import Loader
 from mm.data.sources import open_source
 from mm.errors import DataError
+from mm.systems.clip import Clip
 from mm.training.loop import train
 from mm.training.tracking import Event
 from mm.types import Batch, Sample
@@ -152,7 +153,7 @@ def run_pictures(data: Path, run: Path, on_event: Callable[[Event], None] | None
         if calls[0] == die_in_call:
             raise KilledError
 
-    made.system.image.register_forward_pre_hook(count)
+    cast(Clip, made.system).towers.encoders["image"].register_forward_pre_hook(count)
     config = toy_config(steps=2 * EPOCH + 1, accumulate=2, checkpoint_every_steps=1, log_every=1)
     train(made.system, made.stream, config, run, on_event=on_event, extra_files=made.write_files, progress=False)
     return calls[0]
