@@ -227,25 +227,23 @@ def test_a_full_disk_is_everybodys_business(tmp_path: Path) -> None:
 @pytest.mark.fault(7)
 def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     """A small file system that checkpoints and logs share: the first checkpoint fits, no other does until there is room."""
-    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk, kept = tmp_path / "run", tmp_path / "kept"
     disk.mkdir()
-    script = 'mount -t tmpfs -o size=1m none "$0" && head -c $1 /dev/zero > "$0/ballast" && shift && "$@" && cp -a "$0" ' + str(
-        kept
-    )
-    within = ("unshare", "-Urm", "sh", "-c", script, str(disk))
-    if subprocess.run([*within[:-3], "-c", 'mount -t tmpfs none "$0"', str(disk)], capture_output=True, check=False).returncode:
+    mount = 'mount -t tmpfs -o size=1m none "$0"'
+    if subprocess.run(["unshare", "-Urm", "sh", "-c", mount, str(disk)], capture_output=True, check=False).returncode:
         pytest.skip("this machine allows no file system of one's own")
+    script = f'{mount} && head -c 976K /dev/zero > "$0/ballast" && "$@" && cp -a "$0" {kept}'
     often = {"checkpoint_every_steps": 5}
     whole, ended, again = run(
         plan(tmp_path, "whole", train=often),
-        plan(disk, train=often),
-        plan(disk, train=often, removed=[str(disk / "ballast")]),
-        within=(*within, str(960 << 10)),
+        plan(tmp_path, train=often),
+        plan(tmp_path, train=often, removed=[str(disk / "ballast")]),
+        within=("unshare", "-Urm", "sh", "-c", script, str(disk)),
     )
     assert (codes(whole), codes(ended), codes(again)) == ([0, 0], [74, 74], [0, 0])
     assert "No space left on device" in ended[0]["told"]
-    assert again[0]["digests"] == whole[0]["digests"][5:]
-    assert_same_run(tmp_path / "whole", kept / "run")
+    assert again[0]["digests"] == whole[0]["digests"][5:], "the first checkpoint was not the one resumed from"
+    assert_same_run(tmp_path / "whole", kept)
 
 
 @pytest.mark.fault(8)
