@@ -46,6 +46,11 @@ def plan(folder: Path, name: str = "run", *, size: int = 2, system: str = "clip"
     return {"run": str(folder / name), "size": size, "system": system, "train": train, **more}
 
 
+def at_most(seconds: float) -> float:
+    """A limit, longer on a machine that has more to do than processors to do it."""
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def codes(ended: Ended) -> list[int]:
     return [process["code"] for process in ended]
 
@@ -106,9 +111,9 @@ def test_a_lost_process_is_named(tmp_path: Path, trouble: str) -> None:
     assert "\n" not in first["told"]
     assert newest(tmp_path / "run").name == "step-00000005"
     if trouble == "killed":
-        assert first["after"] < 2  # the connection tells at once; the time-out is not waited for
+        assert first["after"] < at_most(2)  # the connection tells at once; the time-out is not waited for
     else:
-        assert 2.9 < first["after"] < 3 + 2
+        assert 2.9 < first["after"] < at_most(3 + 2)
     [again] = run(plan(tmp_path))
     assert codes(again) == [0, 0]
     assert [step for step, _ in ids(tmp_path / "run")] == list(range(1, STEPS + 1))
@@ -124,7 +129,7 @@ def test_the_main_process_may_be_the_one_that_is_lost(tmp_path: Path) -> None:
         assert first is None
         assert second["code"] == 75
         assert "process 0" in second["told"]
-        assert second["after"] < longest
+        assert second["after"] < at_most(longest)
 
 
 @pytest.mark.fault(10)
@@ -132,7 +137,7 @@ def test_a_process_that_lives_but_is_stuck_is_named_too(tmp_path: Path) -> None:
     [[first, _]] = run(plan(tmp_path, trouble={"1": ["stuck", 4]}, timeout=2.0))
     assert first["code"] == 75
     assert "the others live, but do not answer: process 1 (step 4, taking a batch)" in first["told"]
-    assert 1.9 < first["after"] < 2 + 2
+    assert 1.9 < first["after"] < at_most(2 + 2)
 
 
 @pytest.mark.fault(10)
@@ -154,10 +159,10 @@ def test_a_lost_worker_of_one_process_ends_all(tmp_path: Path) -> None:
     ]
     for [first, second], (words, longest) in zip(run(*plans), ways.values(), strict=True):
         assert words in second["told"]
-        assert second["after"] < longest
+        assert second["after"] < at_most(longest)
         assert first["code"] == 75
         assert "process 1 (step " in first["told"]
-        assert first["after"] < longest + 2
+        assert first["after"] < at_most(longest + 2)
 
 
 @pytest.mark.fault(9)
