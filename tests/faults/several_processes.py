@@ -5,6 +5,7 @@ PyTorch is imported once; every process is a fork of this one and joins the othe
 
 import errno
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -20,7 +21,6 @@ from typing import Any
 
 import torch
 import torch._dynamo  # optimizers import it at their first step: once here instead of in every fork
-from real_training import assembled
 from toy_training import ToyClip, ToyRegression, ToyStream, make, toy_config
 
 from mm.data.accounting import merge_states
@@ -89,6 +89,8 @@ def digest_every_step(digests: list[str]) -> None:
 
 def parts(rank: int, size: int, plan: dict[str, Any]) -> tuple[System, BatchStream, dict[str, Any]]:
     if plan["system"] == "pictures":
+        from real_training import assembled
+
         run = assembled(Path(plan["data"]), batch_norm=False, dropout=0.0, **plan.get("reading", {}))
         return run.system, run.stream, {"extra_files": run.write_files, "merge_states": merge_states}
     poison = frozenset(plan.get("poison", []) if rank == size - 1 else [])
@@ -161,4 +163,7 @@ def together(plan: dict[str, Any]) -> list[dict[str, Any] | None]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps([together(plan) for plan in json.loads(sys.argv[1])]))
+    plans = json.loads(sys.argv[1])
+    if any(plan["system"] == "pictures" for plan in plans):
+        importlib.import_module("real_training")  # takes seconds: once here instead of in every fork
+    print(json.dumps([together(plan) for plan in plans]))

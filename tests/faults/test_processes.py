@@ -119,6 +119,7 @@ def test_a_lost_process_is_named(tmp_path: Path, trouble: str) -> None:
     assert [step for step, _ in ids(tmp_path / "run")] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.fault(10)
 def test_the_main_process_may_be_the_one_that_is_lost(tmp_path: Path) -> None:
     killed, stopped = run(
@@ -140,6 +141,7 @@ def test_a_process_that_lives_but_is_stuck_is_named_too(tmp_path: Path) -> None:
     assert 1.9 < first["after"] < at_most(2 + 2)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(10)
 def test_a_lost_worker_of_one_process_ends_all(tmp_path: Path) -> None:
     """A killed one is told at once, a stopped one after the configured time; its process says what, the other says who."""
@@ -165,6 +167,7 @@ def test_a_lost_worker_of_one_process_ends_all(tmp_path: Path) -> None:
         assert first["after"] < at_most(longest + 2)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(9)
 def test_uneven_shards_fewer_than_readers(tmp_path: Path) -> None:
     """2 processes of 2 workers on 3 shards of 1, 20 and 11 samples: equal steps, each sample once an epoch."""
@@ -260,6 +263,7 @@ def test_a_polite_stop_of_one_process_stops_all_at_the_same_step(tmp_path: Path)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.fault(15)
 def test_a_second_trainer_of_two_processes_is_refused(tmp_path: Path) -> None:
     with run_lock(tmp_path / "run"):

@@ -159,6 +159,7 @@ def run_pictures(data: Path, run: Path, on_event: Callable[[Event], None] | None
     return calls[0]
 
 
+@pytest.mark.slow
 @pytest.mark.fault(13)
 def test_killed_at_the_edge_of_an_epoch_or_within_a_step(tmp_path: Path) -> None:
     """Right after the last step of an epoch, the one before and the one after; and between two micro-batches of a step."""
