@@ -104,7 +104,8 @@ def test_as_many_processes_with_workers_as_there_happen_to_be(tmp_path: Path) ->
 @pytest.mark.fault(10)
 @pytest.mark.parametrize("trouble", ["killed", "stopped"])
 def test_a_lost_process_is_named(tmp_path: Path, trouble: str) -> None:
-    [[first, second]] = run(plan(tmp_path, trouble={"1": [trouble, 7]}, timeout=3.0, train={"checkpoint_every_steps": 5}))
+    timeout = 60.0 if trouble == "killed" else at_most(3.0)
+    [[first, second]] = run(plan(tmp_path, trouble={"1": [trouble, 7]}, timeout=timeout, train={"checkpoint_every_steps": 5}))
     assert second is None
     assert first["code"] == 75
     assert "no sign of life of process 1 (step 7, taking a batch)" in first["told"]
@@ -113,7 +114,7 @@ def test_a_lost_process_is_named(tmp_path: Path, trouble: str) -> None:
     if trouble == "killed":
         assert first["after"] < at_most(2)  # the connection tells at once; the time-out is not waited for
     else:
-        assert 2.9 < first["after"] < at_most(3 + 2)
+        assert timeout - 0.1 < first["after"] < at_most(timeout + 2)
     [again] = run(plan(tmp_path))
     assert codes(again) == [0, 0]
     assert [step for step, _ in ids(tmp_path / "run")] == list(range(1, STEPS + 1))
@@ -122,11 +123,12 @@ def test_a_lost_process_is_named(tmp_path: Path, trouble: str) -> None:
 @pytest.mark.slow
 @pytest.mark.fault(10)
 def test_the_main_process_may_be_the_one_that_is_lost(tmp_path: Path) -> None:
+    timeout = at_most(2.0)
     killed, stopped = run(
-        plan(tmp_path, trouble={"0": ["killed", 4]}, timeout=2.0),
-        plan(tmp_path, "other", trouble={"0": ["stopped", 4]}, timeout=2.0),
+        plan(tmp_path, trouble={"0": ["killed", 4]}, timeout=60.0),
+        plan(tmp_path, "other", trouble={"0": ["stopped", 4]}, timeout=timeout),
     )
-    for [first, second], longest in ((killed, 2), (stopped, 2 + 2)):
+    for [first, second], longest in ((killed, 2), (stopped, timeout + 2)):
         assert first is None
         assert second["code"] == 75
         assert "process 0" in second["told"]
@@ -135,10 +137,11 @@ def test_the_main_process_may_be_the_one_that_is_lost(tmp_path: Path) -> None:
 
 @pytest.mark.fault(10)
 def test_a_process_that_lives_but_is_stuck_is_named_too(tmp_path: Path) -> None:
-    [[first, _]] = run(plan(tmp_path, trouble={"1": ["stuck", 4]}, timeout=2.0))
+    timeout = at_most(2.0)
+    [[first, _]] = run(plan(tmp_path, trouble={"1": ["stuck", 4]}, timeout=timeout))
     assert first["code"] == 75
     assert "the others live, but do not answer: process 1 (step 4, taking a batch)" in first["told"]
-    assert 1.9 < first["after"] < at_most(2 + 2)
+    assert timeout - 0.1 < first["after"] < at_most(timeout + 2)
 
 
 @pytest.mark.slow
