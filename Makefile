@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.mm-setup
 
-.PHONY: setup quickstart test test-all test-demo check format bench published demo demo-classify clean
+.PHONY: setup quickstart test test-all test-faults test-demo check format bench published demo demo-classify clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,11 @@ test-demo: setup
 	@test -x '$(MM_CHROMIUM)' || \
 	    { echo "Chromium is missing: apt-get install -y chromium, or make test-demo MM_CHROMIUM=/path/to/chromium" >&2; exit 1; }
 	MM_CHROMIUM='$(MM_CHROMIUM)' MM_LOAD_SECONDS=$(LOAD_SECONDS) $(BIN)/python -m pytest -m 'browser or slow' tests/demos
+
+# the fifteen faults of docs/faults.md, the long ones included; KILLS is how often each run of fault 1 is killed
+KILLS ?= 50
+test-faults: setup
+	MM_KILLS=$(KILLS) $(BIN)/python -m pytest -m fault tests/faults tests/data tests/training
 
 test-all: setup
 	$(BIN)/python -m pytest -m 'not gpu'

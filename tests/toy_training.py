@@ -74,9 +74,16 @@ class ToyStream:
     """Batch k is a pure function of k; ids tell the batch and the row of the global batch."""
 
     def __init__(
-        self, batch_size: int = 8, *, rank: int = 0, world_size: int = 1, poison: frozenset[int] = frozenset()
+        self,
+        batch_size: int = 8,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        poison: frozenset[int] = frozenset(),
+        poison_with: float = float("nan"),
     ) -> None:
-        self.batch_size, self.rank, self.world_size, self.poison = batch_size, rank, world_size, poison
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.poison, self.poison_with = poison, poison_with
         self.cursor = 0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -90,7 +97,7 @@ class ToyStream:
         groups = torch.randint(0, LABELS, (self.batch_size,), generator=generator)
         image = pixels.float() / 255
         if k in self.poison:
-            image[-1] = float("nan")
+            image[-1] = self.poison_with
         share = self.batch_size // self.world_size
         ids = tuple(f"{k}-{row}" for row in range(self.batch_size))
         return Batch(ids, image * 255, groups=groups)[self.rank * share : (self.rank + 1) * share]

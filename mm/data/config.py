@@ -69,6 +69,7 @@ class DataConfig(StrictConfig):
         stream: Read the shards of ``train`` once through, in their own order, which is not exact (`mm.data.stream`): for
             ``pipe:`` commands, and for storage that is best read from beginning to end.
         workers: Processes that load data beside the training process; 0 loads in it. Batches do not depend on it.
+        timeout_seconds: How long a worker may take for a batch before the run stops; 0 waits for ever.
         max_bad_fraction: Share of unusable samples above which a run stops.
     """
 
@@ -88,6 +89,7 @@ class DataConfig(StrictConfig):
     episodes: EpisodeConfig | None = None
     stream: StreamConfig | None = None
     workers: int = Field(default=0, ge=0, le=256)
+    timeout_seconds: float = Field(default=600.0, ge=0)
     max_bad_fraction: float = Field(default=0.2, ge=0, le=1)
 
     @model_validator(mode="after")

@@ -1,6 +1,7 @@
 """Loads the batches that a loader asks for, here or in workers, and puts substitutes into the slots of bad samples."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -8,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,6 +26,12 @@ VISIT_STRIDE = 1 << 32
 MAX_SAME_VALUE_TRIES = 16
 MAX_OTHER_TRIES = 64
 SUBSTITUTE_DRAWS = 512
+
+GRACE_SECONDS = 1.0
+"""Torch's time-out does not see a worker that stops while it hands a tensor over: so long after it the workers are ended."""
+
+_ending = threading.Event()
+"""Set while workers are ended on purpose, whose deaths are no news."""
 
 _OF_THE_JOB = {signal.SIGINT, signal.SIGTERM}
 
@@ -192,20 +199,51 @@ def _in_workers(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+        before = {child.pid for child in multiprocessing.active_children()}
         with _signals_held():
             stream = iter(loader)
+        own = {child.pid for child in multiprocessing.active_children()} - before
     _report_deaths_clearly()
+    late: list[bool] = []
+
+    def kill() -> None:
+        for worker in multiprocessing.active_children():
+            if worker.pid in own:
+                worker.kill()
+
+    def give_up() -> None:
+        late.append(True)
+        kill()
+
     try:
         while True:
             try:
-                fetched = next(stream)
+                with _alarm(timeout_seconds and timeout_seconds + GRACE_SECONDS, give_up):
+                    fetched = next(stream)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                raise _explained(error) from error
+            except (RuntimeError, EOFError, OSError, DataError) as error:
+                _ending.set()
+                kill()  # one that was stopped would keep this process from ending
+                cast(Any, stream)._shutdown_workers()
+                _ending.clear()
+                raise _explained(error, bool(late)) from error
             yield fetched
     finally:
         del stream
+
+
+@contextlib.contextmanager
+def _alarm(seconds: float, ring: Callable[[], None]) -> Iterator[None]:
+    """Call ``ring`` in a thread if the block takes longer than this; 0 never does."""
+    timer = threading.Timer(seconds, ring)
+    timer.daemon = True
+    if seconds:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _as_it_is(fetched: Fetched) -> Fetched:
@@ -240,14 +278,16 @@ def _let_pass_once(number: int, _: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)
 
 
-def _explained(error: RuntimeError) -> Exception:
+def _explained(error: Exception, late: bool = False) -> Exception:
     """A `DataError` for a worker that died or hangs; any other error as it is."""
-    message = str(error).splitlines()[0] if str(error) else ""
-    if message.startswith("DataLoader timed out"):
+    message = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if late or message.startswith("DataLoader timed out"):
         return DataError(
-            f"no data worker answered in time ({message}); is the storage reachable? data.workers=0 loads without workers"
+            f"no data worker answered in time ({message}); is the storage reachable? data.timeout_seconds gives it longer, "
+            "data.workers=0 loads without workers"
         )
-    if message.startswith("DataLoader worker"):
+    cut_off = isinstance(error, EOFError | ConnectionError | FileNotFoundError) and not message.startswith("Caught ")
+    if message.startswith("DataLoader worker") or cut_off:
         return DataError(
             f"a data worker died ({message}); usually memory is short (or /dev/shm too small in a container): "
             "lower data.workers, or load without workers by data.workers=0"
@@ -264,6 +304,8 @@ def _report_deaths_clearly() -> None:
         return
 
     def on_child_exit(signum: int, frame: FrameType | None) -> None:
+        if _ending.is_set():
+            return
         try:
             torch_handler(signum, frame)
         except RuntimeError as error:

@@ -13,7 +13,7 @@ import itertools
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 from pydantic import Field
 from torch.utils.data import Dataset, get_worker_info
@@ -63,6 +63,7 @@ class StreamLoader:
         workers: Loading processes; 0 loads in this one.
         rank, world_size: Shards are divided over ranks and workers, samples where there are fewer shards.
         max_bad_fraction: Share of unusable samples above which iteration raises `DataError`.
+        timeout_seconds: How long to wait for a worker before giving up; 0 waits for ever.
 
     Raises:
         UserError: A command that is not allowed, or no shard.
@@ -81,8 +82,9 @@ class StreamLoader:
         rank: int = 0,
         world_size: int = 1,
         max_bad_fraction: float = 0.2,
+        timeout_seconds: float = 600,
     ) -> None:
-        self._name, self._workers, self._max_bad_fraction = spec, workers, max_bad_fraction
+        self._name, self._workers, self._timeout, self._max_bad_fraction = spec, workers, timeout_seconds, max_bad_fraction
         self._reader = _Reader(
             stream_shards(spec, config), config, prepare, collate, batch_size // world_size, seed, (rank, world_size)
         )
@@ -91,7 +93,8 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches, for ever. Raises `DataError` where a shard or a command fails, or too many samples cannot be used."""
-        for fetched in fetch(self._reader, itertools.count(self._taken), self._workers):  # pyright: ignore[reportArgumentType]
+        reader, tasks = cast(Any, self._reader), cast(Any, itertools.count(self._taken))
+        for fetched in fetch(reader, tasks, self._workers, timeout_seconds=self._timeout):
             self._taken += 1
             counts = self.accounting
             counts.delivered += fetched.delivered

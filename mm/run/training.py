@@ -35,7 +35,7 @@ from mm.systems import build, read_system
 from mm.systems.interleaved import InterleavedSettings
 from mm.systems.language_model import LanguageConfig
 from mm.tokenizers.text import TextTokenizer
-from mm.training.checkpoint import find_checkpoint
+from mm.training.checkpoint import SaveError, find_checkpoint
 from mm.training.devices import choose_device, seed_everything
 from mm.training.loop import TrainResult
 from mm.training.loop import train as train_loop
@@ -82,7 +82,10 @@ def train(
         **loop_options,
     )
     if result.checkpoint is not None and environment()[0] == 0:
-        write_card(folder, result.checkpoint)
+        try:
+            write_card(folder, result.checkpoint)
+        except OSError as error:
+            raise SaveError(f"{folder}: the card cannot be written: {error.strerror}; the model is complete") from None
     return result
 
 
@@ -184,6 +187,7 @@ def assemble(config: RunConfig, *, resume: Path | None = None) -> Assembled:
         "rank": rank,
         "world_size": world_size,
         "max_bad_fraction": config.data.max_bad_fraction,
+        "timeout_seconds": config.data.timeout_seconds,
     }
     if config.data.stream is not None and config.data.train is not None:
         if rank == 0:

@@ -33,7 +33,7 @@ _report_by_default = logging.getLogger("mm").warning
 
 
 class SaveError(CheckpointError):
-    """The last checkpoint of a run could not be written. The command line exits with ``exit_code``."""
+    """The last checkpoint of a run, or its card, could not be written. The command line exits with ``exit_code``."""
 
     exit_code = 74  # EX_IOERR of sysexits.h: distinct from a wrong configuration or a failed training
 

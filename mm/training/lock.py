@@ -3,7 +3,7 @@
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mm.errors import UserError
@@ -19,13 +19,16 @@ def run_lock(run: Path) -> Iterator[None]:
     not keep it, as they would an inherited ``flock``.
 
     Raises:
-        UserError: When another trainer, here or in another process, works in this folder.
+        UserError: When another trainer, here or in another process, works in this folder, or it cannot be written.
     """
-    run.mkdir(parents=True, exist_ok=True)
     owner = (os.getpid(), run.resolve())
     if owner in _held:  # a record lock never conflicts within its own process
         raise UserError(f"{run}: this process already trains in this folder; give the second run another --out")
-    descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise UserError(f"{run}: cannot be written: {error.strerror}; make room or choose another --out") from None
     try:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -34,8 +37,9 @@ def run_lock(run: Path) -> Iterator[None]:
             raise UserError(
                 f"{run}: another trainer is at work here (process {other}); wait for it or choose another --out"
             ) from None
-        os.truncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()} on {os.uname().nodename}\n".encode())
+        with suppress(OSError):  # on a full disk a second trainer is not told which process the first one is
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()} on {os.uname().nodename}\n".encode())
         _held.add(owner)
         yield
     finally:

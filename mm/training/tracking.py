@@ -93,10 +93,12 @@ class Tracker:
         if self._with_tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(str(self._run / "tensorboard"), purge_step=step + 1)
             except ImportError:
                 self.say("no TensorBoard files: tensorboard is not installed", "yellow")
-            else:
-                self._writer = SummaryWriter(str(self._run / "tensorboard"), purge_step=step + 1)
+            except OSError as error:
+                self.say(f"no TensorBoard files: {error}", "yellow")
         if self._console is not None and self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("[bold]train"),

@@ -4,10 +4,11 @@ Collectives only say that a connection was closed or that time ran out. What eac
 through which the processes found each other.
 """
 
+import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage] - documented, but not exported
@@ -16,7 +17,10 @@ from mm.errors import UserError
 
 BEAT_SECONDS = 0.25
 SILENT_SECONDS = 1.0
-"""A process whose beats stand still for so long is gone or stopped; the others are asked for no longer than this."""
+"""A process whose beats stand still for so long is gone or stopped."""
+
+ANSWER_SECONDS = 0.5
+"""A store that takes longer than this is gone or stopped, too."""
 
 BEATS, PLACES = "mm/beats", "mm/place"
 COLLECTIVE_ERRORS = ("gloo", "connection closed by peer", "timed out waiting", "nccl")
@@ -39,7 +43,8 @@ class Watch:
     """
 
     def __init__(self, store: Store | None, rank: int, size: int) -> None:
-        self._store, self._rank, self._size = (store if size > 1 else None), rank, size
+        self._store = store.clone() if store is not None and size > 1 else None  # pyright: ignore[reportAttributeAccessIssue]
+        self._rank, self._size = rank, size
         self._ended = threading.Event()
         self._place = ""
 
@@ -82,18 +87,28 @@ class Watch:
             return
 
     def _missing(self) -> str:
-        """Who does not live, else who is furthest behind."""
-        others = [rank for rank in range(self._size) if rank != self._rank]
+        """Who is to blame. The store is asked by a thread, because whoever holds it may be stopped and never answer."""
         if self._store is None:
             return "another process died or hangs"
-        try:
-            before = self._beats(others)
-            time.sleep(SILENT_SECONDS)
-            silent = [rank for rank, beats in self._beats(others).items() if beats == before[rank]]
-            blamed = silent or others
-            places = "; ".join(f"process {rank} ({self._where(rank)})" for rank in blamed)
-        except RuntimeError:
-            return "the process that held them together is gone"
+        answers: list[str] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError):  # the store is gone with the process that held it
+                answers.append(self._silent_or_stuck())
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(SILENT_SECONDS + ANSWER_SECONDS)
+        holder = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "process 0"
+        return answers[0] if answers else f"no sign of life of {holder}, through which the processes met"
+
+    def _silent_or_stuck(self) -> str:
+        """Who does not live, else who else there is."""
+        others = [rank for rank in range(self._size) if rank != self._rank]
+        before = self._beats(others)
+        time.sleep(SILENT_SECONDS)
+        silent = [rank for rank, beats in self._beats(others).items() if beats == before[rank]]
+        places = "; ".join(f"process {rank} ({self._where(rank)})" for rank in silent or others)
         return f"no sign of life of {places}" if silent else f"the others live, but do not answer: {places}"
 
     def _beats(self, ranks: list[int]) -> dict[int, int]:

@@ -175,6 +175,7 @@ def test_patterns(tmp_path: Path) -> None:
         ShardSource(str(tmp_path / "a-{9..1}.tar"))
 
 
+@pytest.mark.fault(6)
 def test_repeated_keys_get_new_ids(tmp_path: Path) -> None:
     tar(tmp_path / "0.tar", [("a.txt", b"1"), ("b.txt", b"2"), ("a.txt", b"3"), ("a#2.txt", b"4")])
     tar(tmp_path / "1.tar", [("a.txt", b"5"), ("a.txt", b"6")])

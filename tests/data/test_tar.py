@@ -70,6 +70,7 @@ def test_a_flipped_byte_loses_no_member_in_silence(kind: str, position: float, f
     assert found == len(SAMPLES)
 
 
+@pytest.mark.fault(6)
 @pytest.mark.parametrize("kind", sorted(FORMATS))
 def test_every_flip_in_every_header_is_refused_at_its_offset(kind: str) -> None:
     files = [("a.jpg", b"j" * 700), ("a.txt", b"a caption"), ("b.jpg", b"k" * 5)]
@@ -93,6 +94,7 @@ def _content_or_none(data: bytes) -> list[tuple[str, bytes]] | None:
         return None
 
 
+@pytest.mark.fault(6)
 @pytest.mark.parametrize("kind", sorted(FORMATS))
 def test_every_cut_is_refused_or_loses_nothing(kind: str) -> None:
     files = [("a.jpg", b"j" * 700), ("a.txt", b"a caption"), ("b.jpg", b"k" * 5)]

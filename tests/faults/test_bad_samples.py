@@ -3,6 +3,7 @@
 import collections
 import gc
 import io
+import multiprocessing
 import os
 import signal
 import time
@@ -58,6 +59,7 @@ def collate(items, epoch):
     return Batch(tuple(items), image=torch.zeros(len(items), 3, 1, 1, dtype=torch.uint8))
 
 
+@pytest.mark.fault(5)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_five_percent_damaged_pictures(damaged, workers):
     stream = Loader(open_source(str(damaged)), prepare, collate, batch_size=32, seed=0, workers=workers, tail="short")
@@ -70,6 +72,7 @@ def test_five_percent_damaged_pictures(damaged, workers):
     assert [len(batch) for batch in batches] == [32] * 9 + [14]
 
 
+@pytest.mark.fault(5)
 def test_ranks_together_count_each_damaged_picture_once(damaged):
     causes, delivered = {}, 0
     for rank in range(3):
@@ -85,6 +88,7 @@ def test_ranks_together_count_each_damaged_picture_once(damaged):
     assert delivered == 285
 
 
+@pytest.mark.fault(5)
 def test_too_many_damaged_pictures_end_the_run(damaged):
     stream = Loader(open_source(str(damaged)), prepare, collate, batch_size=32, seed=0, max_bad_fraction=0.03)
     with pytest.raises(DataError, match="too many samples cannot be used") as error:
@@ -166,6 +170,7 @@ def no_collection():
     gc.enable()
 
 
+@pytest.mark.fault(10)
 @pytest.mark.parametrize("moment", ["while waiting", "while training"])
 def test_a_killed_worker_is_an_error_not_a_hang(moment, no_collection):
     stream = Loader(Endless(), prepare_pid, collate, batch_size=4, seed=0, workers=2)
@@ -184,7 +189,18 @@ def test_a_killed_worker_is_an_error_not_a_hang(moment, no_collection):
     assert time.monotonic() - started < 20
 
 
-def test_a_worker_that_hangs_is_an_error():
-    stream = Loader(Endless(hang=True), prepare_pid, collate, batch_size=4, seed=0, workers=1, timeout_seconds=1)
+@pytest.mark.fault(10)
+@pytest.mark.parametrize("way", ["it reads for ever", "it is stopped"])
+def test_a_worker_that_hangs_is_an_error(way, no_collection):
+    """Also one that stopped between saying that a batch is there and handing it over; none is left behind."""
+    before = {child.pid for child in multiprocessing.active_children()}
+    hang = way == "it reads for ever"
+    stream = Loader(Endless(hang), prepare_pid, collate, batch_size=4, seed=0, workers=1, timeout_seconds=1)
+    batches = iter(stream)
+    if not hang:
+        os.kill(int(next(batches).ids[0]), signal.SIGSTOP)
+    started = time.monotonic()
     with pytest.raises(DataError, match="no data worker answered in time"):
-        next(iter(stream))
+        collections.deque(batches, maxlen=0)
+    assert time.monotonic() - started < 10
+    assert {child.pid for child in multiprocessing.active_children()} <= before

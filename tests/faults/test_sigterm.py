@@ -35,6 +35,7 @@ class SignallingStream(ToyStream):
             yield batch
 
 
+@pytest.mark.fault(8)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stop_saves_and_resumes_exactly(tmp_path: Path, number: signal.Signals) -> None:
     train(make(ToyClip), ToyStream(), toy_config(), tmp_path / "whole", progress=False)
@@ -48,6 +49,7 @@ def test_stop_saves_and_resumes_exactly(tmp_path: Path, number: signal.Signals) 
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
+@pytest.mark.fault(8)
 def test_signal_that_also_ends_the_loader(tmp_path: Path) -> None:
     """A signal to the whole process group kills loader workers first: the steps done so far are saved all the same."""
     train(make(ToyClip), ToyStream(), toy_config(), tmp_path / "whole", progress=False)
@@ -68,6 +70,7 @@ def test_failing_loader_without_a_signal_is_an_error(tmp_path: Path) -> None:
         train(make(ToyClip), Failing(), toy_config(), tmp_path, progress=False)
 
 
+@pytest.mark.fault(8)
 def test_signal_while_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The save that is at work completes, the next step sees the request."""
     original = checkpoint._point
@@ -92,6 +95,7 @@ train(make(ToyClip), ToyStream(), toy_config(steps=1_000_000, log_every=1), Path
 """
 
 
+@pytest.mark.fault(8)
 def test_exit_code_of_a_terminated_process(tmp_path: Path) -> None:
     """From outside, with no help of the stream: SIGTERM at any time, exit code 0, in seconds, and a word about it."""
     tests = Path(__file__).parents[1]

@@ -45,6 +45,7 @@ def flip(path: Path, offset: int) -> None:
         file.write(bytes([byte ^ 0x10]))
 
 
+@pytest.mark.fault(5)
 def test_five_per_cent_damaged_pictures_are_counted_exactly(tmp_path: Path) -> None:
     media = [jpeg(i) for i in range(COUNT)]
     media[7] = media[7][:-200]
@@ -58,6 +59,7 @@ def test_five_per_cent_damaged_pictures_are_counted_exactly(tmp_path: Path) -> N
     assert report.good + sum(report.bad.values()) == report.samples == len(source) == COUNT
 
 
+@pytest.mark.fault(6)
 def test_a_flipped_header_byte_is_refused_with_shard_and_offset(tmp_path: Path) -> None:
     shards = make(tmp_path, [jpeg(i) for i in range(COUNT)])
     offset = header_offsets(shards[2])[20]
@@ -94,6 +96,7 @@ def test_bit_rot_behind_an_unchanged_index_is_a_checksum_error(tmp_path: Path) -
         flip(shard, offset)
 
 
+@pytest.mark.fault(6)
 @pytest.mark.parametrize("place", ["in a header", "between members", "between jpg and txt", "in the data"])
 def test_every_cut_is_refused(tmp_path: Path, place: str) -> None:
     (shard,) = make(tmp_path, [jpeg(i) for i in range(10)])
@@ -130,6 +133,7 @@ def test_a_shard_removed_while_it_is_open(tmp_path: Path) -> None:
         source.read(0)
 
 
+@pytest.mark.fault(6)
 @pytest.mark.parametrize("content", [b"", b"plain text, not a tar", b"\x1f\x8b\x08\x00 gzip"])
 def test_what_is_no_tar_is_refused(tmp_path: Path, content: bytes) -> None:
     shard = tmp_path / "0.tar"
@@ -139,12 +143,14 @@ def test_what_is_no_tar_is_refused(tmp_path: Path, content: bytes) -> None:
     assert not sidecar_path(shard).exists()
 
 
+@pytest.mark.fault(6)
 def test_an_empty_archive_has_no_samples(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "0.tar", "w"):
         pass
     assert len(ShardSource(tmp_path)) == 0
 
 
+@pytest.mark.fault(6)
 def test_a_missing_modality_is_visible(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "0.tar", "w") as archive:
         for name, data in [("a.jpg", jpeg(0)), ("b.txt", b"only text")]:

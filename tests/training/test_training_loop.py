@@ -25,6 +25,7 @@ def run_toy(run: Path, kind: type[System] = ToyClip, stream: ToyStream | None = 
     return train(make(kind), stream or ToyStream(), toy_config(**options), run, progress=progress, **passed)
 
 
+@pytest.mark.fault(13)
 @pytest.mark.parametrize(("kind", "accumulate"), [(ToyClip, 1), (ToyClip, 3), (ToyRegression, 1), (ToyRegression, 2)])
 def test_resume_is_exact(tmp_path: Path, kind: type[System], accumulate: int) -> None:
     """Stopped after a checkpoint that falls between two lines of the log, with dropout and batch normalisation."""
@@ -156,6 +157,7 @@ def test_extra_files_are_part_of_the_checkpoint(tmp_path: Path) -> None:
     assert any("tokenizer.json: its sha256 differs" in event.message for event in warnings)
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize(("kind", "accumulate"), [(ToyClip, 1), (ToyClip, 2), (ToyRegression, 1), (ToyRegression, 2)])
 def test_non_finite_steps_are_skipped_and_counted(tmp_path: Path, kind: type[System], accumulate: int) -> None:
     """Weights, optimizer, average and running statistics are those before the bad steps."""
@@ -173,6 +175,7 @@ def test_non_finite_steps_are_skipped_and_counted(tmp_path: Path, kind: type[Sys
     assert lines(tmp_path / "poisoned" / "metrics.jsonl")[-1]["loss"] is not None
 
 
+@pytest.mark.fault(11)
 def test_too_many_non_finite_steps_stop(tmp_path: Path) -> None:
     stream = ToyStream(poison=frozenset({2, 4, 5, 6}))
     with pytest.raises(UserError, match=r"step 7: 3 steps in a row.*nonfinite\.jsonl"):
