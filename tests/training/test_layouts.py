@@ -12,7 +12,7 @@ import torch._dynamo
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from several import join, run_together
-from tiny_systems import OF_LIBRARIES, SYSTEMS, TinyStream, global_batch, share, tiny
+from tiny_systems import OF_LIBRARIES, ROWS, SYSTEMS, TinyStream, global_batch, share, tiny
 from torch import Tensor
 from toy_training import newest
 from toy_training import weights as checkpoint
@@ -74,6 +74,7 @@ def trained(case: Case, parallel: ParallelConfig) -> tuple[list[dict[str, float]
         curve = []
         for step in range(STEPS):
             report = stepper.step(share(global_batch(step), world.data_rank, layout.data.size), step)
+            assert report.num_samples == ROWS
             curve.append({"loss": report.loss, "grad_norm": report.grad_norm, **report.parts})
         held = [p for p in stepper.system.parameters() if p.requires_grad and not p.is_meta]
         files = stepper.tensors()
