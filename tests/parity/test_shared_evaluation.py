@@ -16,14 +16,17 @@ COMMANDS = {
     "zero-shot": ["zero-shot", "emoji-clip", "--data", "emoji:validation/novel", "--baseline", "none"],
     "retrieval": ["retrieval", "emoji-clip", "--data", "emoji:validation/novel"],
     "probe": ["probe", "emoji-clip", "--train", "emoji:all/noto/novel", "--data", "emoji:validation/novel", "--method", "tip"],
+    "vqa": ["vqa", "emoji-vqa", "--data", "emoji-vqa:validation/compositional", "--limit", "43"],
+    "captioning": ["captioning", "emoji-captioner", "--data", "emoji:validation/novel", "--judge", "none", "--train", "none"],
 }
 
 
 def run(command: list[str], output: Path, processes: int) -> subprocess.CompletedProcess[str]:
     """The command line, run by one or by several processes, none of which may use the other's cache of vectors."""
+    cache = [] if command[0] == "vqa" else ["--no-cache"]  # answers are not remembered
     launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.run(
-        [sys.executable, *launcher, "-m", "mm.cli", "eval", *command, "--no-cache", "--json", str(output)],
+        [sys.executable, *launcher, "-m", "mm.cli", "eval", *command, *cache, "--json", str(output)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
