@@ -1,5 +1,6 @@
 """The ``mm`` command: parses, calls, prints. Everything it does can be done from Python through ``mm`` itself."""
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -1201,14 +1202,18 @@ def info(
 
 
 def main() -> None:
-    """Entry point: a `UserError` is one line on stderr and its exit code, 2 unless it has its own."""
+    """Entry point: a `UserError` is one line on stderr and its exit code, 2 unless it has its own.
+
+    Under torchrun each process writes its line at once, so that lines are not torn, and all but the first say who they are.
+    """
     debug = "--debug" in sys.argv[1:2]
     try:
         app()
     except UserError as error:
         if debug:
             raise
-        print(f"mm: error: {error}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", "0"))
+        sys.stderr.write(f"mm: error: process {rank}: {error}\n" if rank else f"mm: error: {error}\n")
         sys.exit(getattr(error, "exit_code", 2))
     except BrokenPipeError:
         sys.exit(141)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from mm.data.sources import Subset
 from mm.evaluation.metrics import Result
 from mm.evaluation.vqa import BlindGuess, accepted, normalise, vqa
 from mm.hub import FREE_BEAMS, Model
-from mm.run.evaluation import loaded, opened, refuse_incomplete, stamp
+from mm.run.evaluation import loaded, opened, refuse_incomplete, shared_out, stamp
 from mm.run.preparation import QuestionPreparation
 from mm.run.reading import evaluation_loader
+from mm.training.parallel import open_world
 from mm.types import Source
 
 Progress = Callable[[int, int], None]
@@ -59,7 +61,9 @@ def evaluate_vqa(
     if limit is not None:
         source = Subset(source, range(min(limit, len(source))))
     guess = None if training in (None, "none") else _guesser(opened(training, model, image_field=image_field))
-    asked, accounting = answer_all(model, source, progress, free=free)
+    with open_world(model.device.type) as world:
+        answer = partial(answer_all, model, progress=progress, free=free)
+        asked, accounting = shared_out(source, world, answer, Answered.read)
     refuse_incomplete(source, accounting)
     facts = stamp(model, source, accounting.describe())
     if free:
@@ -91,6 +95,12 @@ class Answered:
     question: Question
     fields: Mapping[str, Any]
     answer: str
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> "Answered":
+        """From a dictionary that has been JSON."""
+        question = values["question"]
+        return cls(Question(**question | {"answers": tuple(question["answers"])}), values["fields"], values["answer"])
 
 
 def answer_all(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from mm.evaluation.metrics import Result
 from mm.evaluation.zero_shot import class_vectors, ranked
 from mm.hub import Model
 from mm.run.caption_references import References, caption_references, neighbour_captions, only, training_index
-from mm.run.evaluation import encode, loaded, opened, refuse_incomplete, stamp
+from mm.run.evaluation import encode, loaded, opened, refuse_incomplete, shared_out, stamp
 from mm.run.inference import expand_folder
 from mm.run.picture_controls import check_independent
 from mm.run.reading import BATCH_SIZE, evaluation_loader
 from mm.run.writing import Caption, Writer, best, choosing, usual_decoding
+from mm.training.parallel import open_world
 from mm.types import Decoding, Source
 
 Progress = Callable[[int, int], None]
@@ -167,7 +169,15 @@ def evaluate_captioning(
     index = training_index(model, source, train, image_field=image_field, text_field=text_field)
     if limit is not None:
         source = Subset(source, range(min(limit, len(source))))
-    described, accounting = _describe_all(writer, source, references, progress)
+    with open_world(model.device.type) as world:
+        describe = partial(_describe_all, writer, references, progress)
+        described, accounting = shared_out(source, world, describe, _Described.read)
+    refuse_incomplete(source, accounting)
+    if not described:
+        raise UserError(
+            f"{source.name}: no sample has a caption; name the field with --label or --text-field, "
+            "or put a .txt beside each picture"
+        )
 
     def look(helper: Model) -> Tensor:
         """A helper's unit vectors of the described pictures, ``(n, D)``."""
@@ -216,9 +226,15 @@ class _Described:
     references: tuple[str, ...]
     captions: tuple[Caption, ...]
 
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> "_Described":
+        """From a dictionary that has been JSON."""
+        captions = tuple(Caption(**caption) for caption in values["captions"])
+        return cls(values["id"], values["fields"], tuple(values["references"]), captions)
+
 
 def _describe_all(
-    writer: Writer, source: Source, references: References, progress: Progress | None
+    writer: Writer, references: References, progress: Progress | None, source: Source
 ) -> tuple[list[_Described], Accounting]:
     """Captions of every usable sample of a source that has a right one, and the counts of those that cannot be used."""
     loader = evaluation_loader(source, writer.model.processor)
@@ -235,12 +251,6 @@ def _describe_all(
         done += len(batch)
         if progress:
             progress(done, len(source))
-    refuse_incomplete(source, loader.accounting)
-    if not found:
-        raise UserError(
-            f"{source.name}: no sample has a caption; name the field with --label or --text-field, "
-            "or put a .txt beside each picture"
-        )
     return found, loader.accounting
 
 

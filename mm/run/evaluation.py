@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -457,6 +457,32 @@ def _encode_here(
 def _check_medium(model: Model, media: Medium) -> None:
     """Raises `UserError` where the model does not take it."""
     _ = model.processor.audio_spec if media == "audio" else model.processor.image_spec
+
+
+def shared_out(
+    source: Source,
+    world: World,
+    work: Callable[[Source], tuple[list[T], Accounting]],
+    read: Callable[[Mapping[str, Any]], T],
+) -> tuple[list[T], Accounting]:
+    """What ``work`` makes of all samples of a source, of which each process has a stretch; all of them return the whole.
+
+    Args:
+        source: The samples.
+        world: The processes.
+        work: A source's samples to data classes that JSON can hold, in their order, and the counts of the samples.
+        read: Such a data class from the dictionary of its fields.
+    """
+    if world.size == 1:
+        return work(source)
+    first, last = stretch(len(source), world)
+    found, counts = work(Subset(source, range(first, last), name=source.name)) if first < last else ([], Accounting())
+    own = json.dumps({"found": [asdict(one) for one in found], "counts": counts.to_dict()}, default=str)  # pyright: ignore[reportArgumentType]
+    everything, accounting = [], Accounting()
+    for part in map(json.loads, gather_bytes(own.encode(), world)):
+        everything += map(read, part["found"])
+        accounting.add(Accounting.from_dict(part["counts"]))
+    return everything, accounting
 
 
 def stretch(length: int, world: World) -> tuple[int, int]:

@@ -1,13 +1,15 @@
 """Speech written down: one's own recordings, and how many errors a model makes on a source."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mm.data.accounting import Accounting
 from mm.data.emoji import MIN_SIZE
 from mm.data.files import is_recording
 from mm.data.labels import label_task
@@ -17,8 +19,9 @@ from mm.evaluation.metrics import Result
 from mm.evaluation.recognition import recognition
 from mm.hub import Model
 from mm.processor import padded
-from mm.run.evaluation import loaded, refuse_incomplete, stamp, subset_masks
+from mm.run.evaluation import loaded, refuse_incomplete, shared_out, stamp, subset_masks
 from mm.run.reading import BATCH_SIZE, evaluation_loader
+from mm.training.parallel import open_world
 from mm.types import AudioBatch, Source, Transcribes
 
 Progress = Callable[[int, int], None]
@@ -141,35 +144,51 @@ def evaluate_recognition(
     split = getattr(source, "task", None) is not None
     if limit is not None:
         source = Subset(source, range(min(limit, len(source))))
+    with open_world(model.device.type) as world:
+        hear = partial(_hear_all, model, beams, progress)
+        found, accounting = shared_out(source, world, hear, lambda values: _Heard(**values))
+    refuse_incomplete(source, accounting)
+    if not found:
+        raise UserError(f"{source.name}: no sample has a text; name the field with what is said by --text-field")
+    said = [one.said for one in found]
+    if on_written:
+        on_written([Transcript(one.id, one.text) for one in found], said)
+    masks = subset_masks([one.fields for one in found], label_task(source)) if split else {}
+    return recognition(
+        [one.text for one in found],
+        said,
+        subsets=masks if len(masks) > 1 else {},
+        protocol=stamp(model, source, accounting.describe())
+        | {"decoding": "likeliest path" if beams == 1 else f"prefix search, {beams} beams, no language model"},
+    )
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """A sample, what was written down and what is said."""
+
+    id: str
+    fields: Mapping[str, Any]
+    text: str
+    said: str
+
+
+def _hear_all(model: Model, beams: int, progress: Progress | None, source: Source) -> tuple[list[_Heard], Accounting]:
+    """Every usable recording of a source that has a text, and the counts of those that cannot be used."""
     loader = evaluation_loader(source, model.processor)
-    found: list[Transcript] = []
-    said: list[str] = []
-    fields: list[Any] = []
+    found: list[_Heard] = []
     done = 0
     for batch in loader.one_epoch():
         assert batch.audio is not None
         rows = [row for row, captions in enumerate(batch.captions) if captions]
         if rows:
             texts = _written(model, batch.audio[torch.tensor(rows)], beams)
-            found += [Transcript(batch.ids[row], text) for row, text in zip(rows, texts, strict=True)]
-            said += [batch.captions[row][0] for row in rows]
-            fields += [batch.fields[row] for row in rows]
+            entries = zip(rows, texts, strict=True)
+            found += [_Heard(batch.ids[row], batch.fields[row], text, batch.captions[row][0]) for row, text in entries]
         done += len(batch)
         if progress:
             progress(done, len(source))
-    refuse_incomplete(source, loader.accounting)
-    if not found:
-        raise UserError(f"{source.name}: no sample has a text; name the field with what is said by --text-field")
-    if on_written:
-        on_written(found, said)
-    masks = subset_masks(fields, label_task(source)) if split else {}
-    return recognition(
-        [one.text for one in found],
-        said,
-        subsets=masks if len(masks) > 1 else {},
-        protocol=stamp(model, source, loader.accounting.describe())
-        | {"decoding": "likeliest path" if beams == 1 else f"prefix search, {beams} beams, no language model"},
-    )
+    return found, loader.accounting
 
 
 def _written(model: Model, audio: AudioBatch, beams: int, window: int | None = None) -> list[str]:

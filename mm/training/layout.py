@@ -133,7 +133,7 @@ class Layout:
         for stage in range(1, self._stages.size):
             for name, (shape, dtype) in everyone[stage * self._slices.size].items():
                 if self._world.rank == stage * self._slices.size:
-                    dist.send(own[name], 0, group=self._world.control)
+                    dist.send(own[name].contiguous(), 0, group=self._world.control)
                 elif self._world.is_main:
                     complete[name] = torch.empty(shape, dtype=getattr(torch, dtype))
                     dist.recv(complete[name], stage * self._slices.size, group=self._world.control)

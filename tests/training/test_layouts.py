@@ -12,7 +12,7 @@ import torch._dynamo
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from several import join, run_together
-from tiny_systems import OF_LIBRARIES, SYSTEMS, TinyStream, global_batch, share, tiny
+from tiny_systems import OF_LIBRARIES, ROWS, SYSTEMS, TinyStream, global_batch, share, tiny
 from torch import Tensor
 from toy_training import newest
 from toy_training import weights as checkpoint
@@ -74,6 +74,7 @@ def trained(case: Case, parallel: ParallelConfig) -> tuple[list[dict[str, float]
         curve = []
         for step in range(STEPS):
             report = stepper.step(share(global_batch(step), world.data_rank, layout.data.size), step)
+            assert report.num_samples == ROWS
             curve.append({"loss": report.loss, "grad_norm": report.grad_norm, **report.parts})
         held = [p for p in stepper.system.parameters() if p.requires_grad and not p.is_meta]
         files = stepper.tensors()
@@ -135,7 +136,9 @@ def check(cases: Sequence[Case], folder: Path, size: int = 2) -> None:
 def test_two_processes_train_like_one(tmp_path: Path) -> None:
     """One system of each kind in one layout of each kind; the others are slow tests."""
     pairs = zip(("albef", "clip", "dalle", "flow", "albef"), LAYOUTS.values(), strict=True)
-    check([Case(system, parallel) for system, parallel in pairs], tmp_path)
+    cases = [Case(system, parallel) for system, parallel in pairs]
+    muon = [Case("clip", LAYOUTS[layout], {"optimizer": "muon"}) for layout in ("fsdp", "tensor")]  # needs whole matrices
+    check([*cases, *muon], tmp_path)
 
 
 def test_two_processes_hide_and_count_frames_like_one(tmp_path: Path) -> None:
@@ -189,7 +192,8 @@ def test_four_processes_in_two_dimensions(tmp_path: Path) -> None:
         {"pipeline": 2, "microbatches": 2, "schedule": "1f1b"},
     ]
     cases = [Case(system, parallel) for parallel in layouts for system in ("clip", "albef")]
-    check([*cases, Case("clip", {"contrastive": "ring"})], tmp_path, size=4)
+    muon = Case("clip", {"data": "fsdp", "tensor": 2}, {"optimizer": "muon"})  # matrices that are cut twice
+    check([*cases, muon, Case("clip", {"contrastive": "ring"})], tmp_path, size=4)
 
 
 def run_to(step: int, run: Path, parallel: ParallelConfig, rank: int = 0, size: int = 1) -> TrainResult:
