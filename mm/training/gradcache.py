@@ -46,8 +46,8 @@ def cached_backward(
     generators, represented = [], []
     with _statistics_kept(system):
         for rows in cuts[:-1]:
-            generators.append(GeneratorState(device))
             torch.rand(())  # a state of its own for each slice: stages of a pipeline draw by it, and leave it as it is
+            generators.append(GeneratorState(device))
             with torch.no_grad(), autocast():
                 represented.append(system.represent(batch[rows]))
     last, auxiliary = _represent(system, batch[cuts[-1]], autocast)
