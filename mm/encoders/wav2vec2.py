@@ -2,8 +2,8 @@
 
 The backbone is torchaudio's, so its weights load under their own names.
 
-Convolutions may run over a log-mel spectrogram instead (https://arxiv.org/abs/2010.10504), which has to be learned no more: on
-small data and machines an encoder learns from it in a fraction of the time.
+Convolutions may run over a log-mel spectrogram instead (https://arxiv.org/abs/2010.10504), which need not be
+learned.
 
 Shapes: B batch, T samples, M bands, F frames of the spectrogram, N frames, C width of the convolutions, D width.
 """
@@ -107,6 +107,36 @@ class Wav2Vec2EncoderConfig(StrictConfig):
         return field
 
 
+class WaveFrames:
+    """torchaudio's convolutions over waves, asked as `LogMelFrames` is.
+
+    Args:
+        convolutions: They.
+        config: Their sizes.
+    """
+
+    def __init__(self, convolutions: nn.Module, config: Wav2Vec2EncoderConfig) -> None:
+        self._convolutions, self._config = convolutions, config
+
+    def mask(self, audio: AudioBatch) -> Bool[Tensor, "b n"]:
+        """True for frames that are of the recording."""
+        field = self._config.receptive_field
+        frames, longest = audio.lengths.clamp(min=field), max(audio.waves.shape[1], field)
+        for _, kernel, stride in self._config.conv_layers:
+            frames, longest = (frames - kernel) // stride + 1, (longest - kernel) // stride + 1
+        return torch.arange(longest, device=frames.device) < frames[:, None]
+
+    def __call__(self, audio: AudioBatch) -> Float[Tensor, "b n c"]:
+        """Frames of recordings, without meaning behind each end."""
+        short = max(0, self._config.receptive_field - audio.waves.shape[1])
+        dtype = next(self._convolutions.parameters()).dtype
+        return self._convolutions(F.pad(audio.waves, (0, short)).to(dtype), None)[0]
+
+    def cast_(self, dtype: torch.dtype) -> None:
+        """Hold them in another floating type, for inference."""
+        self._convolutions.to(dtype)
+
+
 class LogMelFrames(nn.Module):
     """A spectrogram and convolutions over it, in place of those over the wave.
 
@@ -177,10 +207,7 @@ class Wav2Vec2Encoder(nn.Module):
     def cast_(self, dtype: torch.dtype) -> None:
         """Hold the network, but for a spectrogram, in another floating type, for inference."""
         self.trunk.encoder.to(dtype)
-        if isinstance(self.trunk.feature_extractor, LogMelFrames):
-            self.trunk.feature_extractor.cast_(dtype)
-        else:
-            self.trunk.feature_extractor.to(dtype)
+        self._extractor.cast_(dtype)
 
     def forward(self, audio: AudioBatch) -> Encoded:
         """Encode recordings; the pooled vector is the mean over their frames."""
@@ -190,21 +217,11 @@ class Wav2Vec2Encoder(nn.Module):
 
     def frame_mask(self, audio: AudioBatch) -> Bool[Tensor, "b n"]:
         """True for frames that are of the recording."""
-        if isinstance(self.trunk.feature_extractor, LogMelFrames):
-            return self.trunk.feature_extractor.mask(audio)
-        frames, longest = audio.lengths, audio.waves.shape[1]
-        frames, longest = frames.clamp(min=self.config.receptive_field), max(longest, self.config.receptive_field)
-        for _, kernel, stride in self.config.conv_layers:
-            frames, longest = (frames - kernel) // stride + 1, (longest - kernel) // stride + 1
-        return torch.arange(longest, device=frames.device) < frames[:, None]
+        return self._extractor.mask(audio)
 
     def frames(self, audio: AudioBatch) -> Float[Tensor, "b n c"]:
-        """What the convolutions make of waves, before any norm or projection; without meaning behind the end."""
-        if isinstance(self.trunk.feature_extractor, LogMelFrames):
-            return self.trunk.feature_extractor(audio)
-        short = max(0, self.config.receptive_field - audio.waves.shape[1])
-        dtype = self.trunk.encoder.feature_projection.projection.weight.dtype
-        return self.trunk.feature_extractor(F.pad(audio.waves, (0, short)).to(dtype), None)[0]
+        """What the convolutions make of recordings, before any norm or projection; without meaning behind the end."""
+        return self._extractor(audio)
 
     def normalise(self, frames: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         """Frames after their layer norm: what a quantiser is given."""
@@ -228,6 +245,11 @@ class Wav2Vec2Encoder(nn.Module):
         count = mask.shape[1]
         attended = None if bool(mask.all()) else mask[:, None, None, :].expand(len(mask), 1, count, count)
         return self.trunk.encoder.transformer(x, attended)
+
+    @property
+    def _extractor(self) -> "WaveFrames | LogMelFrames":
+        own = self.trunk.feature_extractor
+        return own if isinstance(own, LogMelFrames) else WaveFrames(own, self.config)
 
     def _encode(self, audio: AudioBatch) -> Encoded:
         mask = self.frame_mask(audio)

@@ -175,9 +175,7 @@ class Stepper:
         loss, *rest = sum_over_ranks(own, self._world)
         size, num_parts = self._world.size, len(losses.parts)
         parts = {name: value / size for name, value in zip(losses.parts, rest, strict=False)}
-        num_samples = (
-            int(rest[num_parts]) // self._world.model_size
-        )  # those that share a copy of the network have the same ones
+        num_samples = int(rest[num_parts]) // self._world.model_size  # who shares a copy of the network has the same ones
         return StepReport(loss / size, values[1], parts, num_samples, tuple(value > 0 for value in rest[num_parts + 1 :]))
 
     def _apply(self, step: int) -> None:
